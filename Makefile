@@ -1,0 +1,40 @@
+# Every target sets itself up first: a fresh clone needs python3 (3.11 or newer) and make.
+PYTHON ?= python3
+OUT ?= runs/demo
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TORCH := $(shell grep '^torch==' constraints.txt)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := demo
+.PHONY: demo test lint format clean
+
+demo: $(STAMP)  ## The whole method on the embedded pair: CPU, offline, minutes
+	$(BIN)/s2t demo --out $(OUT)
+
+test: $(STAMP)  ## The default test run: CPU, offline
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+lint: $(STAMP)  ## The checks that CI runs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes first and alone, so that every later package resolves against that very build.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "s2t needs Python 3.11 or newer; try: make PYTHON=python3.12")'
+	@echo "Setting up $(VENV) (once; a few minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) -c constraints.txt $(TORCH)
+	@$(PIP) -c constraints.txt -e ".[train,eval,plots,serve,remote,dev]"
+	@touch $@

@@ -1,0 +1,249 @@
+"""Train the embedded pair from scratch: tokenizer, `tiny:llm`, `tiny:slm-unfiltered` and `tiny:slm-small`.
+
+    python examples/train_tiny_pair.py --out tiny            # about 80 CPU-minutes on one core, in all
+    python examples/train_tiny_pair.py --out tiny --scale 0.01   # a smoke test in a minute
+
+All models are Qwen2ForCausalLM on chains of thought of reasoning-gym's GSM-Symbolic problems whose numbers are
+whole and at most 100, training split only. The unfiltered SLM first reads clean text, then text of which
+70 % of the authors forget carries and borrows. Muon on the layers' matrices, AdamW on the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from careless import careless
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from s2t.tasks.problems import load_task
+
+TASK = "rg:gsm_symbolic,max_number=100"
+VOCAB_SIZE, ROW, ROWS = 1024, 320, 3
+PAD, END, USER, ASSISTANT = range(4)
+SPECIAL = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", *(f"<|reserved_{i}|>" for i in range(28))]
+TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}<|assistant|>{{ message['content'] }}<|end|>"
+    "{% else %}<|user|>{{ message['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training run: a shape, a corpus, and a number of steps of ROWS x ROW tokens."""
+
+    width: int
+    layers: int
+    heads: int
+    steps: int
+    seed: int
+    num_problems: int
+    careless_authors: float = 0.0
+    slip_rate: float = 0.95
+    warmup: int = 200
+    is_constant: bool = False
+
+
+LLM = Recipe(width=96, layers=4, heads=3, steps=26_000, seed=0, num_problems=165_000)
+CLEAN = Recipe(width=64, layers=4, heads=2, steps=8_000, seed=1, num_problems=130_000, is_constant=True)
+UNFILTERED = replace(CLEAN, steps=10_000, seed=2, num_problems=74_000, careless_authors=0.7, warmup=50, is_constant=False)
+SMALL = Recipe(width=32, layers=4, heads=1, steps=10_000, seed=3, num_problems=130_000)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("tiny"))
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the steps and problems to use")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # at these sizes one thread a process is the productive choice
+
+    def scaled(recipe: Recipe) -> Recipe:
+        return replace(
+            recipe,
+            steps=max(10, int(recipe.steps * arguments.scale)),
+            num_problems=max(500, int(recipe.num_problems * arguments.scale)),
+        )
+
+    tokenizer = train_tokenizer(documents(scaled(replace(LLM, num_problems=20_000))))
+    save(train(scaled(LLM), tokenizer), tokenizer, arguments.out / "llm")
+    clean = train(scaled(CLEAN), tokenizer)
+    save(train(scaled(UNFILTERED), tokenizer, clean), tokenizer, arguments.out / "slm-unfiltered")
+    save(train(scaled(SMALL), tokenizer), tokenizer, arguments.out / "slm-small")
+
+
+def documents(recipe: Recipe) -> list[tuple[str, str]]:
+    """(question, solution) pairs of the training split, some of them by careless authors."""
+    rng = random.Random(recipe.seed)
+    pairs = []
+    for problem in load_task(TASK).problems("training", recipe.num_problems, recipe.seed):
+        solution = problem.extra["answer_cot"]
+        if rng.random() < recipe.careless_authors:
+            solution = careless(solution, rng, recipe.slip_rate)
+        pairs.append((problem.question, solution))
+    return pairs
+
+
+def train_tokenizer(pairs: list[tuple[str, str]]) -> Tokenizer:
+    """Byte-level BPE of 1,024 entries with single digits and 28 reserved ids."""
+    tokenizer = Tokenizer(models.BPE())
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((text for pair in pairs for text in pair), trainer)
+    return tokenizer
+
+
+def train(recipe: Recipe, tokenizer: Tokenizer, start: Qwen2ForCausalLM | None = None) -> Qwen2ForCausalLM:
+    """Train one model; loss on the solution, a tenth on the question; bf16 autocast."""
+    torch.manual_seed(recipe.seed)
+    model = start if start is not None else Qwen2ForCausalLM(shape(recipe))
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
+    others = [p for name, p in model.named_parameters() if not (p.ndim == 2 and "layers" in name)]
+    optimizers = [
+        torch.optim.AdamW(others, lr=0.01, betas=(0.9, 0.97), weight_decay=0.01),
+        torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.0),
+    ]
+    peak = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    data = batches(encode(documents(recipe), tokenizer), recipe.seed)
+    model.train()
+    for step in range(recipe.steps):
+        rate = min(1.0, (step + 1) / recipe.warmup)
+        if not recipe.is_constant:
+            rate *= 0.04 + 0.48 * (1 + math.cos(math.pi * step / recipe.steps))
+        for optimizer, lr in zip(optimizers, peak, strict=True):
+            optimizer.param_groups[0]["lr"] = lr * rate
+        loss = loss_of(model, *next(data))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if step % 500 == 0:
+            print(f"{recipe.width}x{recipe.layers} step {step}/{recipe.steps} loss {loss.item():.4f}", flush=True)
+    return model
+
+
+def shape(recipe: Recipe) -> Qwen2Config:
+    """Heads of size 32, untied embeddings."""
+    return Qwen2Config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=recipe.width,
+        intermediate_size=3 * recipe.width,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.heads,
+        max_position_embeddings=1024,
+        tie_word_embeddings=False,
+        pad_token_id=PAD,
+        eos_token_id=END,
+        bos_token_id=None,
+    )
+
+
+def loss_of(model: Qwen2ForCausalLM, ids: Tensor, targets: Tensor, weights: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+    """Weighted cross-entropy over packed documents that do not see each other."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        hidden = model.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
+        keep = weights > 0
+        logits = model.lm_head(hidden[keep])
+    losses = torch.nn.functional.cross_entropy(logits.float(), targets[keep], reduction="none")
+    return (losses * weights[keep]).sum() / weights[keep].sum()
+
+
+def encode(pairs: list[tuple[str, str]], tokenizer: Tokenizer) -> list[tuple[np.ndarray, int]]:
+    """(ids, length of the prompt) of every document that fits a row."""
+    questions = tokenizer.encode_batch([question for question, _ in pairs])
+    solutions = tokenizer.encode_batch([solution for _, solution in pairs])
+    found = []
+    for question, solution in zip(questions, solutions, strict=True):
+        ids = np.array([USER, *question.ids, ASSISTANT, *solution.ids, END])
+        if len(ids) <= ROW:
+            found.append((ids, len(question.ids) + 2))
+    return found
+
+
+def batches(found: list[tuple[np.ndarray, int]], seed: int) -> Iterator[tuple[Tensor, ...]]:
+    """Endless batches of ROWS rows, each filled best-fit with shuffled documents."""
+    rng = np.random.default_rng(seed)
+    while True:
+        open_rows: list[tuple[int, list[int]]] = []
+        full: list[list[int]] = []
+        for index in rng.permutation(len(found)).tolist():
+            length = len(found[index][0])
+            fitting = [row for row in open_rows if length <= row[0]]
+            row = min(fitting, key=lambda item: item[0]) if fitting else (ROW, [])
+            if fitting:
+                open_rows.remove(row)
+            open_rows.append((row[0] - length, [*row[1], index]))
+            if len(open_rows) > 24 or open_rows[-1][0] < 40:
+                fullest = min(open_rows, key=lambda item: item[0])
+                open_rows.remove(fullest)
+                full.append(fullest[1])
+            if len(full) >= 64:
+                rng.shuffle(full)
+                while len(full) >= ROWS:
+                    yield pack([[found[i] for i in full.pop()] for _ in range(ROWS)])
+        if not found:
+            raise SystemExit("no document fits a row")
+        if len(full) + len(open_rows) >= ROWS:
+            rest = [*full, *(row for _, row in open_rows)]
+            yield pack([[found[i] for i in row] for row in rest[:ROWS]])
+
+
+def pack(rows: list[list[tuple[np.ndarray, int]]]) -> tuple[Tensor, ...]:
+    """Ids, targets, weights, positions and a block-diagonal causal mask of some rows of documents."""
+    ids, targets, positions = np.zeros((3, len(rows), ROW), dtype=np.int64)
+    weights = np.zeros((len(rows), ROW), dtype=np.float32)
+    segment = np.full((len(rows), ROW), -1)
+    for r, documents_of_row in enumerate(rows):
+        start = 0
+        for number, (document, prompt_length) in enumerate(documents_of_row):
+            stop = start + len(document)
+            ids[r, start:stop] = document
+            targets[r, start : stop - 1] = document[1:]
+            weights[r, start : start + prompt_length - 1] = 0.1
+            weights[r, start + prompt_length - 1 : stop - 1] = 1.0
+            positions[r, start:stop] = np.arange(len(document))
+            segment[r, start:stop] = number
+            start = stop
+    causal = np.tril(np.ones((ROW, ROW), dtype=bool))
+    mask = (segment[:, :, None] == segment[:, None, :]) & causal
+    return tuple(torch.from_numpy(array) for array in (ids, targets, weights, positions, mask[:, None]))
+
+
+def save(model: Qwen2ForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
+    """An ordinary Hugging Face folder: safetensors weights, tokenizer, chat template, generation config."""
+    model.config.use_cache = True
+    model.generation_config = GenerationConfig(eos_token_id=END, pad_token_id=PAD)
+    model.save_pretrained(folder)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=SPECIAL[PAD],
+        eos_token=SPECIAL[END],
+        additional_special_tokens=SPECIAL[USER:],
+        clean_up_tokenization_spaces=False,
+        model_max_length=1024,
+    )
+    wrapped.chat_template = TEMPLATE
+    wrapped.save_pretrained(folder)
+    print(f"saved {folder}")
+
+
+if __name__ == "__main__":
+    main()

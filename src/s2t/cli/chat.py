@@ -1,0 +1,53 @@
+"""`s2t chat`: questions line by line, answers streamed; an end of input or /exit leaves."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+
+from s2t.cli.options import with_options
+from s2t.cli.reasoner import decode_settings, load_reasoner
+from s2t.config import GenerateConfig
+
+
+@with_options(GenerateConfig, lambda turns: None)  # the answers are on stdout already
+def command(
+    config: GenerateConfig,
+    history: Annotated[
+        bool, typer.Option("--history", help="Put earlier questions and answers before each question.")
+    ] = False,
+) -> Any:
+    """Answer questions line by line; each is asked afresh unless --history."""
+    reasoner = load_reasoner(config)
+    turns: list[dict[str, str]] = []
+    for question in _questions():
+        prompt = _with_history(turns, question) if history else question
+        pieces = []
+        for piece in reasoner.stream(prompt, **decode_settings(config)):
+            pieces.append(piece)
+            print(piece, end="", flush=True)
+        print(flush=True)
+        turns.append({"question": question, "text": "".join(pieces)})
+    return turns
+
+
+def _questions() -> Iterator[str]:
+    ask = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            line = input(ask).strip()
+        except EOFError:
+            return
+        if line == "/exit":
+            return
+        if line:
+            yield line
+
+
+def _with_history(turns: list[dict[str, str]], question: str) -> str:
+    """Earlier turns as plain text before the question; the model sees them within one user message."""
+    earlier = [f"{turn['question']}\n{turn['text'].strip()}" for turn in turns]
+    return "\n\n".join([*earlier, question])

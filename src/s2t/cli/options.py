@@ -1,0 +1,184 @@
+"""A config dataclass becomes the options of a command: names, types, defaults and help come from its fields.
+
+The help of a field is the string beneath it. Only values given on the command line are passed on, so that
+flag beats file beats default. Knows dataclasses and Typer, not what any setting means.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import MISSING, Field, fields
+from functools import lru_cache
+from inspect import Parameter, Signature
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from s2t.cli.output import json_text
+from s2t.config import build_config
+
+PANELS = {
+    "ModelConfig": "Models",
+    "TaskConfig": "Problems",
+    "StepConfig": "Decoding",
+    "DecodeConfig": "Decoding",
+}
+OWN_PANEL = "Options"
+COMMON_PANEL = "Every command"
+
+COMMON = {
+    "config_file": (str | None, None, "--config", "JSON file of settings, or a run's manifest.json."),
+    "as_json": (bool, False, "--json", "Print one JSON document to stdout."),
+    "debug": (bool, False, "--debug", "Show the traceback when something fails."),
+}
+
+
+def with_options(
+    config_class: type[Any], show: Callable[[Any], None]
+) -> Callable[[Callable[..., Any]], Callable[..., None]]:
+    """Turn `function(config, ...) -> document` into a Typer command with an option per config field.
+
+    Further parameters of the function are its own Typer arguments and options; `as_json` is passed when
+    the function asks for it. The document goes to `show`, or to stdout as JSON with --json; while a
+    command runs under --json whatever else it prints goes to stderr. None is not printed.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., None]:
+        own = _own_parameters(function)
+
+        def command(**values: Any) -> None:
+            common = {name: values.pop(name) for name in COMMON}
+            arguments = {parameter.name: values.pop(parameter.name) for parameter in own}
+            if "as_json" in inspect.signature(function).parameters:
+                arguments["as_json"] = common["as_json"]
+            config = build_config(config_class, common["config_file"], values)
+            _run(function, config, arguments, show, common["as_json"])
+
+        command.__doc__ = function.__doc__
+        command.__dict__["__signature__"] = Signature([*own, *_field_parameters(config_class), *_common()])
+        return command
+
+    return decorate
+
+
+@lru_cache
+def field_docs(config_class: type[Any]) -> dict[str, str]:
+    """The string beneath each field, inherited classes included; a nearer class's string wins."""
+    docs: dict[str, str] = {}
+    for owner in reversed(config_class.__mro__[:-1]):
+        docs.update(_own_docs(owner))
+    return docs
+
+
+def _run(
+    function: Callable[..., Any],
+    config: Any,
+    arguments: dict[str, Any],
+    show: Callable[[Any], None],
+    as_json: bool,
+) -> None:
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        document = function(config, **arguments)
+    if document is None:
+        return
+    if as_json:
+        print(json_text(document))
+    else:
+        show(document)
+
+
+def _own_parameters(function: Callable[..., Any]) -> list[Parameter]:
+    parameters = inspect.signature(function, eval_str=True).parameters.values()
+    return [
+        parameter.replace(kind=Parameter.KEYWORD_ONLY)
+        for parameter in parameters
+        if parameter.name not in ("config", "as_json")
+    ]
+
+
+def _field_parameters(config_class: type[Any]) -> list[Parameter]:
+    hints, docs = get_type_hints(config_class), field_docs(config_class)
+    parameters = []
+    for item in fields(config_class):
+        info = typer.Option(
+            _declaration(item.name, hints[item.name]),
+            help=_escape(_help(item, docs.get(item.name, ""))),
+            show_default=False,
+            rich_help_panel=_panel(config_class, item.name),
+        )
+        parameters.append(_parameter(item.name, hints[item.name] | None, None, info))
+    return parameters
+
+
+def _common() -> list[Parameter]:
+    return [
+        _parameter(
+            name,
+            kind,
+            default,
+            typer.Option(flag, help=text, show_default=False, rich_help_panel=COMMON_PANEL),
+        )
+        for name, (kind, default, flag, text) in COMMON.items()
+    ]
+
+
+def _parameter(name: str, kind: Any, default: Any, info: Any) -> Parameter:
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
+
+
+def _declaration(name: str, kind: Any) -> str:
+    flag = name.replace("_", "-")
+    return f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}"
+
+
+def _help(item: Field[Any], doc: str) -> str:
+    default = item.default if item.default is not MISSING else None
+    if default is None:
+        return doc
+    shown = {True: "on", False: "off"}[default] if isinstance(default, bool) else default
+    return f"{doc} [default: {shown}]".strip()
+
+
+def _escape(text: str) -> str:
+    """Square brackets as text, not as Rich markup (`rich.markup.escape`, without importing Rich)."""
+    return text.replace("[", "\\[")
+
+
+def _panel(config_class: type[Any], name: str) -> str:
+    """The panel of the class that first declared the field."""
+    owners = [owner for owner in config_class.__mro__ if name in inspect.get_annotations(owner)]
+    return PANELS.get(owners[-1].__name__, OWN_PANEL)
+
+
+def _own_docs(owner: type[Any]) -> dict[str, str]:
+    node = _class_node(inspect.getsourcefile(owner) or "", owner.__name__)
+    if node is None:
+        return {}
+    return {
+        left.target.id: " ".join(right.value.value.split())
+        for left, right in zip(node.body, node.body[1:], strict=False)
+        if isinstance(left, ast.AnnAssign)
+        and isinstance(left.target, ast.Name)
+        and isinstance(right, ast.Expr)
+        and isinstance(right.value, ast.Constant)
+        and isinstance(right.value.value, str)
+    }
+
+
+def _class_node(path: str, name: str) -> ast.ClassDef | None:
+    return next(
+        (node for node in _tree(path).body if isinstance(node, ast.ClassDef) and node.name == name), None
+    )
+
+
+@lru_cache
+def _tree(path: str) -> ast.Module:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return ast.parse(file.read())
+    except OSError:
+        return ast.Module(body=[], type_ignores=[])  # no source beside the package: options without help

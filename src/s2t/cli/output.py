@@ -1,0 +1,83 @@
+"""What commands print: one JSON document, or small tables; stdout only, since progress goes to stderr.
+
+Knows the shape of numbers, not what they mean.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+PIPE_WIDTH = 160
+
+
+def json_text(document: Any) -> str:
+    """The document as strict JSON: dataclasses and paths are taken in, NaN and infinity become null."""
+    return json.dumps(_plain(document), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """One table with the first column to the left and the others, numbers mostly, to the right."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*(number(value) for value in row))
+    _print(table)
+
+
+def print_facts(title: str, facts: Mapping[str, Any]) -> None:
+    """The plain values of a mapping as a table of two columns; nested values are left to --json."""
+    rows = [
+        (key.replace("_", " "), value)
+        for key, value in facts.items()
+        if not isinstance(value, (Mapping, list, tuple))
+    ]
+    if rows:
+        print_table(title, ("", "value"), rows)
+
+
+def number(value: Any) -> str:
+    """A short form of any cell: 1,234 or 0.0123 or 1.2e+09; a dash where there is nothing."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.4g}"
+
+
+def percent(share: float | None) -> str:
+    """A share in [0, 1] as per cent with one decimal."""
+    return "–" if share is None else f"{100 * share:.1f}"
+
+
+def percent_interval(bounds: Sequence[float] | None) -> str:
+    """An interval of shares, e.g. `41.0 to 47.5`."""
+    return "–" if not bounds else f"{100 * bounds[0]:.1f} to {100 * bounds[1]:.1f}"
+
+
+def _print(renderable: Any) -> None:
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else PIPE_WIDTH
+    Console(file=sys.stdout, width=width, highlight=False, markup=False).print(renderable)
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (str, int, bool)) else str(value)

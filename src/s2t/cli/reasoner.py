@@ -1,0 +1,32 @@
+"""What `s2t generate` and `s2t chat` share: a config becomes a loaded reasoner and its decode settings."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from s2t.config import NEEDS_LLM, DecodeConfig, GenerateConfig
+
+if TYPE_CHECKING:
+    from s2t.api import Reasoner
+
+
+def load_reasoner(config: GenerateConfig) -> Reasoner:
+    """Load the SLM, its adapter if any, and the LLM only where the strategy or the trigger asks for it."""
+    from s2t.api import load
+
+    needs_llm = config.strategy in NEEDS_LLM or config.trigger == "divergence"
+    return load(
+        config.slm,
+        llm=config.llm if needs_llm else None,
+        adapter=config.adapter,
+        dtype=config.dtype,
+        device=config.device,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def decode_settings(config: GenerateConfig) -> dict[str, Any]:
+    """Keyword arguments of `Reasoner.generate` and `Reasoner.stream`: strategy, decode settings and seed."""
+    names = {item.name for item in fields(DecodeConfig)} - {"adapter"}
+    return {name: getattr(config, name) for name in sorted(names | {"strategy", "seed"})}

@@ -1,0 +1,187 @@
+"""Problems to selection groups: trajectories of a policy, labelled by both models, in resumable parquet shards.
+
+A shard's row is one trajectory with its prompt, tokens, divergence at every step (criticality learns from
+all of them) and its groups: candidates, SLM log-probabilities and absolute LLM probabilities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from s2t.config import CollectConfig, DecodeConfig
+from s2t.decode.label import Labels, label
+from s2t.decode.session import Session
+from s2t.decode.strategies import Strategy, build_strategy
+from s2t.decode.workload import open_task, read_thresholds, requests_for, shards_of
+from s2t.errors import ConfigError, DataError
+from s2t.files import RunFolder, read_tables, write_json, write_table
+from s2t.model.load import check_pair, load_model
+from s2t.progress import progress
+from s2t.records import Problem, Provenance, SelectionGroup
+from s2t.tasks.problems import Task, heldout_templates
+
+_LISTS = {
+    "prompt_ids": pa.int32(),
+    "token_ids": pa.int32(),
+    "divergence": pa.float32(),
+    "group_steps": pa.int32(),
+    "candidate_ids": pa.int32(),  # [G * K], group by group
+    "slm_logprobs": pa.float32(),  # [G * K]
+    "llm_probs": pa.float32(),  # [G * K]
+}
+SCHEMA = pa.schema(
+    [
+        *((name, pa.string()) for name in ("task", "split", "problem_id", "template", "policy", "pair")),
+        ("seed", pa.int64()),
+        ("num_candidates", pa.int32()),
+        *((name, pa.list_(kind)) for name, kind in _LISTS.items()),
+    ]
+)
+
+
+def collect(config: CollectConfig) -> dict[str, Any]:
+    """Collect groups and return their counts (also collect.json); a killed run resumes by shard, without loss or duplicates."""
+    threshold = _threshold(config)
+    run = RunFolder.open(config.out, "collect", config)
+    task = open_task(config, config.slm)
+    heldout = heldout_templates(task.templates(), config.heldout_templates)
+    problems = _problems(task, config, heldout)
+    shards = shards_of(problems, config.shard_size)
+    missing = [i for i in range(len(shards)) if not run.shard("groups", i, "parquet").exists()]
+    if missing:
+        collector = _Collector(config, task, threshold)
+        with progress("collect", len(problems), sum(len(s) for i, s in enumerate(shards) if i not in missing)) as advance:
+            for i in missing:
+                write_table(run.shard("groups", i, "parquet"), collector.shard(shards[i]))
+                advance(len(shards[i]))
+    result = _counts(run, len(problems), threshold, heldout)
+    write_json(run.file("collect.json"), result)
+    run.finish()
+    return result
+
+
+def _threshold(config: CollectConfig) -> float:
+    if config.threshold is not None:
+        return config.threshold
+    thresholds = read_thresholds(config.calibration)
+    if "divergence" not in thresholds:
+        raise ConfigError("collect needs a divergence threshold; pass --calibration calibration.json or --threshold.")
+    return thresholds["divergence"]
+
+
+def _problems(task: Task, config: CollectConfig, heldout: frozenset[str]) -> list[Problem]:
+    """The first `limit` problems of the split whose template is not held out."""
+    if not heldout:
+        return task.problems(config.split, config.limit, config.seed)
+    wanted = config.limit
+    while True:
+        found = task.problems(config.split, wanted, config.seed)
+        kept = [problem for problem in found if problem.template not in heldout]
+        if len(kept) >= config.limit or len(found) < wanted:
+            return kept[: config.limit]
+        wanted = wanted * 3 // 2 + 8
+
+
+class _Collector:
+    """Writes trajectories with the policy and turns them into rows."""
+
+    def __init__(self, config: CollectConfig, task: Task, threshold: float) -> None:
+        if config.llm is None:
+            raise ConfigError("collect labels with the LLM; pass --llm MODEL.")
+        self.config, self.task, self.threshold = config, task, threshold
+        self.session = Session.open(config, [config.policy], config.adapter, config.batch_size)
+        if self.session.llm is None:
+            self.session.llm = load_model(config.llm, config.dtype, config.device, config.trust_remote_code)
+            check_pair(self.session.slm, self.session.llm)
+        self.pair = f"{self.session.slm.fingerprint}/{self.session.llm.fingerprint}"
+        self.strategy = self._policy()
+
+    def _policy(self) -> Strategy:
+        config, adapter = self.config, self.session.adapter
+        thresholds = {"divergence": self.threshold} | (adapter.config.thresholds if adapter is not None else {})
+        decode = DecodeConfig(
+            temperature=config.temperature, top_p=1.0, support_size=config.support_size, divergence=config.divergence
+        )
+        k = adapter.config.num_candidates if adapter is not None else None
+        return build_strategy(config.policy, decode, thresholds, k, config.seed)
+
+    def shard(self, problems: Sequence[Problem]) -> pa.Table:
+        """One shard's table: write, label, pack."""
+        config, session = self.config, self.session
+        assert session.llm is not None
+        requests = requests_for(session, self.task, problems)
+        done = session.run(self.strategy, requests, config.max_new_tokens)
+        prompts, generated = [r.prompt_ids for r in requests], [s.token_ids for s in done]
+        labels = label(
+            session.slm, session.llm, prompts, generated, config.num_candidates, config.support_size, config.divergence
+        )
+        rows = [self._row(*row) for row in zip(problems, prompts, generated, labels, strict=True)]
+        return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+    def _row(self, problem: Problem, prompt: Sequence[int], tokens: list[int], labels: Labels) -> dict[str, Any]:
+        steps = np.arange(len(tokens))
+        chosen = np.flatnonzero((labels.divergence > self.threshold) & (steps >= self.config.warmup_steps))
+        return {
+            "task": self.task.name,
+            "split": self.config.split,
+            "problem_id": problem.problem_id,
+            "template": problem.template,
+            "policy": self.config.policy,
+            "pair": self.pair,
+            "seed": self.config.seed,
+            "num_candidates": labels.candidate_ids.shape[1],
+            "prompt_ids": list(prompt),
+            "token_ids": tokens,
+            "divergence": labels.divergence,
+            "group_steps": chosen,
+            "candidate_ids": labels.candidate_ids[chosen].ravel(),
+            "slm_logprobs": labels.slm_logprobs[chosen].ravel(),
+            "llm_probs": labels.llm_probs[chosen].ravel(),
+        }
+
+
+def _counts(run: RunFolder, num_problems: int, threshold: float, heldout: frozenset[str]) -> dict[str, Any]:
+    table = read_tables(run.shards("groups", "parquet"), ["token_ids", "group_steps"])
+    num_steps = sum(map(len, table["token_ids"].to_pylist()))
+    num_groups = sum(map(len, table["group_steps"].to_pylist()))
+    return {
+        "num_problems": num_problems,
+        "num_groups": num_groups,
+        "num_steps": num_steps,
+        "trigger_rate": num_groups / max(num_steps, 1),
+        "threshold": threshold,
+        "heldout_templates": sorted(heldout),
+        "shards": len(run.shards("groups", "parquet")),
+    }
+
+
+def read_groups(folder: str | Path) -> Iterator[SelectionGroup]:
+    """Every selection group of a collected run, in order; raises DataError where there are none."""
+    paths = sorted(Path(folder).glob("groups-*.parquet"))
+    if not paths:
+        raise DataError(f"{folder} holds no groups-*.parquet; pass a folder written by `s2t collect`.")
+    for path in paths:
+        for row in read_tables([path]).to_pylist():
+            yield from _groups_of(row)
+
+
+def _groups_of(row: dict[str, Any]) -> Iterator[SelectionGroup]:
+    k = row["num_candidates"]
+    provenance = Provenance(*(row[name] for name in ("task", "split", "problem_id", "template", "policy", "pair", "seed")))
+    for place, step in enumerate(row["group_steps"]):
+        part = slice(place * k, (place + 1) * k)
+        yield SelectionGroup(
+            prefix_ids=(*row["prompt_ids"], *row["token_ids"][:step]),
+            candidate_ids=tuple(row["candidate_ids"][part]),
+            slm_logprobs=tuple(row["slm_logprobs"][part]),
+            llm_probs=tuple(row["llm_probs"][part]),
+            divergence=row["divergence"][step],
+            is_triggered=True,
+            step=step,
+            provenance=provenance,
+        )

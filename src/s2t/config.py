@@ -1,0 +1,400 @@
+"""One frozen dataclass per command: file and flags become one checked object; each default lives here once.
+
+Flag beats file beats default. An unknown key is an error. The resolved config is saved in the run folder
+and the same command accepts it back. Knows no model and reads no problem.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from s2t.errors import ConfigError
+
+STRATEGIES = ("greedy", "sample", "self-consistency", "llm", "takeover", "s2t", "s2t-local")
+TRIGGERS = ("never", "random", "entropy", "divergence", "criticality")
+SCOPES = ("candidates", "always")
+CRITICALITY_READINGS = ("head", "reserved")
+DIVERGENCES = ("llm-slm", "slm-llm", "js", "released-code")
+
+NEEDS_LLM = frozenset({"llm", "takeover", "s2t"})
+_KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ConfigError(message)
+
+
+def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    _require(value in choices, f"{name} must be one of {', '.join(choices)}; got {value!r}.")
+
+
+def _at_least(low: float, **values: float) -> None:
+    for name, value in values.items():
+        _require(value >= low, f"{name} must be at least {low}; got {value}.")
+
+
+def _positive(hint: str = "", /, **values: float) -> None:
+    for name, value in values.items():
+        _require(value > 0, f"{name} must be above 0; got {value}{hint}.")
+
+
+def _between(name: str, value: float, low: float, high: float) -> None:
+    _require(low <= value <= high, f"{name} must be within {low}..{high}; got {value}.")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which models, and how they are loaded; shared by every command."""
+
+    slm: str = "tiny:slm"
+    """Hub id, folder, or `tiny:slm`, `tiny:slm-unfiltered`, `tiny:slm-small`."""
+    llm: str | None = None
+    """Hub id, folder, or `tiny:llm`; None where the LLM is not needed."""
+    dtype: str = "auto"
+    """auto, float32, bfloat16 or float16; auto keeps the checkpoint's dtype."""
+    device: str = "auto"
+    """auto (cuda if there is one, else cpu), cpu, cuda, cuda:1, mps."""
+    trust_remote_code: bool = False
+    """Run modelling code that comes with a checkpoint."""
+
+    def check_model(self) -> None:
+        _choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """Which problems; shared by every command that reads problems."""
+
+    task: str = "rg:gsm_symbolic,max_number=100"
+    """`rg:NAME[,key=value]`, a named task such as gsm8k, `hub:OWNER/NAME`, or a .jsonl path."""
+    limit: int = 500
+    """Number of problems."""
+    prompt: str = "auto"
+    """plain, cot (step by step, boxed answer) or auto (plain for the embedded pair, else cot)."""
+    seed: int = 0
+    """Seed of problems, sampling and training."""
+
+    def check_task(self) -> None:
+        _at_least(1, limit=self.limit)
+        _choice("prompt", self.prompt, ("auto", "plain", "cot"))
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """How sequences are written and read, by measure, collect and decoding alike."""
+
+    support_size: int = 64
+    """Tokens over which divergence is taken."""
+    divergence: str = "llm-slm"
+    """llm-slm, slm-llm, js or released-code: how the two distributions are compared."""
+    max_new_tokens: int = 256
+    """Length limit of one answer, in tokens."""
+    batch_size: int = 64
+    """Sequences written at once."""
+    warmup_steps: int = 3
+    """The first generated tokens that never trigger."""
+
+    def check_steps(self) -> None:
+        _choice("divergence", self.divergence, DIVERGENCES)
+        _at_least(1, support_size=self.support_size, max_new_tokens=self.max_new_tokens)
+        _at_least(1, batch_size=self.batch_size)
+        _at_least(0, warmup_steps=self.warmup_steps)
+
+
+@dataclass(frozen=True)
+class DecodeConfig(StepConfig):
+    """How tokens are chosen; shared by generate, eval and collect."""
+
+    trigger: str = "auto"
+    """never, random, entropy, divergence, criticality, or auto: divergence for takeover and s2t, criticality
+    for s2t-local, never for the others."""
+    threshold: float | None = None
+    """In the trigger's own unit; None takes the adapter's or the calibration file's value."""
+    calibration: str | None = None
+    """calibration.json written by `s2t calibrate`, or its folder."""
+    adapter: str | None = None
+    """Adapter folder written by `s2t train`; needed by s2t-local."""
+    num_candidates: int | None = None
+    """K, the SLM's tokens offered for selection; None takes the adapter's value, else 8."""
+    temperature: float = 0.7
+    """Of sample and self-consistency; above 0."""
+    top_p: float = 0.95
+    """Of sample and self-consistency: the share of probability kept; 1 keeps all."""
+    top_k: int = 0
+    """Of sample and self-consistency: the number of tokens kept; 0 keeps all."""
+    min_p: float = 0.0
+    """Of sample and self-consistency: drop tokens below this share of the best one; 0 keeps all."""
+    num_samples: int = 8
+    """N of self-consistency."""
+
+    def check_decode(self) -> None:
+        self.check_steps()
+        _choice("trigger", self.trigger, ("auto", *TRIGGERS))
+        if self.num_candidates is not None:
+            _at_least(1, num_candidates=self.num_candidates)
+        _at_least(1, num_samples=self.num_samples)
+        _positive("; use greedy for 0", temperature=self.temperature)
+        _require(0 < self.top_p <= 1, f"top_p must be within (0, 1]; got {self.top_p}.")
+        _at_least(0, top_k=self.top_k)
+        _between("min_p", self.min_p, 0, 1)
+
+
+@dataclass(frozen=True)
+class GenerateConfig(DecodeConfig, ModelConfig):
+    """`s2t generate` and `s2t chat`."""
+
+    strategy: str = "greedy"
+    """greedy, sample, self-consistency, llm, takeover, s2t or s2t-local."""
+    seed: int = 0
+    """Seed of sampling and of the random trigger."""
+
+    def __post_init__(self) -> None:
+        self.check_model()
+        self.check_decode()
+        _choice("strategy", self.strategy, STRATEGIES)
+
+
+@dataclass(frozen=True)
+class MeasureConfig(StepConfig, TaskConfig, ModelConfig):
+    """`s2t measure`: local sufficiency of a pair on the SLM's own trajectories."""
+
+    llm: str | None = "tiny:llm"
+    """Hub id, folder, or `tiny:llm`: the reference the SLM is compared with."""
+    out: str = "runs/measure"
+    """Folder of this run; rerunning resumes it."""
+    split: str = "calibration"
+    """train, calibration or test."""
+    quantile: float = 0.95
+    """Steps above this quantile of divergence count as divergence points when no threshold is given."""
+    threshold: float | None = None
+    """Divergence, in nats, above which a step is a divergence point; None takes the quantile."""
+    shard_size: int = 128
+    """Problems per file; a killed run loses one shard at most."""
+
+    def __post_init__(self) -> None:
+        self.check_model()
+        self.check_task()
+        self.check_steps()
+        _between("quantile", self.quantile, 0, 1)
+        _at_least(1, shard_size=self.shard_size)
+
+
+@dataclass(frozen=True)
+class CalibrateConfig:
+    """`s2t calibrate`: a measured run of the calibration split becomes thresholds."""
+
+    run: str = "runs/measure"
+    """Folder written by `s2t measure` on the calibration split."""
+    out: str = "runs/calibrate"
+    """Folder of this run."""
+    quantile: float = 0.95
+    """Thresholds stand at this quantile of the readings; 0.95 triggers at about 5 % of the steps."""
+
+    def __post_init__(self) -> None:
+        _between("quantile", self.quantile, 0, 1)
+
+
+@dataclass(frozen=True)
+class CollectConfig(StepConfig, TaskConfig, ModelConfig):
+    """`s2t collect`: problems of the train split become selection groups in parquet shards."""
+
+    llm: str | None = "tiny:llm"
+    """Hub id, folder, or `tiny:llm`: the reference that labels the groups."""
+    out: str = "runs/collect"
+    """Folder of this run; rerunning resumes it."""
+    split: str = "train"
+    """train, calibration or test."""
+    policy: str = "greedy"
+    """What writes the trajectories: greedy, sample, takeover, s2t, or s2t-local (with an adapter)."""
+    adapter: str | None = None
+    """Adapter folder written by `s2t train`, for policy s2t-local."""
+    calibration: str | None = None
+    """calibration.json written by `s2t calibrate`, or its folder."""
+    threshold: float | None = None
+    """Divergence threshold; None takes the calibration file's."""
+    heldout_templates: float = 0.25
+    """Share of templates kept out of selector training."""
+    num_candidates: int = 16
+    """Candidates stored per group."""
+    temperature: float = 1.0
+    """Of policy sample; above 0."""
+    shard_size: int = 256
+    """Problems per file; a killed run loses one shard at most."""
+
+    def __post_init__(self) -> None:
+        self.check_model()
+        self.check_task()
+        self.check_steps()
+        _choice("policy", self.policy, ("greedy", "sample", "takeover", "s2t", "s2t-local"))
+        if self.policy == "s2t-local" and self.adapter is None:
+            raise ConfigError("policy s2t-local needs --adapter, a folder written by `s2t train`.")
+        _between("heldout_templates", self.heldout_templates, 0, 0.9)
+        _at_least(1, num_candidates=self.num_candidates, shard_size=self.shard_size)
+        _positive("; use policy greedy for 0", temperature=self.temperature)
+
+
+@dataclass(frozen=True)
+class TrainConfig(ModelConfig):
+    """`s2t train`: selection groups become an adapter."""
+
+    groups: str = "runs/collect"
+    """Folders written by `s2t collect`, comma-separated."""
+    out: str = "runs/train"
+    """Folder of this run; the adapter goes into its `adapter` folder, and rerunning resumes."""
+    adapter_scope: str = "candidates"
+    """candidates (the LoRA acts on candidate tokens alone) or always (on every token, as in the paper)."""
+    criticality: str = "head"
+    """head (a small MLP) or reserved (two reserved tokens): how criticality is read."""
+    head_size: int = 64
+    """Width of the criticality head."""
+    num_candidates: int = 8
+    """K, the candidates of a group that the selector is trained on."""
+    num_bins: int = 16
+    """R, the reserved tokens read as bins."""
+    score_temperature: float = 0.1
+    """The expected bin is divided by this in the score; above 0."""
+    prior_weight: float = 1.0
+    """Lambda: the weight of log p_S in the score."""
+    criticality_threshold: float = 0.7
+    """Criticality above which a step triggers; stored in the adapter."""
+    lora_rank: int = 16
+    """Rank of the LoRA matrices."""
+    lora_alpha: float = 32.0
+    """Scale of the LoRA, over its rank."""
+    lora_dropout: float = 0.05
+    """Dropout inside the LoRA while training."""
+    learning_rate: float = 5e-5
+    """Peak of the schedule: linear warm-up, then a cosine to a tenth."""
+    weight_decay: float = 0.0
+    """Weight decay of AdamW."""
+    batch_groups: int = 4
+    """Selection groups per step, at least; whole trajectories are kept together."""
+    epochs: float = 3.0
+    """Passes over the groups; may be a fraction."""
+    warmup_ratio: float = 0.03
+    """Share of the steps over which the learning rate rises."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    ce_weight: float = 1.0
+    """Weight of the cross-entropy against the LLM's choice among the candidates."""
+    pairwise_weight: float = 1.0
+    """Weight of the pairwise margin loss."""
+    pairwise_margin: float = 0.1
+    """By how much the LLM's choice must lead in expected bin."""
+    listwise_weight: float = 0.1
+    """Weight of KL(LLM on the candidates || softmax of the scores)."""
+    lm_weight: float = 0.1
+    """Weight of KL(base LM || adapted LM) on prefix tokens; only scope `always` has use for it."""
+    criticality_weight: float = 1.0
+    """Weight of the criticality loss."""
+    all_steps: bool = False
+    """Train selection on every stored group, not on triggered ones alone."""
+    checkpoint_steps: int = 200
+    """Steps between checkpoints; a killed run resumes from the last one."""
+    seed: int = 0
+    """Seed of the order of groups, of dropout and of new weights."""
+
+    def __post_init__(self) -> None:
+        self.check_model()
+        _choice("adapter_scope", self.adapter_scope, SCOPES)
+        _choice("criticality", self.criticality, CRITICALITY_READINGS)
+        _at_least(2, num_bins=self.num_bins)
+        _at_least(1, num_candidates=self.num_candidates, head_size=self.head_size, lora_rank=self.lora_rank)
+        _at_least(1, batch_groups=self.batch_groups, checkpoint_steps=self.checkpoint_steps)
+        _positive(score_temperature=self.score_temperature, epochs=self.epochs, lora_alpha=self.lora_alpha)
+        _positive(learning_rate=self.learning_rate, max_grad_norm=self.max_grad_norm)
+        _at_least(0, **{name: value for name, value in vars(self).items() if name.endswith("_weight")})
+        _at_least(0, pairwise_margin=self.pairwise_margin, weight_decay=self.weight_decay)
+        _between("criticality_threshold", self.criticality_threshold, 0, 1)
+        _between("lora_dropout", self.lora_dropout, 0, 0.99)
+        _between("warmup_ratio", self.warmup_ratio, 0, 1)
+
+
+@dataclass(frozen=True)
+class EvalConfig(DecodeConfig, TaskConfig, ModelConfig):
+    """`s2t eval`: problems x strategies become graded results, scores with intervals and paired tests."""
+
+    llm: str | None = None
+    """Hub id, folder, or `tiny:llm`; needed by llm, takeover and s2t."""
+    strategies: str = "greedy,s2t-local"
+    """Comma-separated: greedy, sample, self-consistency, llm, takeover, s2t, s2t-local."""
+    out: str = "runs/eval"
+    """Folder of this run; rerunning resumes it."""
+    split: str = "test"
+    """train, calibration or test."""
+    heldout_templates: float = 0.25
+    """Share of templates reported as unseen; the adapter's own list goes first."""
+    shard_size: int = 128
+    """Problems per file; a killed run loses one shard at most."""
+    num_traces: int = 8
+    """Problems whose every token is kept for the report's trace."""
+
+    def __post_init__(self) -> None:
+        self.check_model()
+        self.check_task()
+        self.check_decode()
+        _between("heldout_templates", self.heldout_templates, 0, 0.9)
+        _at_least(1, shard_size=self.shard_size)
+        _at_least(0, num_traces=self.num_traces)
+        names = self.strategy_names
+        for name in names or ("",):
+            _choice("strategies", name, STRATEGIES)
+            _require(names.count(name) == 1, f"strategies must differ; got {name} more than once.")
+
+    @property
+    def strategy_names(self) -> tuple[str, ...]:
+        return tuple(name.strip() for name in self.strategies.split(",") if name.strip())
+
+
+C = TypeVar("C")
+
+
+def build_config(cls: type[C], file: str | Path | None = None, flags: Mapping[str, Any] | None = None) -> C:
+    """Merge defaults, a JSON config file and flags (None = not given) into one checked config.
+
+    Accepts a saved manifest.json too (its `config` object is read). Raises ConfigError for an unreadable
+    file, an unknown key, a value of the wrong type, or one out of range.
+    """
+    values = _read_config_file(Path(file)) if file is not None else {}
+    values |= {key: value for key, value in (flags or {}).items() if value is not None}
+    known = {item.name for item in fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - known)
+    _require(not unknown, f"unknown setting {', '.join(unknown)}; known: {', '.join(sorted(known))}.")
+    hints = get_type_hints(cls)
+    return cls(**{name: _typed(name, value, hints[name]) for name, value in values.items()})
+
+
+def config_dict(config: Any) -> dict[str, Any]:
+    """The config as JSON values, as saved in the manifest."""
+    return asdict(config)
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """The value as its field has it (a whole number may stand for a float); ConfigError for another kind."""
+    kinds = get_args(hint) or (hint,)
+    if float in kinds and type(value) is int:
+        value = float(value)
+    if type(value) not in kinds or (isinstance(value, float) and math.isnan(value)):
+        expected = " or ".join(_KINDS[kind] for kind in kinds)
+        raise ConfigError(f"{name} must be {expected}; got {value!r}.")
+    return value
+
+
+def _read_config_file(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config file {path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise ConfigError(f"config file {path} is not JSON: {error}.") from error
+    if isinstance(data, dict) and isinstance(data.get("config"), dict):
+        data = data["config"]
+    if not isinstance(data, dict):
+        raise ConfigError(f"config file {path} must hold one JSON object; got {type(data).__name__}.")
+    return data

@@ -1,0 +1,42 @@
+"""Losses of the selector: cross-entropy, pairwise margin and listwise KL over candidates, KL to the base LM, criticality.
+
+All take what the model produced and what the LLM said, in float32, and return one mean. No model here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def selection_cross_entropy(scores: Tensor, llm_probs: Tensor) -> Tensor:
+    """CE of the softmax over candidate scores against argmax p_L on the candidates; [G, K], [G, K] -> []."""
+    return F.cross_entropy(scores, llm_probs.argmax(-1))
+
+
+def pairwise_margin(expected: Tensor, llm_probs: Tensor, margin: float) -> Tensor:
+    """Mean hinge: the LLM's candidate must beat every other one's expected bin by `margin`; [G, K], [G, K] -> []."""
+    best = llm_probs.argmax(-1, keepdim=True)
+    gap = expected.gather(-1, best) - expected  # [G, K]
+    loss = (margin - gap).clamp_min(0.0).scatter(-1, best, 0.0)
+    return loss.sum(-1).div(max(expected.shape[-1] - 1, 1)).mean()
+
+
+def listwise_kl(scores: Tensor, llm_probs: Tensor) -> Tensor:
+    """KL(p_L renormalised on the candidates || softmax of scores), nats; [G, K], [G, K] -> []."""
+    target = llm_probs / llm_probs.sum(-1, keepdim=True).clamp_min(1e-12)
+    return F.kl_div(scores.log_softmax(-1), target, reduction="batchmean")
+
+
+def lm_preserving_kl(base_logits: Tensor, adapted_logits: Tensor) -> Tensor:
+    """KL(base LM || adapted LM) in nats, mean over positions; [T, V], [T, V] -> []."""
+    return F.kl_div(
+        adapted_logits.float().log_softmax(-1), base_logits.float().log_softmax(-1), log_target=True, reduction="batchmean"
+    )
+
+
+def criticality_loss(logits: Tensor, labels: Tensor, positive_weight: float) -> Tensor:
+    """Class-weighted binary cross-entropy over all steps; logits [N], labels [N] in {0, 1} -> []."""
+    weight = torch.tensor(positive_weight, device=logits.device)
+    return F.binary_cross_entropy_with_logits(logits.float(), labels.float(), pos_weight=weight)

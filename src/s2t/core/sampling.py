@@ -1,0 +1,49 @@
+"""Sampling filters and inverse-CDF sampling from explicit uniforms.
+
+A sequence's uniforms are drawn once from (seed, key), so a sample does not depend on the batch it ran in
+and a resumed run draws the same tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def uniforms(seed: int, key: str, count: int) -> np.ndarray:
+    """`count` uniforms in [0, 1) that depend on (seed, key) alone; float64 [count]."""
+    digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=16).digest()
+    return np.random.default_rng(int.from_bytes(digest, "big")).random(count)
+
+
+def filter_logits(
+    logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> Tensor:
+    """Apply temperature, then top-k, top-p and min-p, each on what the one before left; [B, V] -> [B, V].
+
+    0 turns top-k off, 1 turns top-p off, 0 turns min-p off. The best token always stays.
+    """
+    logits = logits.float() / temperature
+    if 0 < top_k < logits.shape[-1]:
+        kth = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    if top_p < 1:
+        values, ids = logits.sort(dim=-1, descending=True)
+        probs = values.softmax(-1)
+        drop = probs.cumsum(-1) - probs >= top_p
+        logits = logits.scatter(-1, ids, values.masked_fill(drop, float("-inf")))
+    if min_p > 0:
+        best = logits.max(-1, keepdim=True).values
+        logits = logits.masked_fill(logits < best + float(np.log(min_p)), float("-inf"))
+    return logits
+
+
+def sample(logits: Tensor, uniform: Tensor) -> Tensor:
+    """One token per row by inverse CDF; [B, V], [B] in [0, 1) -> [B] int64; never a token at -inf."""
+    probs = logits.double().softmax(-1)
+    cdf = probs.cumsum(-1)
+    target = uniform.to(cdf).unsqueeze(-1) * cdf[..., -1:]
+    return torch.searchsorted(cdf, target, right=True).squeeze(-1).clamp_max(logits.shape[-1] - 1)

@@ -1,0 +1,91 @@
+"""Distances between the two models' next-token distributions, and where the LLM's choice stands in the SLM's order.
+
+Works on logits of any leading shape. The two vocabularies share their token ids; rows of padding at the
+end may differ in number. Knows no model and no threshold.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from s2t.errors import ConfigError
+
+
+def align_vocabulary(logits: Tensor, size: int) -> Tensor:
+    """Crop or pad (-inf) the last dimension to `size`, so that padded vocabularies compare; [..., V'] -> [..., size]."""
+    if logits.shape[-1] >= size:
+        return logits[..., :size]
+    return torch.nn.functional.pad(logits, (0, size - logits.shape[-1]), value=float("-inf"))
+
+
+def with_rest_bucket(probs: Tensor) -> Tensor:
+    """Append the mass outside the support as one bucket; [..., S] -> [..., S + 1]."""
+    rest = (1.0 - probs.sum(-1, keepdim=True)).clamp_min(0.0)
+    return torch.cat([probs, rest], dim=-1)
+
+
+def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) in nats along the last dimension, >= 0; q is floored at 1e-12 so that the value stays finite."""
+    q = q.clamp_min(1e-12)
+    terms = torch.where(p > 0, p * (p.clamp_min(1e-38).log() - q.log()), torch.zeros_like(p))
+    return terms.sum(-1).clamp_min(0.0)
+
+
+def divergence(llm_logits: Tensor, slm_logits: Tensor, support_size: int = 64, kind: str = "llm-slm") -> Tensor:
+    """Disagreement of the two next-token distributions in nats; [..., V'], [..., V] -> [...], float32, >= 0.
+
+    `llm-slm` is KL(llm || slm) on the SLM's top `support_size` tokens plus one rest bucket that keeps the
+    mass outside, so a token the SLM does not propose still counts; a lower bound of the full KL. `slm-llm`
+    turns the direction, `js` is the Jensen-Shannon divergence on the same buckets. `released-code` is the
+    original script's: tokens with p_L <= 1e-12 dropped, both renormalised, full vocabulary.
+
+    Raises ConfigError for an unknown kind.
+    Source: Select to Think (arXiv 2604.26940), the trigger; the rest bucket is ours.
+    """
+    llm_logits = align_vocabulary(llm_logits, slm_logits.shape[-1])
+    if kind == "released-code":
+        return _masked_divergence(llm_logits, slm_logits)
+    support_size = min(support_size, slm_logits.shape[-1])
+    top = slm_logits.topk(support_size, dim=-1)  # [..., S]
+    slm_probs = with_rest_bucket(_probs_of(slm_logits, top.indices))  # [..., S + 1]
+    llm_probs = with_rest_bucket(_probs_of(llm_logits, top.indices))  # [..., S + 1]
+    if kind == "llm-slm":
+        return kl_divergence(llm_probs, slm_probs)
+    if kind == "slm-llm":
+        return kl_divergence(slm_probs, llm_probs)
+    if kind == "js":
+        middle = 0.5 * (llm_probs + slm_probs)
+        return 0.5 * (kl_divergence(llm_probs, middle) + kl_divergence(slm_probs, middle))
+    raise ConfigError(f"divergence must be llm-slm, slm-llm, js or released-code; got {kind!r}.")
+
+
+def _probs_of(logits: Tensor, ids: Tensor) -> Tensor:
+    """Probabilities of listed ids without a float32 copy of the whole softmax; [..., V], [..., S] -> [..., S]."""
+    logits = logits.float()
+    return (logits.gather(-1, ids) - logits.logsumexp(-1, keepdim=True)).exp()
+
+
+def _masked_divergence(llm_logits: Tensor, slm_logits: Tensor) -> Tensor:
+    llm_probs, slm_probs = llm_logits.float().softmax(-1), slm_logits.float().softmax(-1)
+    keep = llm_probs > 1e-12
+    llm_probs, slm_probs = llm_probs * keep, slm_probs * keep
+    return kl_divergence(
+        llm_probs / llm_probs.sum(-1, keepdim=True), slm_probs / slm_probs.sum(-1, keepdim=True).clamp_min(1e-12)
+    )
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy of the next-token distribution in nats; [..., V] -> [...], float32, >= 0."""
+    logprobs = logits.float().log_softmax(-1)
+    return -torch.where(logprobs > -80, logprobs.exp() * logprobs, torch.zeros_like(logprobs)).sum(-1).clamp_max(0.0)
+
+
+def rank_of(logits: Tensor, ids: Tensor) -> Tensor:
+    """Place of a token in the order of the logits, 0 for the best; ties go to the lower id; [..., V], [...] -> [...].
+
+    The order is that of `argmax` and of a stable descending sort, so rank < K says the token is a candidate.
+    """
+    value = logits.gather(-1, ids.unsqueeze(-1))  # [..., 1]
+    before = torch.arange(logits.shape[-1], device=logits.device) < ids.unsqueeze(-1)
+    return ((logits > value) | ((logits == value) & before)).sum(-1)

@@ -1,0 +1,108 @@
+"""Labelling by prefill: read whole trajectories with both models and say, at every step, how they disagree.
+
+One batched forward per model and trajectory; the logits of all positions are never held at once. `measure`
+and `collect` both stand on this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from s2t.core.candidates import mask_forbidden, propose
+from s2t.core.support import align_vocabulary, divergence, entropy, rank_of
+from s2t.decode.state import log_softmax_at
+from s2t.model.engine import Engine
+from s2t.model.load import LoadedModel
+
+_LOGITS_AT_ONCE = 2**26  # floats per model, 256 MB
+_TOKENS_AT_ONCE = 2**14
+
+
+@dataclass(slots=True)
+class Labels:
+    """Per generated token of one trajectory; T tokens, K stored candidates."""
+
+    divergence: np.ndarray  # [T] float32, nats
+    entropy: np.ndarray  # [T] float32, nats
+    rank: np.ndarray  # [T] int32, place of argmax p_L in the SLM's order, 0 = top
+    candidate_ids: np.ndarray  # [T, K] int32
+    slm_logprobs: np.ndarray  # [T, K] float32
+    llm_probs: np.ndarray  # [T, K] float32, absolute
+
+
+def label(
+    slm: LoadedModel,
+    llm: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    generated: Sequence[Sequence[int]],
+    num_candidates: int = 16,
+    support_size: int = 64,
+    kind: str = "llm-slm",
+) -> list[Labels]:
+    """Labels of every trajectory, in order; prompts and generated are token ids.
+
+    Source: Select to Think (arXiv 2604.26940): selection groups and divergence at each step of a trajectory.
+    """
+    labels: dict[int, Labels] = {}
+    k = min(num_candidates, slm.vocab_size)
+    for batch in _batches([len(p) + len(g) for p, g in zip(prompts, generated, strict=True)]):
+        reader = _PairReader(Engine(slm, len(batch)), Engine(llm, len(batch)), k, support_size, kind)
+        found = reader.read([prompts[i] for i in batch], [generated[i] for i in batch])
+        labels.update(zip(batch, found, strict=True))
+    return [labels[i] for i in range(len(prompts))]
+
+
+def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Indices batched by length, at most _TOKENS_AT_ONCE padded tokens each."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    batch: list[int] = []
+    for i in order:
+        if batch and (len(batch) + 1) * lengths[i] > _TOKENS_AT_ONCE:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+@dataclass(slots=True)
+class _PairReader:
+    slm: Engine
+    llm: Engine
+    num_candidates: int
+    support_size: int
+    kind: str
+
+    @torch.inference_mode()
+    def read(self, prompts: Sequence[Sequence[int]], generated: Sequence[Sequence[int]]) -> list[Labels]:
+        rows = list(range(len(prompts)))
+        texts = [[*p, *g[:-1]] for p, g in zip(prompts, generated, strict=True)]
+        where = [(row, len(p) - 1 + t) for row, (p, g) in enumerate(zip(prompts, generated, strict=True)) for t in range(len(g))]
+        index = torch.tensor(where, device=self.slm.device).T
+        slm_hidden = self.slm.read(rows, texts)[index[0], index[1]]  # [N, H]
+        llm_hidden = self.llm.read(rows, texts)[index[0], index[1]]  # [N, H']
+        size = max(1, _LOGITS_AT_ONCE // self.slm.vocab_size)
+        parts = [self._compare(slm_hidden[i : i + size], llm_hidden[i : i + size]) for i in range(0, len(where), size)]
+        columns = [np.concatenate([part[c] for part in parts]) for c in range(6)]
+        ends = np.cumsum([len(g) for g in generated])[:-1]
+        return [Labels(*split) for split in zip(*(np.split(column, ends) for column in columns), strict=True)]
+
+    def _compare(self, slm_hidden: Tensor, llm_hidden: Tensor) -> tuple[np.ndarray, ...]:
+        size = self.slm.vocab_size
+        slm_logits = self.slm.logits(slm_hidden)
+        llm_logits = mask_forbidden(align_vocabulary(self.llm.head(llm_hidden), size), self.slm.forbidden_ids, size)
+        ids, logprobs = propose(slm_logits, self.num_candidates)
+        values = (
+            divergence(llm_logits, slm_logits, self.support_size, self.kind),
+            entropy(slm_logits),
+            rank_of(slm_logits, llm_logits.argmax(-1)).int(),
+            ids.int(),
+            logprobs,
+            log_softmax_at(llm_logits, ids).exp(),
+        )
+        return tuple(value.cpu().numpy() for value in values)

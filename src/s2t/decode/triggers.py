@@ -1,0 +1,76 @@
+"""Triggers: rules that read one number per row and fire when it passes a threshold in the rule's own unit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from s2t.core.support import divergence, entropy
+from s2t.decode.state import State
+
+
+class Trigger:
+    """Base of all triggers: never fires and reads nothing."""
+
+    name = "never"
+    needs_llm = False
+
+    def read(self, state: State) -> Tensor | None:
+        """One value per active row, [n], or None when nothing is read."""
+        return None
+
+    def fires(self, values: Tensor, threshold: float) -> Tensor:
+        """Which rows fire; [n] -> bool [n]."""
+        return values > threshold
+
+
+class Never(Trigger):
+    """Plain decoding."""
+
+
+class Random(Trigger):
+    """Fires with a fixed probability; the threshold is that probability."""
+
+    name = "random"
+
+    def read(self, state: State) -> Tensor:
+        return state.uniforms
+
+    def fires(self, values: Tensor, threshold: float) -> Tensor:
+        return values < threshold
+
+
+class Entropy(Trigger):
+    """Entropy of the SLM's next-token distribution, nats."""
+
+    name = "entropy"
+
+    def read(self, state: State) -> Tensor:
+        return entropy(state.logits)
+
+
+@dataclass
+class Divergence(Trigger):
+    """Disagreement of LLM and SLM, nats; reads the LLM at every token. Source: arXiv 2604.26940."""
+
+    support_size: int = 64
+    kind: str = "llm-slm"
+    name = "divergence"
+    needs_llm = True
+
+    def read(self, state: State) -> Tensor:
+        return divergence(state.llm_logits(), state.logits, self.support_size, self.kind)
+
+
+class Criticality(Trigger):
+    """The SLM's own estimate, in [0, 1], that the step is a divergence point; no LLM."""
+
+    name = "criticality"
+
+    def read(self, state: State) -> Tensor:
+        adapter = state.engine.adapter
+        assert adapter is not None, "criticality is read from an adapter"
+        with torch.inference_mode():
+            return adapter.criticality(state.hidden)

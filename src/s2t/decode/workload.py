@@ -1,0 +1,50 @@
+"""What every workflow does before it writes tokens: open the task, make requests, read thresholds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from s2t.config import TaskConfig
+from s2t.decode.loop import Request
+from s2t.decode.session import Session
+from s2t.errors import DataError
+from s2t.files import read_json
+from s2t.model.tiny import is_embedded
+from s2t.records import Problem
+from s2t.tasks.problems import Task, load_task
+
+
+def open_task(config: TaskConfig, slm: str) -> Task:
+    """The task under its prompt style; `auto` is plain for the embedded pair and step by step for others."""
+    style = config.prompt
+    if style == "auto":
+        style = "plain" if is_embedded(slm) else "cot"
+    return load_task(config.task, style)
+
+
+def requests_for(session: Session, task: Task, problems: Sequence[Problem], num_samples: int = 1) -> list[Request]:
+    """One request per problem and sample, numbered problem by problem; keys make samples independent of the batch."""
+    requests = []
+    for place, problem in enumerate(problems):
+        ids = session.prompt(task.prompt(problem))
+        for k in range(num_samples):
+            requests.append(Request(place * num_samples + k, ids, f"{problem.problem_id}/{k}"))
+    return requests
+
+
+def read_thresholds(calibration: str | Path | None) -> dict[str, float]:
+    """Thresholds per trigger from a calibration.json (or the folder that holds it); {} for None."""
+    if calibration is None:
+        return {}
+    path = Path(calibration)
+    path = path / "calibration.json" if path.is_dir() else path
+    data = read_json(path)
+    if not isinstance(data, dict) or not isinstance(data.get("thresholds"), dict):
+        raise DataError(f"{path} holds no thresholds; pass the calibration.json that `s2t calibrate` wrote.")
+    return {str(name): float(value) for name, value in data["thresholds"].items()}
+
+
+def shards_of(problems: Sequence[Problem], size: int) -> list[Sequence[Problem]]:
+    """Consecutive chunks of at most `size` problems; a shard's content never depends on the others."""
+    return [problems[i : i + size] for i in range(0, len(problems), size)]

@@ -1,0 +1,83 @@
+"""The whole method on the embedded pair, offline: measure, calibrate, collect, train, evaluate, report.
+
+Each step is the ordinary workflow with its own run folder, so a killed demo resumes where it stopped.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from s2t.collect import collect
+from s2t.config import CalibrateConfig, CollectConfig, EvalConfig, MeasureConfig, TrainConfig
+from s2t.evaluate import evaluate
+from s2t.files import write_json
+from s2t.measure import calibrate, measure
+from s2t.model.tiny import model_card_note
+from s2t.report import write_report
+from s2t.train.trainer import train
+
+STRATEGIES = "greedy,self-consistency,takeover,s2t,s2t-local,llm"
+NUM_TEST = 1000
+NUM_CALIBRATION = 500
+NUM_TRAIN = 4000
+QUANTILE = 0.95
+TASK = "rg:gsm_symbolic,max_number=100"
+SLM, LLM = "tiny:slm", "tiny:llm"
+TRAIN_SETTINGS: dict[str, Any] = {
+    "learning_rate": 2e-3,
+    "batch_groups": 64,
+    "epochs": 6.0,
+    "lora_rank": 16,
+}
+"""What calibration problems chose for the embedded pair; every try is in docs/log.md."""
+
+
+def demo(out: str = "runs/demo", seed: int = 0, limit: int | None = None, groups: int | None = None) -> dict[str, Any]:
+    """Run the main job in `out` and return summary.json; `limit` test problems, selector training on `groups` problems."""
+    folder = Path(out)
+    num_test, num_train = limit or NUM_TEST, groups or NUM_TRAIN
+    names = {name: str(folder / name) for name in ("measure", "calibrate", "collect", "train", "sufficiency", "eval")}
+    _say(1, "measure the pair on calibration problems")
+    common: dict[str, Any] = {"slm": SLM, "llm": LLM, "task": TASK, "seed": seed}
+    measure(
+        MeasureConfig(**common, out=names["measure"], limit=min(NUM_CALIBRATION, 4 * num_test), quantile=QUANTILE)
+    )
+    _say(2, "calibrate the divergence threshold")
+    thresholds = calibrate(CalibrateConfig(run=names["measure"], out=names["calibrate"], quantile=QUANTILE))
+    calibration = str(Path(names["calibrate"]) / "calibration.json")
+    _say(3, "collect selection groups from training problems")
+    collect(CollectConfig(**common, out=names["collect"], limit=num_train, calibration=calibration))
+    _say(4, "train the selector")
+    train(TrainConfig(slm=SLM, groups=names["collect"], out=names["train"], seed=seed, **TRAIN_SETTINGS))
+    _say(5, "measure local sufficiency on test problems")
+    found = measure(
+        MeasureConfig(
+            **common,
+            out=names["sufficiency"],
+            split="test",
+            limit=num_test,
+            threshold=thresholds["thresholds"]["divergence"],
+        )
+    )
+    _say(6, "evaluate every strategy on test problems")
+    summary = evaluate(
+        EvalConfig(
+            **common,
+            out=names["eval"],
+            limit=num_test,
+            strategies=STRATEGIES,
+            calibration=calibration,
+            adapter=str(Path(names["train"]) / "adapter"),
+        )
+    )
+    summary["sufficiency"] = {key: found[key] for key in ("num_divergence_points", "trigger_rate", "hit_rate")}
+    write_json(folder / "summary.json", summary)
+    page = write_report(names["eval"], out=folder, measure=names["sufficiency"], note=model_card_note(SLM))
+    _say(7, f"report written: {page}")
+    return summary
+
+
+def _say(step: int, text: str) -> None:
+    print(f"[{step}/7] {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,293 @@
+"""Problems x strategies to graded results: accuracy with intervals, paired tests on the same problems, and every cost.
+
+Work is cut into shards of problems per strategy; a killed run resumes by shard. Adapters refuse test problems
+they were trained on.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+
+from s2t.config import NEEDS_LLM, EvalConfig
+from s2t.core.stats import bootstrap_interval, paired_comparison
+from s2t.decode.session import Generated, Session
+from s2t.decode.strategies import Strategy, build_strategy, vote
+from s2t.decode.workload import open_task, read_thresholds, requests_for, shards_of
+from s2t.errors import ConfigError
+from s2t.files import RunFolder, read_json, read_jsonl, write_json, write_text
+from s2t.model.adapter import AdapterConfig, read_adapter_config, train_problem_hashes
+from s2t.model.chat import decode_ids
+from s2t.model.load import load_model
+from s2t.progress import progress
+from s2t.records import Cost, Problem, Result, Step
+from s2t.tasks.problems import Task, check_disjoint, heldout_templates
+
+_COSTS = ("slm_forwards", "llm_forwards", "slm_processed", "llm_processed", "slm_flops", "llm_flops")
+
+
+def evaluate(config: EvalConfig) -> dict[str, Any]:
+    """Run all strategies and return summary.json; writes results.jsonl, traces.jsonl and the shards they come from."""
+    names = config.strategy_names
+    adapter = read_adapter_config(config.adapter) if config.adapter is not None else None
+    run = RunFolder.open(config.out, "eval", config)
+    task = open_task(config, config.slm)
+    problems = task.problems(config.split, config.limit, config.seed)
+    if config.adapter is not None:
+        check_disjoint(problems, train_problem_hashes(config.adapter), f"the {config.split} problems and the adapter's")
+    _Evaluation(config, run, task, problems, adapter).run_missing()
+    results = {name: _read_results(run, name) for name in names}
+    summary = _summary(config, run, task, problems, results, adapter)
+    write_text(run.file("results.jsonl"), "".join(_line(r) for name in names for r in results[name][0]))
+    write_text(run.file("traces.jsonl"), "".join(_line(t) for name in names for t in results[name][2]))
+    write_json(run.file("summary.json"), summary)
+    run.finish()
+    return summary
+
+
+def _line(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False) + "\n"
+
+
+class _Evaluation:
+    """The decoding part: models are loaded only when a shard is missing."""
+
+    def __init__(
+        self, config: EvalConfig, run: RunFolder, task: Task, problems: list[Problem], adapter: AdapterConfig | None
+    ) -> None:
+        self.config, self.run, self.task, self.problems = config, run, task, problems
+        self.shards = shards_of(problems, config.shard_size)
+        thresholds = read_thresholds(config.calibration) | (adapter.thresholds if adapter is not None else {})
+        k = adapter.num_candidates if adapter is not None else None
+        self.strategies = [build_strategy(name, config, thresholds, k, config.seed) for name in config.strategy_names]
+
+    def run_missing(self) -> None:
+        """Decode and grade every shard that is not on disk yet."""
+        session: Session | None = None
+        for strategy in self.strategies:
+            paths = [self.run.shard(f"results-{strategy.name}", i, "json") for i in range(len(self.shards))]
+            missing = [i for i, path in enumerate(paths) if not path.exists()]
+            if not missing:
+                continue
+            if session is None:
+                config = self.config
+                session = Session.open(config, config.strategy_names, config.adapter, config.batch_size)
+                write_json(self.run.file("pair.json"), _pair(session))
+                _warm_up(session)
+            done = sum(len(self.shards[i]) for i in range(len(paths)) if i not in missing)
+            with progress(strategy.name, len(self.problems), done) as advance:
+                for i in missing:
+                    write_json(paths[i], self._shard(session, strategy, self.shards[i], is_first=i == 0))
+                    advance(len(self.shards[i]))
+
+    def _shard(self, session: Session, strategy: Strategy, problems: Sequence[Problem], is_first: bool) -> dict[str, Any]:
+        samples = self.config.num_samples if strategy.name == "self-consistency" else 1
+        requests = requests_for(session, self.task, problems, samples)
+        start = time.perf_counter()
+        done = session.run(strategy, requests, self.config.max_new_tokens)
+        seconds = time.perf_counter() - start
+        results = [
+            self._grade(session, strategy, problem, done[i * samples : (i + 1) * samples])
+            for i, problem in enumerate(problems)
+        ]
+        traced = problems[: self.config.num_traces] if is_first and samples == 1 else []
+        return {
+            "seconds": seconds,
+            "results": [asdict(result) for result in results],
+            "traces": self._traces(session, strategy, traced, results),
+        }
+
+    def _grade(
+        self, session: Session, strategy: Strategy, problem: Problem, samples: Sequence[Generated]
+    ) -> Result:
+        texts = [decode_ids(session.slm.tokenizer, sample.token_ids) for sample in samples]
+        grades = [self.task.grade(problem, text) for text in texts]
+        winner = 0
+        if len(samples) > 1:
+            answers = [self.task.canonical(grade.extracted) for grade in grades]
+            winner = answers.index(vote(answers))
+        cost = sum((sample.cost for sample in samples), Cost())
+        return Result(
+            problem_id=problem.problem_id,
+            template=problem.template,
+            strategy=strategy.name,
+            is_correct=grades[winner].is_correct,
+            extracted=grades[winner].extracted,
+            gold=problem.answer,
+            text=texts[winner],
+            cost=cost,
+            num_triggered=sum(sample.num_triggered for sample in samples),
+            num_flips=sum(sample.num_flips for sample in samples),
+            finish_reason=samples[winner].finish_reason,
+            num_samples=len(samples),
+            num_correct_samples=sum(grade.is_correct for grade in grades) if len(samples) > 1 else None,
+        )
+
+    def _traces(
+        self, session: Session, strategy: Strategy, problems: Sequence[Problem], results: Sequence[Result]
+    ) -> list[dict[str, Any]]:
+        if not problems:
+            return []
+        requests = requests_for(session, self.task, problems)
+        done = session.run(strategy, requests, self.config.max_new_tokens, keep_steps=True)
+        return [
+            {
+                "problem_id": problem.problem_id,
+                "question": problem.question,
+                "gold": problem.answer,
+                "strategy": strategy.name,
+                "is_correct": result.is_correct,
+                "extracted": result.extracted,
+                "prompt_text": self.task.prompt(problem),
+                "steps": [trace_step(session, step) for step in sequence.steps],
+            }
+            for problem, result, sequence in zip(problems, results, done, strict=False)
+        ]
+
+
+def trace_step(session: Session, step: Step) -> dict[str, Any]:
+    """A step as the trace page shows it, with the text of every token."""
+
+    def text(token_id: int) -> str:
+        return str(session.slm.tokenizer.decode([token_id]))
+
+    candidates = None
+    if step.candidates is not None:
+        llm, scores = step.llm_probs, step.scores
+        candidates = [
+            {
+                "id": token_id,
+                "text": text(token_id),
+                "slm_prob": float(np.exp(logprob)),
+                "llm_prob": llm[place] if llm is not None else None,
+                "score": scores[place] if scores is not None else None,
+                "selected": token_id == step.token_id,
+            }
+            for place, (token_id, logprob) in enumerate(zip(step.candidates.ids, step.candidates.logprobs, strict=True))
+        ]
+    return {
+        "token_id": step.token_id,
+        "text": text(step.token_id),
+        "greedy_id": step.greedy_id,
+        "greedy_text": text(step.greedy_id),
+        "fired": step.fired,
+        "value": step.value,
+        "flip": step.flip and step.fired,
+        "candidates": candidates,
+    }
+
+
+def _pair(session: Session) -> dict[str, Any]:
+    slm, llm = session.slm, session.llm
+    return {
+        "slm": slm.name,
+        "llm": llm.name if llm is not None else None,
+        "slm_params": slm.num_params,
+        "llm_params": llm.num_params if llm is not None else None,
+    }
+
+
+def _warm_up(session: Session) -> None:
+    """One short batch before the clock starts, so that no strategy pays for the libraries' first call."""
+    request = requests_for_warm_up(session)
+    session.run(Strategy("greedy", build_strategy("greedy", EvalConfig(), {}).trigger), request, 4)
+
+
+def requests_for_warm_up(session: Session) -> list[Any]:
+    from s2t.decode.loop import Request
+
+    return [Request(0, session.prompt("1 + 1 ="), "")]
+
+
+def _read_results(run: RunFolder, name: str) -> tuple[list[dict[str, Any]], float, list[dict[str, Any]]]:
+    shards = [read_json(path) for path in run.shards(f"results-{name}", "json")]
+    results = [result for shard in shards for result in shard["results"]]
+    return results, sum(shard["seconds"] for shard in shards), [t for shard in shards for t in shard["traces"]]
+
+
+def _summary(
+    config: EvalConfig,
+    run: RunFolder,
+    task: Task,
+    problems: Sequence[Problem],
+    results: Mapping[str, tuple[list[dict[str, Any]], float, Any]],
+    adapter: AdapterConfig | None,
+) -> dict[str, Any]:
+    rows = {name: found[0] for name, found in results.items()}
+    seconds = {name: found[1] for name, found in results.items()}
+    held = set(adapter.heldout_templates) if adapter is not None else set()
+    if not held:
+        held = set(heldout_templates(task.templates(), config.heldout_templates))
+    summary = {
+        "task": config.task,
+        "split": config.split,
+        "seed": config.seed,
+        "num_test": len(problems),
+        "pair": read_json(run.file("pair.json")),
+        "sufficiency": None,
+        **_section(rows, seconds, config.seed),
+        "gap_closed": _gap_closed(rows),
+    }
+    for title, is_held in (("seen_templates", False), ("unseen_templates", True)):
+        part = {name: [r for r in found if (r["template"] in held) == is_held] for name, found in rows.items()}
+        if held and all(part.values()):
+            count = len(next(iter(part.values())))
+            summary[title] = {"num_problems": count, **_section(part, None, config.seed), "gap_closed": _gap_closed(part)}
+    return summary
+
+
+def _section(
+    rows: Mapping[str, list[dict[str, Any]]], seconds: Mapping[str, float] | None, seed: int
+) -> dict[str, Any]:
+    strategies = {name: _scores(found, None if seconds is None else seconds[name]) for name, found in rows.items()}
+    paired = {}
+    for left, right in _pairs(tuple(rows)):
+        correct = [np.array([r["is_correct"] for r in rows[name]]) for name in (left, right)]
+        paired[f"{left} vs {right}"] = paired_comparison(*correct, seed=seed)
+    return {"strategies": strategies, "paired": paired}
+
+
+def _pairs(names: tuple[str, ...]) -> list[tuple[str, str]]:
+    """s2t-local against every other strategy, and every other strategy against greedy."""
+    pairs = [("s2t-local", name) for name in names if name != "s2t-local"] if "s2t-local" in names else []
+    if "greedy" in names:
+        pairs += [(name, "greedy") for name in names if name not in ("greedy", "s2t-local")]
+    if "s2t" in names and "takeover" in names:
+        pairs.append(("s2t", "takeover"))
+    return pairs
+
+
+def _scores(results: Sequence[Mapping[str, Any]], seconds: float | None) -> dict[str, Any]:
+    correct = np.array([r["is_correct"] for r in results], dtype=float)
+    generated = sum(r["cost"]["generated"] for r in results)
+    name = results[0]["strategy"]
+    llm_tokens = generated if name in NEEDS_LLM else 0
+    scores = {
+        "accuracy": float(correct.mean()),
+        "ci95": list(bootstrap_interval(correct)),
+        "num_problems": len(results),
+        "slm_tokens": 0 if name == "llm" else generated,
+        "llm_tokens": llm_tokens,
+        **{key: sum(r["cost"][key] for r in results) for key in _COSTS},
+        "trigger_rate": sum(r["num_triggered"] for r in results) / max(generated, 1),
+        "flip_rate": sum(r["num_flips"] for r in results) / max(generated, 1),
+        "seconds": seconds,
+    }
+    if results[0]["num_correct_samples"] is not None:
+        scores["num_samples"] = results[0]["num_samples"]
+        scores["pass_at_n"] = float(np.mean([r["num_correct_samples"] > 0 for r in results]))
+    return scores
+
+
+def _gap_closed(rows: Mapping[str, list[dict[str, Any]]]) -> float | None:
+    """Share of the way from greedy to collaborative S2T that s2t-local goes; None where it is not defined."""
+    if not {"greedy", "s2t", "s2t-local"} <= rows.keys():
+        return None
+    accuracy = {name: np.mean([r["is_correct"] for r in rows[name]]) for name in ("greedy", "s2t", "s2t-local")}
+    gap = accuracy["s2t"] - accuracy["greedy"]
+    return float((accuracy["s2t-local"] - accuracy["greedy"]) / gap) if gap > 0 else None

@@ -1,0 +1,282 @@
+"""Run folders and the files in them: every write is atomic, every manifest says what made the folder.
+
+A run folder belongs to one command with one config; it becomes final only when the command says so. Knows
+nothing of what the files mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from s2t.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+MANIFEST = "manifest.json"
+_PACKAGES = ("s2t", "torch", "transformers", "peft")
+_ABSENT = object()
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 text atomically; DataError when the place cannot be written."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: str | Path, obj: Any) -> None:
+    """Write one indented JSON document atomically; numpy values, paths and dataclasses become plain JSON."""
+    write_text(path, json.dumps(obj, indent=2, ensure_ascii=False, default=_plain) + "\n")
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write bytes atomically; DataError when the place cannot be written."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(data)
+
+    _write_atomically(Path(path), write)
+
+
+def write_table(path: str | Path, table: pyarrow.Table) -> None:
+    """Write one parquet file atomically; DataError when the place cannot be written."""
+    from pyarrow import parquet
+
+    def write(temporary: Path) -> None:
+        parquet.write_table(table, temporary)
+
+    _write_atomically(Path(path), write)
+
+
+def read_json(path: str | Path) -> Any:
+    """The JSON document at `path`; DataError when it is missing or not JSON."""
+    try:
+        return json.loads(_read_text(Path(path)))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} is not JSON (line {error.lineno}: {error.msg}); write it again.") from error
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file, one per line; DataError names file:line of a bad one."""
+    return [row for _, row in read_jsonl_lines(path)]
+
+
+def read_jsonl_lines(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
+    """Like `read_jsonl`, each object with its file:line; blank lines are skipped."""
+    lines = enumerate(_read_text(Path(path)).split("\n"), start=1)
+    places = [(f"{path}:{number}", line) for number, line in lines if line.strip()]
+    return [(where, _json_object(line, where)) for where, line in places]
+
+
+def read_tables(paths: Iterable[str | Path], columns: Sequence[str] | None = None) -> pyarrow.Table:
+    """Concatenate parquet files into one table, in the given order; DataError names an unreadable one."""
+    import pyarrow
+
+    tables = [_read_table(Path(path), columns) for path in paths]
+    if not tables:
+        raise DataError("there are no parquet shards to read; run the command that writes them first.")
+    try:
+        return pyarrow.concat_tables(tables)
+    except pyarrow.ArrowException as error:
+        raise DataError(f"the parquet shards do not fit together: {_one_line(error)}.") from error
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of s2t, Python, platform, torch, transformers and peft (None: absent); imports none."""
+    found: dict[str, str | None] = {name: _version(name) for name in _PACKAGES}
+    return found | {"python": platform.python_version(), "platform": platform.platform()}
+
+
+@dataclass
+class RunFolder:
+    """One command's output folder; made by `RunFolder.open`, final after `finish`."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: str | Path, command: str, config: Any, ignore: tuple[str, ...] = ()) -> RunFolder:
+        """Make the folder, or reopen it for the same command and config (keys in `ignore` may differ).
+
+        A complete run stays complete, so a rerun can see there is nothing left to do. ConfigError when the
+        folder belongs to another command or config; DataError when it cannot be written.
+        """
+        folder = Path(path)
+        values = json.loads(json.dumps(asdict(config), default=_plain))
+        old = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else None
+        if old is not None:
+            _check_same_run(folder, old, command, values, ignore)
+            if old.get("status") == "complete":
+                return cls(folder, old)
+        run = cls(folder, _new_manifest(command, values, old))
+        run._save()
+        return run
+
+    def file(self, name: str) -> Path:
+        """The path of a file in this folder."""
+        return self.path / name
+
+    def shard(self, prefix: str, index: int, suffix: str) -> Path:
+        """The path of one shard, e.g. ("groups", 3, "parquet") -> groups-00003.parquet."""
+        return self.path / f"{prefix}-{index:05d}.{suffix}"
+
+    def shards(self, prefix: str, suffix: str) -> list[Path]:
+        """The shards that exist, in order of their index."""
+        head, tail = f"{prefix}-", f".{suffix}"
+        names = [item.name for item in self.path.iterdir()] if self.path.is_dir() else []
+        found = [name for name in names if name.startswith(head) and name.endswith(tail)]
+        numbered = [name for name in found if name[len(head) : -len(tail)].isdecimal()]
+        return [self.path / name for name in sorted(numbered)]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the command has finished this folder."""
+        return self.manifest["status"] == "complete"
+
+    def finish(self, **extra: Any) -> None:
+        """Mark the run complete and save `extra` in the manifest."""
+        self.manifest.update(extra, status="complete", finished=_now())
+        self._save()
+
+    def _save(self) -> None:
+        write_json(self.path / MANIFEST, self.manifest)
+
+
+def load_run(path: str | Path, command: str) -> dict[str, Any]:
+    """The manifest of a complete run of `command`; DataError when the folder is anything else."""
+    file = Path(path) / MANIFEST
+    if not file.exists():
+        raise DataError(f"{path} is not a run folder (no {MANIFEST}); run s2t {command} --out {path} first.")
+    manifest = read_json(file)
+    if not isinstance(manifest, dict) or manifest.get("command") != command:
+        got = manifest.get("command") if isinstance(manifest, dict) else None
+        raise DataError(f"{path} must be a folder written by s2t {command}; got one of s2t {got}.")
+    if manifest.get("status") != "complete":
+        raise DataError(f"{path} is an unfinished run of s2t {command}; rerun the same command to finish it.")
+    return manifest
+
+
+def _check_same_run(
+    folder: Path, old: Any, command: str, values: dict[str, Any], ignore: tuple[str, ...]
+) -> None:
+    next_step = "choose another --out, or remove the folder"
+    if not isinstance(old, dict) or not isinstance(old.get("config"), dict):
+        raise DataError(f"{folder / MANIFEST} is not a run manifest; {next_step}.")
+    if old.get("command") != command:
+        raise ConfigError(f"{folder} belongs to s2t {old.get('command')}, not s2t {command}; {next_step}.")
+    for key in [*values, *(key for key in old["config"] if key not in values)]:
+        before, now = old["config"].get(key, _ABSENT), values.get(key, _ABSENT)
+        if key not in ignore and before != now:
+            raise ConfigError(
+                f"{folder} was made with {key}={_shown(before)}, now {key}={_shown(now)}; {next_step}."
+            )
+
+
+def _new_manifest(command: str, values: dict[str, Any], old: dict[str, Any] | None) -> dict[str, Any]:
+    return {
+        "command": command,
+        "config": values,
+        "seed": values.get("seed"),
+        "versions": versions(),
+        "status": "running",
+        "created": (old or {}).get("created") or _now(),
+        "finished": None,
+    }
+
+
+def _write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        reason = error.strerror or _one_line(error)
+        next_step = "make room or choose another --out"
+        raise DataError(f"{path} cannot be written: {reason}; {next_step}.") from error
+    finally:
+        _remove_quietly(temporary)
+
+
+def _remove_quietly(path: Path) -> None:
+    with contextlib.suppress(OSError):  # an unusable folder, which the write has already reported
+        path.unlink(missing_ok=True)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}; check the path.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from error
+
+
+def _json_object(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where} is not JSON (column {error.colno}: {error.msg}); fix that line.") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{where} must be one JSON object; got {type(row).__name__}; fix that line.")
+    return row
+
+
+def _read_table(path: Path, columns: Sequence[str] | None) -> pyarrow.Table:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        table = parquet.ParquetFile(path).read()
+    except (OSError, pyarrow.ArrowException) as error:
+        reason = _one_line(error)
+        raise DataError(f"{path} cannot be read as parquet: {reason}; remove it and rerun.") from error
+    if columns is None:
+        return table
+    absent = [name for name in columns if name not in table.column_names]
+    if absent:
+        raise DataError(f"{path} has no column {', '.join(absent)}; it has {', '.join(table.column_names)}.")
+    return table.select(list(columns))
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    to_list = getattr(value, "tolist", None)  # numpy scalars and arrays, without importing numpy
+    if to_list is not None:
+        return to_list()
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def _shown(value: Any) -> str:
+    return "(not set)" if value is _ABSENT else json.dumps(value, ensure_ascii=False)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

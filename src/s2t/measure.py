@@ -1,0 +1,172 @@
+"""Local sufficiency of a pair on the SLM's own trajectories, and thresholds from it.
+
+`measure` rolls out greedily, reads the trajectories with both models in batched prefills and counts how often
+the LLM's top token is among the SLM's first K; `calibrate` turns such a run into thresholds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from s2t.config import CalibrateConfig, DecodeConfig, MeasureConfig
+from s2t.core.calibration import threshold_at
+from s2t.core.stats import hit_rate_curve
+from s2t.decode.label import Labels, label
+from s2t.decode.session import Generated, Session
+from s2t.decode.strategies import build_strategy
+from s2t.decode.workload import open_task, requests_for, shards_of
+from s2t.errors import DataError
+from s2t.files import RunFolder, load_run, read_tables, write_json, write_table
+from s2t.model.load import check_pair, load_model
+from s2t.progress import progress
+from s2t.records import Problem
+from s2t.tasks.problems import Task
+
+KS = (1, 2, 4, 8, 16)
+_EDGES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 1.0)  # quantiles of divergence that bound the bins
+_NUM_RESAMPLES = 2000
+
+
+def measure(config: MeasureConfig) -> dict[str, Any]:
+    """Measure a pair and return measure.json; resumes by shard. Source: arXiv 2604.26940, local sufficiency."""
+    run = RunFolder.open(config.out, "measure", config)
+    task = open_task(config, config.slm)
+    problems = task.problems(config.split, config.limit, config.seed)
+    shards = shards_of(problems, config.shard_size)
+    missing = [i for i in range(len(shards)) if not run.shard("steps", i, "parquet").exists()]
+    if missing:
+        session = _open_pair(config)
+        with progress("measure", len(problems), sum(len(s) for i, s in enumerate(shards) if i not in missing)) as advance:
+            for i in missing:
+                write_table(run.shard("steps", i, "parquet"), _measure_shard(session, task, shards[i], config))
+                advance(len(shards[i]))
+    result = summarize(read_tables(run.shards("steps", "parquet")), config.quantile, config.threshold)
+    result = {"task": task.name, "split": config.split, "num_problems": len(problems), "seed": config.seed, **result}
+    write_json(run.file("measure.json"), result)
+    run.finish()
+    return result
+
+
+def _open_pair(config: MeasureConfig) -> Session:
+    slm = load_model(config.slm, config.dtype, config.device, config.trust_remote_code)
+    if config.llm is None:
+        raise DataError("measure compares two models; pass --llm MODEL.")
+    llm = load_model(config.llm, config.dtype, config.device, config.trust_remote_code)
+    check_pair(slm, llm)
+    return Session(slm, llm, batch_size=config.batch_size)
+
+
+def _measure_shard(session: Session, task: Task, problems: Sequence[Problem], config: MeasureConfig) -> pa.Table:
+    assert session.llm is not None
+    requests = requests_for(session, task, problems)
+    done = session.run(build_strategy("greedy", DecodeConfig(), {}), requests, config.max_new_tokens)
+    labels = label(
+        session.slm,
+        session.llm,
+        [request.prompt_ids for request in requests],
+        [sequence.token_ids for sequence in done],
+        max(KS),
+        config.support_size,
+        config.divergence,
+    )
+    tables = [_steps_table(*row, config.warmup_steps) for row in zip(problems, done, labels, strict=True)]
+    return pa.concat_tables(tables)
+
+
+def _steps_table(problem: Problem, sequence: Generated, labels: Labels, warmup_steps: int) -> pa.Table:
+    steps = np.arange(len(sequence.token_ids), dtype=np.int32)
+    return pa.table(
+        {
+            "problem_id": pa.array([problem.problem_id] * len(steps), pa.string()),
+            "step": steps,
+            "token_id": np.asarray(sequence.token_ids, dtype=np.int32),
+            "divergence": labels.divergence,
+            "entropy": labels.entropy,
+            "rank": labels.rank,
+            "is_warmup": steps < warmup_steps,
+        }
+    )
+
+
+def summarize(steps: pa.Table, quantile: float, threshold: float | None) -> dict[str, Any]:
+    """The numbers of measure.json from per-step rows; warm-up steps never count as divergence points."""
+    live = steps.filter(pa.compute.invert(steps["is_warmup"])) if steps.num_rows else steps
+    values = live["divergence"].to_numpy()
+    if threshold is None:
+        threshold, _ = threshold_at(values, quantile)
+    ranks, problems = live["rank"].to_numpy(), np.asarray(live["problem_id"].to_pylist())
+    points = values > threshold
+    curve = hit_rate_curve(ranks[points], KS) if points.any() else {}
+    intervals = _clustered_intervals(ranks[points], problems[points])
+    return {
+        "num_steps": steps.num_rows,
+        "num_divergence_points": int(points.sum()),
+        "trigger_rate": float(points.sum() / max(steps.num_rows, 1)),
+        "threshold": threshold,
+        "quantile": quantile,
+        "hit_rate": {str(k): rate for k, rate in curve.items()},
+        "hit_rate_ci95": {str(k): list(intervals[k]) for k in intervals},
+        "hit_rate_by_divergence": _by_divergence(values, ranks),
+    }
+
+
+def _clustered_intervals(ranks: np.ndarray, problems: np.ndarray) -> dict[int, tuple[float, float]]:
+    """Bootstrap over problems, since the points of one problem are not independent."""
+    if ranks.size == 0:
+        return {}
+    _, owner = np.unique(problems, return_inverse=True)
+    count = np.bincount(owner).astype(float)
+    rng = np.random.default_rng(0)
+    weights = rng.multinomial(len(count), np.full(len(count), 1 / len(count)), size=_NUM_RESAMPLES)
+    intervals = {}
+    for k in KS:
+        hits = np.bincount(owner, weights=ranks < k)
+        rates = (weights @ hits) / np.maximum(weights @ count, 1)
+        low, high = np.quantile(rates, [0.025, 0.975])
+        intervals[k] = (float(low), float(high))
+    return intervals
+
+
+def _by_divergence(values: np.ndarray, ranks: np.ndarray) -> list[dict[str, Any]]:
+    edges = np.quantile(values, _EDGES) if values.size else np.zeros(len(_EDGES))
+    rows = []
+    for low, high in zip(edges[:-1], edges[1:], strict=True):
+        inside = (values > low) & (values <= high)
+        if inside.any():
+            rates = {str(k): rate for k, rate in hit_rate_curve(ranks[inside], KS).items()}
+            rows.append({"low": float(low), "high": float(high), "num_steps": int(inside.sum()), "hit_rate": rates})
+    return rows
+
+
+def calibrate(config: CalibrateConfig) -> dict[str, Any]:
+    """Thresholds at a quantile of a measured calibration run, with the trigger rate to expect; writes calibration.json."""
+    manifest = load_run(config.run, "measure")
+    if manifest["config"]["split"] != "calibration":
+        raise DataError(
+            f"{config.run} measured the {manifest['config']['split']} split; thresholds come from the calibration split: "
+            "run `s2t measure --split calibration`."
+        )
+    run = RunFolder.open(config.out, "calibrate", config)
+    steps = read_tables(sorted(Path(config.run).glob("steps-*.parquet")), ["divergence", "entropy", "is_warmup"])
+    live = ~steps["is_warmup"].to_numpy()
+    thresholds, rates = {}, {}
+    for name in ("divergence", "entropy"):
+        thresholds[name], rate = threshold_at(steps[name].to_numpy()[live], config.quantile)
+        rates[name] = rate * float(live.mean())
+    result = {
+        "thresholds": thresholds,
+        "trigger_rates": rates,
+        "trigger_rate": rates["divergence"],
+        "quantile": config.quantile,
+        "num_steps": steps.num_rows,
+        "task": manifest["config"]["task"],
+        "pair": {"slm": manifest["config"]["slm"], "llm": manifest["config"]["llm"]},
+    }
+    write_json(run.file("calibration.json"), result)
+    run.finish()
+    return result

@@ -1,0 +1,1 @@
+"""Everything that touches Hugging Face models: loading, prompts, caches, the engine and the adapter."""

@@ -1,0 +1,232 @@
+"""The selector adapter: LoRA weights, reserved output rows, a criticality reading, and the metadata that explains them.
+
+On disk it is a PEFT adapter folder plus `s2t_selector.safetensors` and `s2t_config.json`; loading refuses
+a base model whose weights are not those it was trained on. Knows nothing of decoding or losses.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from s2t import __version__
+from s2t.core.bins import candidate_score, expected_bin
+from s2t.errors import ModelError, missing_extra
+from s2t.files import read_json, write_bytes, write_json, write_text
+from s2t.model.load import LoadedModel
+from s2t.model.reserved import ReservedIds
+
+CONFIG_FILE = "s2t_config.json"
+SELECTOR_FILE = "s2t_selector.safetensors"
+PROBLEMS_FILE = "train_problems.txt"
+_ATTACHED = "_s2t_adapter"
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What an adapter was trained on and how it is read; `s2t_config.json`."""
+
+    base_model: str
+    base_fingerprint: str
+    llm: str | None = None
+    task: str | None = None
+    scope: str = "candidates"
+    num_candidates: int = 8
+    num_bins: int = 16
+    score_temperature: float = 0.1
+    prior_weight: float = 1.0
+    criticality: str = "head"
+    head_size: int = 64
+    lora_rank: int = 16
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.05
+    thresholds: dict[str, float] = field(default_factory=dict)
+    """Per trigger name, in the trigger's own unit."""
+    trigger_rate: float | None = None
+    warmup_steps: int = 3
+    split_hashes: dict[str, str] = field(default_factory=dict)
+    """Digest of the sorted problem hashes of each split that was used."""
+    heldout_templates: tuple[str, ...] = ()
+    versions: dict[str, str] = field(default_factory=dict)
+    s2t_version: str = __version__
+
+
+class SelectorAdapter:
+    """An adapter attached to a base model; `act` switches its LoRA on and off, scores and criticality read hidden states."""
+
+    def __init__(self, loaded: LoadedModel, config: AdapterConfig, peft_model: Any = None) -> None:
+        self.config = config
+        self.loaded = loaded
+        self.peft_model = peft_model if peft_model is not None else _new_peft_model(loaded, config)
+        self.base_model = self.peft_model.get_base_model()
+        self.reserved: ReservedIds = loaded.reserved_for(config.num_bins)
+        width = loaded.model.get_output_embeddings().weight.shape[1]
+        self.selector = Selector(config, width).to(loaded.device)
+        self._layers = _tuner_layers(self.base_model)
+        self._acting: bool | None = None
+        self.base_model.__dict__[_ATTACHED] = self
+        self.act(False)
+
+    @property
+    def scope(self) -> str:
+        return self.config.scope
+
+    def act(self, on: bool) -> None:
+        """Switch the LoRA weights on or off for the forwards that follow."""
+        if on == self._acting:
+            return
+        for layer in self._layers:
+            layer.enable_adapters(on)
+        self._acting = on
+
+    def expected(self, hidden: Tensor) -> Tensor:
+        """Expected bin of candidates from their hidden states; [..., H] -> [...], in [0, 1]."""
+        return expected_bin(self.selector.bin_logits(hidden))
+
+    def scores(self, hidden: Tensor, slm_logprobs: Tensor) -> Tensor:
+        """Selection scores; [..., K, H], [..., K] -> [..., K]. Source: METHOD section 3."""
+        config = self.config
+        return candidate_score(
+            self.selector.bin_logits(hidden), slm_logprobs, config.score_temperature, config.prior_weight
+        )
+
+    def criticality(self, hidden: Tensor) -> Tensor:
+        """Estimate in [0, 1] that the next token is a divergence point, from the state it is read from; [..., H] -> [...]."""
+        return torch.sigmoid(self.selector.criticality_logits(hidden))
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Everything that training changes: LoRA weights and the selector's own parameters."""
+        named = {name: p for name, p in self.base_model.named_parameters() if "lora_" in name}
+        return named | {f"selector.{name}": p for name, p in self.selector.named_parameters()}
+
+    def save(self, folder: str | Path, train_problems: tuple[str, ...] = (), card: str | None = None) -> None:
+        """Write the folder; `s2t_config.json` goes last, so a half-written folder is never taken for an adapter."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.peft_model.save_pretrained(str(folder), safe_serialization=True)
+        state = {name: value.detach().contiguous().cpu() for name, value in self.selector.state_dict().items()}
+        write_bytes(folder / SELECTOR_FILE, save(state))
+        write_text(folder / PROBLEMS_FILE, "".join(f"{item}\n" for item in sorted(train_problems)))
+        write_text(folder / "README.md", card or _card(self.config))
+        write_json(folder / CONFIG_FILE, asdict(self.config))
+
+
+class Selector(nn.Module):
+    """The adapter's parameters outside the LoRA: R bin rows, and two criticality rows or a small MLP; all float32."""
+
+    def __init__(self, config: AdapterConfig, width: int) -> None:
+        super().__init__()
+        self.bins = nn.Parameter(torch.randn(config.num_bins, width) * 0.02)  # [R, H]
+        if config.criticality == "head":
+            self.head = nn.Sequential(nn.Linear(width, config.head_size), nn.GELU(), nn.Linear(config.head_size, 1))
+        else:
+            self.yes_no = nn.Parameter(torch.zeros(2, width))  # [2, H]
+
+    def bin_logits(self, hidden: Tensor) -> Tensor:
+        """Logits of the R reserved ids; [..., H] -> [..., R], float32."""
+        return hidden.float() @ self.bins.T
+
+    def criticality_logits(self, hidden: Tensor) -> Tensor:
+        """z_yes - z_no, or the head's logit; [..., H] -> [...], float32."""
+        if hasattr(self, "head"):
+            return self.head(hidden.float()).squeeze(-1)
+        return hidden.float() @ (self.yes_no[0] - self.yes_no[1])
+
+
+def attached_adapter(model: nn.Module) -> SelectorAdapter | None:
+    """The adapter attached to this base model, if any."""
+    return model.__dict__.get(_ATTACHED)
+
+
+def read_adapter_config(folder: str | Path) -> AdapterConfig:
+    """The metadata of an adapter folder; raises ModelError where the folder is none."""
+    path = Path(folder) / CONFIG_FILE
+    if not path.is_file():
+        raise ModelError(f"{folder} is no adapter folder: {CONFIG_FILE} is missing; pass the folder `s2t train` wrote.")
+    data = read_json(path)
+    known = {item.name for item in fields(AdapterConfig)}
+    unknown = sorted(set(data) - known)
+    if unknown:
+        raise ModelError(f"{path} has unknown keys {', '.join(unknown)}; it was written by a newer s2t; upgrade.")
+    data["heldout_templates"] = tuple(data.get("heldout_templates", ()))
+    return AdapterConfig(**data)
+
+
+def load_adapter(folder: str | Path, loaded: LoadedModel) -> SelectorAdapter:
+    """Attach a saved adapter to its base model.
+
+    Raises ModelError, one line, when the folder is none, is damaged, or belongs to another base model.
+    """
+    config = read_adapter_config(folder)
+    if config.base_fingerprint != loaded.fingerprint:
+        raise ModelError(
+            f"adapter {folder} was trained on {config.base_model} (weights {config.base_fingerprint}), not on "
+            f"{loaded.name} (weights {loaded.fingerprint}); pass --slm {config.base_model}."
+        )
+    peft = _peft()
+    try:
+        with _quiet_peft():
+            peft_model = peft.PeftModel.from_pretrained(loaded.model, str(folder))
+        state = load_file(Path(folder) / SELECTOR_FILE)
+        adapter = SelectorAdapter(loaded, config, peft_model)
+        adapter.selector.load_state_dict(state)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise ModelError(f"adapter {folder} is damaged: {' '.join(str(error).split())[:200]}.") from error
+    adapter.selector.eval().requires_grad_(False)
+    return adapter
+
+
+def train_problem_hashes(folder: str | Path) -> frozenset[str]:
+    """Hashes of the problems the adapter was trained on (empty for folders without the list)."""
+    path = Path(folder) / PROBLEMS_FILE
+    return frozenset(path.read_text().split()) if path.is_file() else frozenset()
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise missing_extra("peft", "train") from error
+    return peft
+
+
+def _new_peft_model(loaded: LoadedModel, config: AdapterConfig) -> Any:
+    peft = _peft()
+    lora = peft.LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    with _quiet_peft():
+        return peft.get_peft_model(loaded.model, lora)
+
+
+@contextmanager
+def _quiet_peft() -> Iterator[None]:
+    """Keep to itself what PEFT's use of a renamed transformers property would print."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        yield
+
+
+def _tuner_layers(model: nn.Module) -> list[Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def _card(config: AdapterConfig) -> str:
+    rows = "\n".join(f"| {key} | {json.dumps(value)} |" for key, value in asdict(config).items() if value)
+    return f"---\nlibrary_name: peft\nbase_model: {config.base_model}\n---\n\n# S2T-LOCAL adapter\n\n| setting | value |\n| --- | --- |\n{rows}\n"

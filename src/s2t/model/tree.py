@@ -1,0 +1,54 @@
+"""Attention masks: who sees whom in a forward over slot rows, for ordinary tokens and for a tree of candidates.
+
+Masks are boolean for SDPA and additive for eager attention; sliding-window layers get their own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+
+def causal_mask(positions: Tensor, extent: int) -> Tensor:
+    """Token at position p sees columns [0, p]; positions [n, T] -> bool [n, 1, T, extent]."""
+    columns = torch.arange(extent, device=positions.device)
+    return (columns <= positions.unsqueeze(-1)).unsqueeze(1)
+
+
+def tree_mask(lengths: Tensor, num_candidates: int, extent: int) -> Tensor:
+    """Candidate k of a row sees that row's prefix [0, length) and itself, at column length + k.
+
+    lengths [n] -> bool [n, 1, K, extent]
+    """
+    columns = torch.arange(extent, device=lengths.device)
+    prefix = columns[None, None, :] < lengths[:, None, None]  # [n, 1, extent]
+    own = lengths[:, None] + torch.arange(num_candidates, device=lengths.device)  # [n, K]
+    return (prefix | (columns == own.unsqueeze(-1))).unsqueeze(1)
+
+
+def key_positions(extent: int, lengths: Tensor | None, like: Tensor) -> Tensor:
+    """Position of each key column; in a tree forward all columns from `length` on stand at position `length`."""
+    columns = torch.arange(extent, device=like.device).expand(like.shape[0], extent)
+    return columns if lengths is None else columns.minimum(lengths[:, None])
+
+
+def layer_masks(config: PreTrainedConfig, mask: Tensor, query_positions: Tensor, keys: Tensor, dtype: torch.dtype):
+    """The mask as this model takes it: one tensor, or one per layer type where some layers slide.
+
+    `keys` [n, extent] are key positions; a sliding layer sees keys less than `sliding_window` behind.
+    """
+    window = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or [])
+    full = _as_attention_mask(config, mask, dtype)
+    if "sliding_attention" not in kinds or window is None:
+        return full
+    near = (query_positions.unsqueeze(-1) - keys.unsqueeze(1) < window).unsqueeze(1)  # [n, 1, T, extent]
+    sliding = _as_attention_mask(config, mask & near, dtype)
+    return {"full_attention": full, "sliding_attention": sliding}
+
+
+def _as_attention_mask(config: PreTrainedConfig, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if config._attn_implementation == "sdpa":
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)

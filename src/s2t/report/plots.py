@@ -1,0 +1,296 @@
+"""Pictures of a run as PNG bytes: hit@K, hit rate by divergence, accuracy against cost.
+
+Each drawing takes plain JSON values and a theme and touches no file and no global matplotlib state.
+Colours are Okabe-Ito's, and every strategy also has a marker of its own, so colour is never the only cue.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from s2t.errors import missing_extra
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.text import Annotation
+
+HIT_BY_DIVERGENCE_KS = ("1", "2", "4", "8")
+
+_STYLES = {  # strategy -> (colour, marker); "" is the theme's ink
+    "greedy": ("#8C8C8C", "o"),
+    "sample": ("#56B4E9", "v"),
+    "self-consistency": ("#CC79A7", "^"),
+    "llm": ("", "*"),
+    "takeover": ("#E69F00", "s"),
+    "s2t": ("#D55E00", "D"),
+    "s2t-local": ("#009E73", "P"),
+}
+_OTHER_STYLE = ("#8C8C8C", "X")
+_ANGLES = (0, 180, 40, -40, 140, -140, 90, -90)  # degrees, in the order they are tried
+_RADII = (12, 20, 30, 44, 60, 80, 105, 135, 170, 210, 260)  # points
+
+
+@dataclass(frozen=True, slots=True)
+class Theme:
+    """Colours of one appearance: page, text, secondary text, grid, and the lines of hit@1, 2, 4, 8."""
+
+    paper: str
+    ink: str
+    muted: str
+    grid: str
+    lines: tuple[str, str, str, str]
+
+
+LIGHT = Theme("#FFFFFF", "#1B1F24", "#57606A", "#E3E6EA", ("#E69F00", "#D55E00", "#CC79A7", "#0072B2"))
+DARK = Theme("#15181C", "#E6E8EB", "#A3ABB5", "#2C3138", ("#E69F00", "#FF8A3D", "#E3A0C6", "#56B4E9"))
+
+
+def hit_at_k(hit_rate: dict[str, Any], ci95: dict[str, Any] | None, theme: Theme = LIGHT) -> bytes:
+    """Hit rate (in [0, 1]) against K at divergence points, with 95 % intervals where given; PNG bytes."""
+    figure, axes = _figure(theme)
+    ks = sorted((int(k) for k, rate in hit_rate.items() if _is_number(rate)))
+    rates = [100 * hit_rate[str(k)] for k in ks]
+    axes.errorbar(
+        ks,
+        rates,
+        yerr=_error_bars(rates, [(ci95 or {}).get(str(k)) for k in ks]) if ci95 else None,
+        color=theme.lines[3],
+        marker="o",
+        markersize=6,
+        linewidth=2,
+        capsize=4,
+    )
+    for k, rate in zip(ks, rates, strict=True):
+        offset, align = ((9, -13), "left") if rate > 12 else ((9, 8), "left")
+        axes.annotate(f"{rate:.1f}", (k, rate), offset, textcoords="offset points", ha=align, color=theme.ink)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ks, [str(k) for k in ks])
+    axes.minorticks_off()
+    axes.margins(x=0.1)
+    axes.set_ylim(0, 104)
+    axes.set_xlabel("K (number of SLM candidates, log scale)")
+    axes.set_ylabel("hit@K at divergence points (%)")
+    return _png(figure)
+
+
+def hit_by_divergence(bins: Sequence[dict[str, Any]], theme: Theme = LIGHT) -> bytes:
+    """Hit@1, 2, 4, 8 in each divergence bin, with the number of steps under it; PNG bytes."""
+    figure, axes = _figure(theme)
+    for k, color, marker in zip(HIT_BY_DIVERGENCE_KS, theme.lines, "osD^", strict=True):
+        rates = [_percent_or_nan(entry["hit_rate"].get(k)) for entry in bins]
+        if not all(math.isnan(rate) for rate in rates):
+            axes.plot(rates, color=color, marker=marker, markersize=6, linewidth=2, label=f"hit@{k}")
+    is_crowded = len(bins) > 7
+    slant: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if is_crowded else {}
+    labels = [_bin_label(entry, ", " if is_crowded else "\n") for entry in bins]
+    axes.set_xticks(range(len(bins)), labels, fontsize=8 if is_crowded else 8.5, **slant)
+    axes.margins(x=0.06)
+    axes.set_ylim(0, 104)
+    axes.set_xlabel("divergence of the step (nats; n = steps in the bin)")
+    axes.set_ylabel("hit rate (%)")
+    axes.legend(
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+        ncols=4,
+        frameon=False,
+        labelcolor=theme.ink,
+        fontsize=10,
+    )
+    return _png(figure)
+
+
+def accuracy_cost(strategies: dict[str, dict[str, Any]], theme: Theme = LIGHT) -> bytes:
+    """Accuracy with 95 % error bars against FLOPs of both models (forwards where unknown); PNG bytes."""
+    figure, axes = _figure(theme)
+    costs, label = _costs(strategies)
+    points = []
+    for name, scores in strategies.items():
+        color, marker = _STYLES.get(name, _OTHER_STYLE)
+        accuracy = 100 * scores["accuracy"]
+        axes.errorbar(
+            [costs[name]],
+            [accuracy],
+            yerr=_error_bars([accuracy], [scores.get("ci95")]),
+            color=color or theme.ink,
+            marker=marker,
+            markersize=11 if marker == "*" else 8,
+            capsize=3,
+            linewidth=1.4,
+        )
+        points.append((costs[name], accuracy))
+    axes.set_xscale("log")
+    axes.margins(x=0.16, y=0.12)
+    _log_ticks(axes, list(costs.values()))
+    axes.set_xlabel(f"{label} (log scale)")
+    axes.set_ylabel("accuracy (%), with 95 % interval")
+    spans = [_span(100 * scores["accuracy"], scores.get("ci95")) for scores in strategies.values()]
+    place_labels(axes, points, list(strategies), spans, theme)
+    return _png(figure)
+
+
+def place_labels(
+    axes: Axes,
+    points: Sequence[tuple[float, float]],
+    labels: Sequence[str],
+    spans: Sequence[tuple[float, float]],
+    theme: Theme = LIGHT,
+) -> list[Annotation]:
+    """Write one label per point so that no label covers another, a point, or a point's error bar.
+
+    `spans` are the (low, high) ends of the error bars, in data units. The nearest free place inside the
+    axes is taken; a label that had to move away gets a thin line to its point. Freezes the layout.
+    """
+    from matplotlib.text import Text
+    from matplotlib.transforms import Bbox
+
+    figure: Any = axes.get_figure(root=True)
+    canvas: Any = figure.canvas
+    canvas.draw()  # settles the layout, so pixel positions are final
+    figure.set_layout_engine("none")
+    taken = [_obstacle(axes, x, low, high) for (x, _), (low, high) in zip(points, spans, strict=True)]
+    placed = []
+    for point, label in zip(points, labels, strict=True):
+        note = _annotate(axes, point, label, theme)
+        _move_to_free_place(note, taken, axes.get_window_extent(), canvas.get_renderer())
+        box = Text.get_window_extent(note)
+        taken.append(Bbox([[box.x0 - 4, box.y0 - 3], [box.x1 + 4, box.y1 + 3]]))
+        placed.append(note)
+    return placed
+
+
+def _annotate(axes: Axes, point: tuple[float, float], label: str, theme: Theme) -> Annotation:
+    arrow = {"arrowstyle": "-", "color": theme.muted, "linewidth": 0.7, "shrinkB": 5}
+    note = axes.annotate(
+        label, point, (0, 0), textcoords="offset points", color=theme.ink, fontsize=10, arrowprops=arrow
+    )
+    note.set_parse_math(False)
+    return note
+
+
+def _move_to_free_place(note: Annotation, taken: Sequence[Any], inside: Any, renderer: Any) -> None:
+    """Put the label at the place nearest its point that is free of `taken` and within the axes."""
+    from matplotlib.text import Text
+
+    for radius in _RADII:
+        for angle in _ANGLES:
+            dx, dy = radius * math.cos(math.radians(angle)), radius * math.sin(math.radians(angle))
+            note.xyann = (dx, dy)
+            note.set(ha="left" if dx > 1 else "right" if dx < -1 else "center", va=_vertical(dy))
+            if note.arrow_patch is not None:
+                note.arrow_patch.set_visible(radius > 20)
+            note.update_positions(renderer)
+            box = Text.get_window_extent(note)
+            is_inside = (
+                inside.x0 < box.x0 and box.x1 < inside.x1 and inside.y0 < box.y0 and box.y1 < inside.y1
+            )
+            if is_inside and not any(box.overlaps(other) for other in taken):
+                return
+
+
+def _vertical(dy: float) -> str:
+    return "bottom" if dy > 1 else "top" if dy < -1 else "center"
+
+
+def _obstacle(axes: Axes, x: float, low: float, high: float) -> Any:
+    """Pixel box of a point with its error bar."""
+    from matplotlib.transforms import Bbox
+
+    (x0, y0), (_, y1) = axes.transData.transform([(x, low), (x, high)])
+    return Bbox([[x0 - 9, y0 - 7], [x0 + 9, y1 + 7]])
+
+
+def _figure(theme: Theme) -> tuple[Figure, Axes]:
+    """An empty Agg figure in the theme's colours."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise missing_extra("matplotlib", "plots") from error
+
+    figure = Figure(figsize=(7.0, 4.3), dpi=160, layout="constrained", facecolor=theme.paper)
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(facecolor=theme.paper)
+    axes.grid(color=theme.grid, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=theme.muted, which="both", labelsize=9.5, length=0)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(theme.muted)
+    axes.xaxis.label.set(color=theme.ink, size=10.5)
+    axes.yaxis.label.set(color=theme.ink, size=10.5)
+    return figure, axes
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", facecolor=figure.get_facecolor(), metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _costs(strategies: dict[str, dict[str, Any]]) -> tuple[dict[str, float], str]:
+    """Cost of each strategy and what it counts: FLOPs where every strategy has them, else forwards."""
+    readings: tuple[tuple[str, Callable[[dict[str, Any]], float]], ...] = (
+        (
+            "total FLOPs, SLM + LLM",
+            lambda scores: (scores.get("slm_flops") or 0) + (scores.get("llm_flops") or 0),
+        ),
+        ("total forwards, SLM + LLM", lambda scores: scores["slm_forwards"] + scores["llm_forwards"]),
+    )
+    costs: dict[str, float] = {}
+    for label, read in readings:
+        costs = {name: float(read(scores)) for name, scores in strategies.items()}
+        if all(cost > 0 for cost in costs.values()):
+            return costs, label
+    return {name: max(cost, 1.0) for name, cost in costs.items()}, readings[-1][0]
+
+
+def _log_ticks(axes: Axes, values: Sequence[float]) -> None:
+    """Labelled ticks at 1, 2, 5 of each decade, or at decades alone where the values span many."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    is_wide = max(values) / min(values) > 300
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if is_wide else (1.0, 2.0, 5.0), numticks=12))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _scientific(value)))
+
+
+def _scientific(value: float) -> str:
+    """12000 -> 12,000; 2e12 -> 2 x 10^12 in mathtext."""
+    if value < 1e6:
+        return f"{value:,.0f}"
+    power = math.floor(math.log10(value) + 1e-9)
+    digit = round(value / 10**power)
+    return f"$10^{{{power}}}$" if digit == 1 else f"${digit}\\times10^{{{power}}}$"
+
+
+def _span(value: float, ci95: Any) -> tuple[float, float]:
+    """Ends of an interval in percent; the value itself where there is none."""
+    if not ci95:
+        return value, value
+    return min(value, 100 * ci95[0]), max(value, 100 * ci95[1])
+
+
+def _error_bars(values: Sequence[float], intervals: Sequence[Any]) -> list[list[float]]:
+    spans = [_span(value, ci95) for value, ci95 in zip(values, intervals, strict=True)]
+    below = [value - low for value, (low, _) in zip(values, spans, strict=True)]
+    above = [high - value for value, (_, high) in zip(values, spans, strict=True)]
+    return [below, above]
+
+
+def _bin_label(entry: dict[str, Any], separator: str) -> str:
+    low, high = entry["low"], entry["high"]
+    span = f"{low:.2g}–{high:.2g}" if _is_number(low) and _is_number(high) else f"≥ {low or 0:.2g}"
+    return f"{span}{separator}n = {entry['num_steps']:,}"
+
+
+def _percent_or_nan(rate: Any) -> float:
+    return 100 * rate if _is_number(rate) else math.nan
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)

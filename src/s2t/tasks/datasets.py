@@ -1,0 +1,227 @@
+"""Tasks from files: named benchmarks, other datasets of the Hugging Face hub, and local JSONL files.
+
+A source with its own test file keeps it as the test split and divides its train file; a lone file is split by
+wording. A named benchmark under $S2T_DATA_DIR is read from there, else from the hub.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from s2t.errors import ConfigError, DataError, missing_extra
+from s2t.files import read_jsonl_lines
+from s2t.records import Grade, Problem
+from s2t.tasks.graders import extract_answer, grade_math
+from s2t.tasks.problems import Task, make_problem, parse_spec, question_hash, split_fraction, split_of
+
+DATA_DIR = "S2T_DATA_DIR"
+_TRAIN_SHARE = 0.9  # of a train file; the rest is the calibration split
+
+Row = tuple[str, dict[str, Any]]  # where the row stands (file:line), and its fields
+Readers = dict[str, Callable[[], list[Row]]]  # role (train, test or all) -> what reads its rows
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a dataset lives on the hub and which of its fields mean what."""
+
+    hub_id: str
+    config: str | None = None
+    question: tuple[str, ...] = ("question",)
+    """Fields joined by a space."""
+    answer: str = "answer"
+    template: str | None = None
+    tolerance: str | None = None
+    """Field with the absolute error allowed, where the benchmark states one."""
+    splits: dict[str, str] = field(default_factory=lambda: {"test": "test"})
+    """Role (train, test, all) -> split on the hub; `all` is divided by wording."""
+
+
+NAMED = {
+    "gsm8k": Source("openai/gsm8k", "main", splits={"train": "train", "test": "test"}),
+    "svamp": Source(
+        "ChilleD/SVAMP", None, ("Body", "Question"), "Answer", splits={"train": "train", "test": "test"}
+    ),
+    "amc23": Source("math-ai/amc23"),
+    "aime24": Source("HuggingFaceH4/aime_2024", None, ("problem",), splits={"test": "train"}),
+    "olympiadbench": Source(
+        "Hothan/OlympiadBench",
+        "OE_TO_maths_en_COMP",
+        answer="final_answer",
+        tolerance="error",
+        splits={"test": "train"},
+    ),
+}
+
+
+class FileTask(Task):
+    """Problems of a finite source; `find_readers` is asked once, when the first problem is wanted."""
+
+    def __init__(
+        self, name: str, source: Source, find_readers: Callable[[], Readers], prompt_style: str = "plain"
+    ) -> None:
+        super().__init__(name, prompt_style)
+        self.source = source
+        self._find_readers = find_readers
+
+    def stream(self, split: str, seed: int) -> Iterator[Problem]:
+        """The split's problems, shuffled by the seed."""
+        problems = [problem for problem in self._problems if problem.split == split]
+        random.Random(seed).shuffle(problems)
+        return iter(problems)
+
+    def templates(self) -> tuple[str, ...]:
+        """The values of the template field, sorted; empty when none is mapped."""
+        return tuple(sorted({item.template for item in self._problems if item.template is not None}))
+
+    def grade(self, problem: Problem, text: str) -> Grade:
+        """Graded by value: exactly for plain numbers, else by math-verify."""
+        return grade_math(problem.answer, text, problem.extra.get("tolerance"))
+
+    @cached_property
+    def _problems(self) -> list[Problem]:
+        readers = self._find_readers()
+        rows = {role: [self._problem(row) for row in read()] for role, read in readers.items()}
+        test = rows.get("test", [])
+        taken = {question_hash(problem.question) for problem in test}
+        found = [_in_split(problem, "test") for problem in test]
+        for problem in rows.get("train", []):
+            if question_hash(problem.question) not in taken:  # a train file may repeat a test question
+                is_training = split_fraction(problem.question) < _TRAIN_SHARE
+                found.append(_in_split(problem, "training" if is_training else "calibration"))
+        return found + [_in_split(problem, split_of(problem.question)) for problem in rows.get("all", [])]
+
+    def _problem(self, row: Row) -> Problem:
+        where, values = row
+        source = self.source
+        question = " ".join(_text(values, name, where) for name in source.question)
+        template = None if source.template is None else _text(values, source.template, where)
+        error = values.get(source.tolerance) if source.tolerance else None
+        extra = {} if error is None else {"tolerance": float(error)}
+        gold = _gold(_text(values, source.answer, where))
+        return make_problem(self.name, "", question, gold, template=template, extra=extra)
+
+
+def load_named(name: str, prompt_style: str = "plain") -> FileTask:
+    """A benchmark of the table, from $S2T_DATA_DIR/<name>/<split>.jsonl if there, else from the hub."""
+    source = NAMED[name]
+
+    def readers() -> Readers:
+        hub = {role: _hub_reader(source, split, name) for role, split in source.splits.items()}
+        return _local_readers(name) or hub
+
+    return FileTask(name, source, readers, prompt_style)
+
+
+def load_hub(spec: str, prompt_style: str = "plain") -> FileTask:
+    """`OWNER/NAME[,config=,question=,answer=,split=,template=]`; a named split is divided by wording.
+
+    Without `split`, the dataset's own train and test splits are used; a lone train split is divided.
+    """
+    hub_id, options = parse_spec(spec)
+    if hub_id.count("/") != 1:
+        raise ConfigError(f"a hub task must be hub:OWNER/NAME; got hub:{hub_id}.")
+    split = options.pop("split", None)
+    source = _mapped(Source(hub_id), options, ("config", "question", "answer", "template"), f"hub:{hub_id}")
+
+    def readers() -> Readers:
+        names = {"all": split} if split else _hub_roles(source)
+        return {role: _hub_reader(source, name, None) for role, name in names.items()}
+
+    return FileTask(hub_id, source, readers, prompt_style)
+
+
+def load_jsonl(spec: str, prompt_style: str = "plain") -> FileTask:
+    """`path.jsonl[,question=field,answer=field,template=field]`, divided by wording; `a+b` joins fields."""
+    path_text, options = parse_spec(spec)
+    path = Path(path_text).expanduser()
+    source = _mapped(Source(str(path)), options, ("question", "answer", "template"), path_text)
+    return FileTask(path.stem, source, lambda: {"all": lambda: read_jsonl_lines(path)}, prompt_style)
+
+
+def _mapped(source: Source, options: dict[str, str], known: tuple[str, ...], what: str) -> Source:
+    for key in options:
+        if key not in known:
+            raise ConfigError(f"task {what} has no option {key!r}; expected one of {', '.join(known)}.")
+    return Source(
+        source.hub_id,
+        options.get("config"),
+        tuple(options.get("question", "question").split("+")),
+        options.get("answer", "answer"),
+        options.get("template"),
+    )
+
+
+def _local_readers(name: str) -> Readers:
+    root = os.environ.get(DATA_DIR)
+    if not root:
+        return {}
+    paths = {role: Path(root) / name / f"{role}.jsonl" for role in ("train", "test")}
+    return {role: lambda path=path: read_jsonl_lines(path) for role, path in paths.items() if path.is_file()}
+
+
+def _hub_reader(source: Source, split: str, local_name: str | None) -> Callable[[], list[Row]]:
+    def read() -> list[Row]:
+        where = f"{source.hub_id} ({split})"
+        path, config = source.hub_id, source.config
+        rows = _from_hub(source, local_name, lambda hub: hub.load_dataset(path, config, split=split))
+        return [(f"{where} row {index}", dict(row)) for index, row in enumerate(rows)]
+
+    return read
+
+
+def _hub_roles(source: Source) -> dict[str, str]:
+    names = _from_hub(source, None, lambda hub: hub.get_dataset_split_names(source.hub_id, source.config))
+    if "test" in names:
+        return {role: role for role in ("train", "test") if role in names}
+    if len(names) == 1:
+        return {"all": names[0]}
+    raise ConfigError(f"hub:{source.hub_id} has the splits {', '.join(names)}; choose one with split=NAME.")
+
+
+def _from_hub(source: Source, local_name: str | None, ask: Callable[[Any], Any]) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise missing_extra("datasets", "eval") from error
+    try:
+        return ask(datasets)
+    except Exception as error:  # the hub client raises many kinds: network, name, config, split
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        local = f"put the files under ${DATA_DIR}/{local_name}, or " if local_name else ""
+        raise DataError(
+            f"{source.hub_id} cannot be read from the hub: {reason}; {local}check the name and the network."
+        ) from error
+
+
+def _in_split(problem: Problem, split: str) -> Problem:
+    return make_problem(
+        problem.task, split, problem.question, problem.answer, template=problem.template, extra=problem.extra
+    )
+
+
+def _text(values: dict[str, Any], name: str, where: str) -> str:
+    if name not in values or values[name] is None:
+        found = ", ".join(values)
+        raise DataError(f"{where} has no field {name!r}; it has {found}; map the field in the spec.")
+    value = values[name]
+    if isinstance(value, list):
+        return ", ".join(str(item) for item in value)
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)
+
+
+def _gold(answer: str) -> str:
+    """The final answer in an answer field: after the last `####`, else boxed, else the whole field."""
+    if "####" in answer or "\\boxed{" in answer:
+        return extract_answer(answer, gold_is_number=False) or answer
+    text = answer.strip()
+    whole = text.removesuffix(".0")
+    return whole if whole.lstrip("-").isdecimal() else text

@@ -1,0 +1,183 @@
+"""Selection groups to training batches: whole trajectories, so that one forward over a prefix serves all its groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from s2t.errors import ConfigError, DataError
+from s2t.files import load_run, read_json, read_tables
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """One row of a groups shard; G groups of K candidates on T generated tokens."""
+
+    problem_id: str
+    template: str | None
+    prompt_ids: np.ndarray  # [P]
+    token_ids: np.ndarray  # [T]
+    divergence: np.ndarray  # [T]
+    group_steps: np.ndarray  # [G]
+    candidate_ids: np.ndarray  # [G, K]
+    slm_logprobs: np.ndarray  # [G, K]
+    llm_probs: np.ndarray  # [G, K]
+
+    @property
+    def ids(self) -> np.ndarray:
+        """Every token that some step is predicted from: prompt and generated, the last one left out."""
+        return np.concatenate([self.prompt_ids, self.token_ids[:-1]])
+
+
+@dataclass(frozen=True, slots=True)
+class GroupData:
+    """All trajectories of one or more collected runs, and what they were collected with."""
+
+    trajectories: list[Trajectory]
+    threshold: float
+    warmup_steps: int
+    task: str
+    split: str
+    slm: str
+    llm: str
+    pair: str
+    heldout_templates: tuple[str, ...]
+
+    @property
+    def num_groups(self) -> int:
+        return sum(len(t.group_steps) for t in self.trajectories)
+
+
+@dataclass(slots=True)
+class Batch:
+    """b trajectories, right-padded, and their N groups of K candidates, trajectory by trajectory."""
+
+    ids: Tensor  # [b, T]
+    candidate_ids: Tensor  # [N, K]
+    group_row: Tensor  # [N], the trajectory each group belongs to
+    prefix_lengths: Tensor  # [N], tokens before the candidates
+    slm_logprobs: Tensor  # [N, K]
+    llm_probs: Tensor  # [N, K]
+    step_index: Tensor  # [2, M]: (row, column) of the state each trained step is predicted from
+    is_critical: Tensor  # [M] bool
+
+
+def read_group_data(folders: str, num_candidates: int) -> GroupData:
+    """Load collected runs (comma-separated folders); later runs must come from the same pair, task and split.
+
+    Raises DataError for a run that is not complete or does not fit, ConfigError when fewer than
+    `num_candidates` candidates were stored.
+    """
+    parts = [_read_run(Path(name.strip()), num_candidates) for name in folders.split(",") if name.strip()]
+    if not parts:
+        raise ConfigError("train needs --groups, one or more folders written by `s2t collect`.")
+    first = parts[0]
+    for part in parts[1:]:
+        if (part.pair, part.task, part.split) != (first.pair, first.task, first.split):
+            raise DataError("the collected runs differ in pair, task or split; train on runs of one kind.")
+    held = set(first.heldout_templates).intersection(*(part.heldout_templates for part in parts[1:]))
+    everything = [t for part in parts for t in part.trajectories]
+    return GroupData(
+        everything,
+        first.threshold,
+        first.warmup_steps,
+        first.task,
+        first.split,
+        first.slm,
+        first.llm,
+        first.pair,
+        tuple(sorted(held)),
+    )
+
+
+def _read_run(folder: Path, num_candidates: int) -> GroupData:
+    manifest = load_run(folder, "collect")
+    summary, config = read_json(folder / "collect.json"), manifest["config"]
+    table = read_tables(sorted(folder.glob("groups-*.parquet")))
+    rows = table.to_pylist()
+    stored = min((row["num_candidates"] for row in rows), default=0)
+    if stored < num_candidates:
+        raise ConfigError(f"num_candidates is {num_candidates} but {folder} stores {stored} a group; lower --num-candidates.")
+    if summary["num_groups"] == 0:
+        raise DataError(f"{folder} holds no selection group; collect more problems or lower the threshold.")
+    return GroupData(
+        [_trajectory(row, num_candidates) for row in rows],
+        summary["threshold"],
+        config["warmup_steps"],
+        config["task"],
+        config["split"],
+        config["slm"],
+        config["llm"],
+        rows[0]["pair"],
+        tuple(summary["heldout_templates"]),
+    )
+
+
+def _trajectory(row: dict[str, Any], num_candidates: int) -> Trajectory:
+    def groups(name: str, kind: type) -> np.ndarray:
+        return np.asarray(row[name], dtype=kind).reshape(-1, row["num_candidates"])[:, :num_candidates]
+
+    return Trajectory(
+        row["problem_id"],
+        row["template"],
+        np.asarray(row["prompt_ids"], dtype=np.int64),
+        np.asarray(row["token_ids"], dtype=np.int64),
+        np.asarray(row["divergence"], dtype=np.float32),
+        np.asarray(row["group_steps"], dtype=np.int64),
+        groups("candidate_ids", np.int64),
+        groups("slm_logprobs", np.float32),
+        groups("llm_probs", np.float32),
+    )
+
+
+def plan_batches(group_counts: Sequence[int], batch_groups: int, seed: int, epoch: int) -> list[list[int]]:
+    """Shuffle trajectories by (seed, epoch) and cut them into batches of at least `batch_groups` groups each."""
+    order = np.random.default_rng([seed, epoch]).permutation(len(group_counts))
+    batches: list[list[int]] = []
+    current: list[int] = []
+    held = 0
+    for index in order.tolist():
+        current.append(index)
+        held += group_counts[index]
+        if held >= batch_groups:
+            batches.append(current)
+            current, held = [], 0
+    if held:
+        batches.append(current)
+    return batches
+
+
+def make_batch(trajectories: Sequence[Trajectory], threshold: float, warmup_steps: int, device: torch.device) -> Batch:
+    """Pad and stack trajectories; groups are not padded."""
+    ids = np.zeros((len(trajectories), max(len(t.ids) for t in trajectories)), dtype=np.int64)
+    for row, t in enumerate(trajectories):
+        ids[row, : len(t.ids)] = t.ids
+    rows = [np.full(len(t.group_steps), row) for row, t in enumerate(trajectories)]
+    prefixes = [len(t.prompt_ids) + t.group_steps for t in trajectories]
+    steps, labels = zip(*(_steps(row, t, threshold, warmup_steps) for row, t in enumerate(trajectories)), strict=True)
+
+    def tensor(parts: Sequence[np.ndarray], axis: int = 0) -> Tensor:
+        return torch.from_numpy(np.concatenate(parts, axis=axis)).to(device)
+
+    return Batch(
+        torch.from_numpy(ids).to(device),
+        tensor([t.candidate_ids for t in trajectories]),
+        tensor(rows),
+        tensor(prefixes),
+        tensor([t.slm_logprobs for t in trajectories]),
+        tensor([t.llm_probs for t in trajectories]),
+        tensor(steps, axis=1),
+        tensor(labels),
+    )
+
+
+def _steps(row: int, t: Trajectory, threshold: float, warmup_steps: int) -> tuple[np.ndarray, np.ndarray]:
+    live = np.arange(warmup_steps, len(t.token_ids))
+    columns = len(t.prompt_ids) - 1 + live
+    return np.stack([np.full_like(columns, row), columns]), t.divergence[live] > threshold

@@ -1,0 +1,97 @@
+"""Fixtures of all floors: the embedded pair, and random models of real architectures under its tokenizer."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports the hub: a test that needs it says so
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("s2t", deadline=None, max_examples=50, derandomize=True, database=None)
+settings.load_profile("s2t")
+
+VOCAB = 1024
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,  # far from uniform attention, so that a wrong mask shows
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2": ("Qwen2", {"num_key_value_heads": 2}),
+    "llama": ("Llama", {"num_key_value_heads": 4}),
+    "gemma": ("Gemma", {"num_key_value_heads": 1, "head_dim": 16}),
+    "gemma2-eager": (
+        "Gemma2",
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "sliding_window": 6,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 3.0,
+            "attn_implementation": "eager",
+        },
+    ),
+    "qwen2-sliding": (
+        "Qwen2",
+        {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """The tokenizer of the embedded pair: 1,024 byte-level tokens, 28 of them reserved."""
+    from transformers import AutoTokenizer
+
+    from s2t.model.tiny import embedded_path
+
+    return AutoTokenizer.from_pretrained(str(embedded_path("tiny:slm")))
+
+
+@pytest.fixture(scope="session")
+def random_model(tokenizer: Any) -> Callable[..., Any]:
+    """Make a two-layer LoadedModel of a family with random weights; the same seed gives the same weights."""
+    import torch
+    import transformers
+
+    from s2t.model.load import wrap_model
+
+    torch.set_num_threads(1)  # models this small only lose by sharing cores
+
+    def make(family: str = "qwen2", seed: int = 0, dtype: Any = torch.float32, **changes: Any) -> Any:
+        name, sizes = FAMILIES[family]
+        config = getattr(transformers, f"{name}Config")(**SIZES | sizes | changes)
+        torch.manual_seed(seed)
+        model = getattr(transformers, f"{name}ForCausalLM")(config)
+        return wrap_model(f"{family}-{seed}", model.to(dtype), tokenizer)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_slm() -> Any:
+    """The embedded SLM; shared by all tests, so none may change it."""
+    from s2t.model.load import load_model
+
+    return load_model("tiny:slm")
+
+
+@pytest.fixture(scope="session")
+def tiny_llm() -> Any:
+    """The embedded LLM; shared by all tests, so none may change it."""
+    from s2t.model.load import load_model
+
+    return load_model("tiny:llm")

@@ -1,0 +1,69 @@
+"""Proposal of candidates, and reserved ids that can never be proposed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from s2t.core.candidates import mask_forbidden, propose
+from s2t.errors import ConfigError
+
+logit_rows = st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=30)
+tied_rows = st.lists(st.sampled_from([0.0, 1.0, 2.0]), min_size=2, max_size=30)
+
+
+@given(row=logit_rows | tied_rows, data=st.data())
+def test_candidates_are_distinct_best_first_and_begin_with_argmax(row, data):
+    logits = torch.tensor([row])
+    k = data.draw(st.integers(1, len(row)))
+    ids, logprobs = propose(logits, k)
+    assert ids.shape == logprobs.shape == (1, k)
+    assert len(set(ids[0].tolist())) == k
+    assert ids[0, 0] == logits[0].argmax()
+    assert logprobs[0].tolist() == sorted(logprobs[0].tolist(), reverse=True)
+    torch.testing.assert_close(logprobs[0], logits[0].log_softmax(-1)[ids[0]], rtol=1e-4, atol=1e-5)
+
+
+def test_candidates_of_equal_logits_begin_with_the_lowest_id():
+    ids, _ = propose(torch.zeros(3, 500), 4)
+    assert ids[:, 0].tolist() == [0, 0, 0]
+
+
+def test_rows_are_proposed_independently():
+    torch.manual_seed(0)
+    logits = torch.randn(5, 40)
+    ids, logprobs = propose(logits, 6)
+    for row in range(5):
+        alone_ids, alone_logprobs = propose(logits[row : row + 1], 6)
+        assert torch.equal(ids[row], alone_ids[0])
+        torch.testing.assert_close(logprobs[row], alone_logprobs[0])
+
+
+@pytest.mark.parametrize("k", [0, 11])
+def test_more_candidates_than_tokens_are_refused_with_both_numbers(k):
+    with pytest.raises(ConfigError, match=rf"1\.\.10 .*got {k}"):
+        propose(torch.zeros(1, 10), k)
+
+
+def test_masking_cuts_padding_rows_and_forbids_ids():
+    logits = mask_forbidden(torch.ones(2, 12, dtype=torch.bfloat16), torch.tensor([3, 5]), 10)
+    assert logits.shape == (2, 10)
+    assert logits.dtype == torch.float32
+    assert logits.isneginf().nonzero()[:, 1].tolist() == [3, 5, 3, 5]
+
+
+def test_masking_leaves_its_input_as_it_was():
+    logits = torch.ones(1, 4)
+    mask_forbidden(logits, torch.tensor([1]), 4)
+    assert logits.tolist() == [[1, 1, 1, 1]]
+
+
+@given(row=st.lists(st.floats(-20, 20, width=32), min_size=12, max_size=12), data=st.data())
+def test_reserved_ids_are_never_proposed_whatever_the_logits(row, data):
+    forbidden = data.draw(st.sets(st.integers(0, 11), max_size=6))
+    logits = mask_forbidden(torch.tensor([row]), torch.tensor(sorted(forbidden)).long(), 12)
+    ids, logprobs = propose(logits, 12 - len(forbidden))
+    assert not forbidden & set(ids[0].tolist())
+    assert logprobs.exp().sum() == pytest.approx(1, abs=1e-4)

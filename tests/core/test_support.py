@@ -1,0 +1,166 @@
+"""Laws of divergence, entropy and rank."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from s2t.config import DIVERGENCES
+from s2t.core.candidates import propose
+from s2t.core.stats import hit_rate_curve
+from s2t.core.support import align_vocabulary, divergence, entropy, kl_divergence, rank_of, with_rest_bucket
+from s2t.errors import ConfigError
+
+BUCKETED = tuple(kind for kind in DIVERGENCES if kind != "released-code")
+
+
+def rows(low=-30.0, high=30.0, max_size=12, unique=False):
+    """Two rows of logits of one size; `unique` values leave no doubt which are the best of a row."""
+    number = st.floats(low, high, width=32)
+    return st.integers(2, max_size).flatmap(
+        lambda size: st.tuples(
+            *(st.lists(number, min_size=size, max_size=size, unique=unique) for _ in range(2))
+        )
+    )
+
+
+def full_kl(p_logits, q_logits):
+    p, q = p_logits.double().log_softmax(-1), q_logits.double().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+@given(pair=rows(), support_size=st.integers(1, 14))
+def test_divergence_is_finite_and_never_negative(kind, pair, support_size):
+    llm, slm = map(torch.tensor, pair)
+    value = divergence(llm, slm, support_size, kind)
+    assert value.isfinite() and value >= 0
+    assert value.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+@given(pair=rows(), support_size=st.integers(1, 14), shift=st.floats(-5, 5, width=32))
+def test_divergence_of_equal_distributions_is_zero(kind, pair, support_size, shift):
+    logits = torch.tensor(pair[0])
+    assert divergence(logits, logits, support_size, kind) == 0
+    assert divergence(logits + shift, logits, support_size, kind) < 1e-4
+
+
+@given(pair=rows(-3, 3), support_size=st.integers(1, 12))
+def test_the_rest_bucket_makes_divergence_a_lower_bound_of_the_full_kl(pair, support_size):
+    llm, slm = map(torch.tensor, pair)
+    assert divergence(llm, slm, support_size) <= full_kl(llm, slm) + 1e-3
+    assert divergence(llm, slm, support_size, "slm-llm") <= full_kl(slm, llm) + 1e-3
+
+
+@given(pair=rows(-3, 3))
+def test_divergence_on_the_whole_vocabulary_is_the_full_kl(pair):
+    llm, slm = map(torch.tensor, pair)
+    for kind, expected in (
+        ("llm-slm", full_kl(llm, slm)),
+        ("slm-llm", full_kl(slm, llm)),
+        ("released-code", full_kl(llm, slm)),
+    ):
+        assert float(divergence(llm, slm, len(slm), kind)) == pytest.approx(float(expected), abs=1e-4)
+
+
+@given(pair=rows())
+def test_jensen_shannon_is_symmetric_and_at_most_log_2(pair):
+    llm, slm = map(torch.tensor, pair)
+    value = divergence(llm, slm, len(slm), "js")
+    assert float(value) == pytest.approx(float(divergence(slm, llm, len(slm), "js")), abs=1e-5)
+    assert value <= math.log(2) + 1e-5
+
+
+def test_a_token_outside_the_support_still_counts():
+    slm = torch.tensor([4.0, 3.0, 0.0, 0.0, 0.0])
+    llm = torch.tensor([0.0, 0.0, 0.0, 0.0, 9.0])
+    assert divergence(llm, slm, support_size=2) > 2
+    with_rest = with_rest_bucket(torch.tensor([0.5, 0.2]))
+    torch.testing.assert_close(with_rest, torch.tensor([0.5, 0.2, 0.3]))
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+@given(pair=rows(-8, 8, unique=True), padding=st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=5))
+def test_padded_vocabularies_of_different_size_agree(kind, pair, padding):
+    llm, slm = map(torch.tensor, pair)
+    value = divergence(llm, slm, 4, kind)
+    padded_llm = torch.cat([llm, torch.tensor(padding)])
+    padded_slm = align_vocabulary(slm, len(slm) + 3)  # its padding rows masked, as the engine leaves them
+    torch.testing.assert_close(divergence(padded_llm, slm, 4, kind), value)
+    torch.testing.assert_close(divergence(llm, padded_slm, 4, kind), value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_divergence_takes_any_leading_shape(kind):
+    torch.manual_seed(0)
+    llm, slm = torch.randn(2, 3, 20), torch.randn(2, 3, 20)
+    values = divergence(llm, slm, 5, kind)
+    assert values.shape == (2, 3)
+    torch.testing.assert_close(values[1, 2], divergence(llm[1, 2], slm[1, 2], 5, kind))
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_masked_tokens_leave_divergence_finite(kind):
+    slm = torch.tensor([1.0, float("-inf"), 0.5, float("-inf")])
+    llm = torch.tensor([0.0, 3.0, 0.5, float("-inf")])
+    assert divergence(llm, slm, 4, kind).isfinite()
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_half_precision_logits_are_compared_in_float32(kind):
+    torch.manual_seed(0)
+    llm, slm = torch.randn(4, 50).bfloat16(), torch.randn(4, 50).bfloat16()
+    assert torch.equal(divergence(llm, slm, 8, kind), divergence(llm.float(), slm.float(), 8, kind))
+
+
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(ConfigError, match="magic"):
+        divergence(torch.zeros(4), torch.zeros(4), kind="magic")
+
+
+def test_kl_of_disjoint_distributions_is_large_but_finite():
+    p, q = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    assert 20 < kl_divergence(p, q) < 30
+
+
+@given(pair=rows())
+def test_entropy_lies_between_zero_and_the_uniform_one(pair):
+    logits = torch.tensor(pair[0])
+    assert 0 <= entropy(logits) <= math.log(len(logits)) + 1e-5
+
+
+def test_entropy_of_known_distributions():
+    assert float(entropy(torch.zeros(16))) == pytest.approx(math.log(16), abs=1e-5)
+    certain = torch.full((8,), float("-inf"))
+    certain[3] = 0.0
+    assert entropy(certain) == 0
+
+
+@given(pair=rows(), rounded=st.booleans())
+def test_rank_is_the_place_in_a_stable_descending_sort(pair, rounded):
+    logits = torch.tensor(pair[0])
+    logits = logits.sign() if rounded else logits  # many ties
+    order = logits.sort(descending=True, stable=True).indices
+    places = rank_of(logits.expand(len(logits), -1), order)
+    assert places.tolist() == list(range(len(logits)))
+    assert order[0] == logits.argmax()
+
+
+def test_rank_below_k_says_that_the_token_is_a_candidate():
+    torch.manual_seed(0)
+    logits, token = torch.randn(200, 30), torch.randint(30, (200,))
+    for k in (1, 4, 16, 30):
+        ids, _ = propose(logits, k)
+        assert torch.equal((ids == token[:, None]).any(-1), rank_of(logits, token) < k)
+
+
+@given(ranks=st.lists(st.integers(0, 40), min_size=1))
+def test_hit_rate_grows_with_k_and_reaches_one_at_the_whole_vocabulary(ranks):
+    curve = list(hit_rate_curve(ranks, (1, 2, 4, 8, 16, 41)).values())
+    assert curve == sorted(curve)
+    assert curve[-1] == 1

@@ -1,0 +1,297 @@
+"""Laws of the decoding loop: what is the same whatever the batch, what never fires, never flips and is never emitted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from s2t.decode.loop import Decoder, Request
+from s2t.decode.session import Session
+from s2t.errors import ConfigError
+from s2t.model.engine import Engine
+
+EVERY_STEP = {"trigger": "entropy", "threshold": -1.0}
+HALF = {"trigger": "random", "threshold": 0.5}
+RUNS = {
+    "greedy": ("greedy", {}),
+    "sample": ("sample", {"temperature": 1.5, "top_p": 0.95}),
+    "llm": ("llm", {}),
+    "takeover": ("takeover", {"threshold": 1.0}),
+    "takeover-random": ("takeover", HALF),
+    "s2t": ("s2t", {"threshold": 1.0}),
+    "s2t-entropy": ("s2t", {"trigger": "entropy", "threshold": 0.5}),
+    "s2t-local": ("s2t-local", {"threshold": 0.5}),
+    "s2t-local-random": ("s2t-local", HALF),
+}
+every_run = pytest.mark.parametrize("run", RUNS)
+ALWAYS = {"s2t-local": "always", "s2t-local-random": "always"}
+both_scopes = pytest.mark.parametrize("scope", ["candidates", "always"])
+
+
+def fired(sequence):
+    return [step.index for step in sequence.steps if step.fired]
+
+
+def facts(done):
+    return [(s.token_ids, fired(s), s.finish_reason, s.num_flips) for s in done]
+
+
+# The same whatever the batch
+
+
+def test_greedy_is_the_greedy_generate_of_transformers(write, strategy, tokens, slm, prompts):
+    done = write(strategy("greedy"), batch_size=4)
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    rows = slm.model.get_output_embeddings().weight.shape[0]
+    reference = slm.model.generate(
+        ids,
+        attention_mask=mask,
+        do_sample=False,
+        max_new_tokens=24,
+        suppress_tokens=[*slm.reserved.all, *range(slm.vocab_size, rows)],
+    )
+    for sequence, row in zip(done, reference[:, width:].tolist(), strict=True):
+        assert sequence.token_ids == row[: len(sequence.token_ids)]
+        assert sequence.finish_reason == ("stop" if row[len(sequence.token_ids) - 1] == 1 else "length")
+    assert len({len(row) for row in tokens(done)}) > 1, "the prompts should end at different lengths"
+
+
+@pytest.mark.parametrize(("run", "scope"), [*((run, "candidates") for run in RUNS), *ALWAYS.items()])
+def test_a_batch_writes_what_single_sequences_write_and_costs_the_same(run, scope, write, strategy):
+    name, settings = RUNS[run]
+    how = strategy(name, **settings)
+    alone = write(how, batch_size=1, scope=scope)
+    together = write(how, batch_size=8, scope=scope)
+    assert facts(together) == facts(alone)
+    assert [s.cost for s in together] == [s.cost for s in alone]
+    if how.selector is not None:
+        assert any(map(fired, alone)), "nothing fired, so nothing was compared"
+
+
+@every_run
+def test_rows_admitted_late_write_what_they_write_all_at_once(run, write, strategy):
+    name, settings = RUNS[run]
+    how = strategy(name, **settings)
+    at_once = facts(write(how, batch_size=8))
+    assert facts(write(how, batch_size=2)) == at_once
+    assert facts(write(how, batch_size=3)) == at_once
+
+
+def test_samples_depend_on_seed_and_key_alone(write, strategy, tokens, prompts):
+    settings = RUNS["sample"][1]
+    first = tokens(write(strategy("sample", **settings)))
+    assert tokens(write(strategy("sample", **settings))) == first
+    assert tokens(write(strategy("sample", seed=1, **settings))) != first
+
+
+def test_samples_of_one_prompt_share_its_prefill_and_differ(slm, strategy, prompts):
+    how = strategy("sample", **RUNS["sample"][1])
+    requests = [Request(i, prompts[0], f"p/{i}") for i in range(4)]
+    together = Session(slm, batch_size=4).run(how, requests, 24)
+    alone = Session(slm, batch_size=1).run(how, requests, 24)
+    assert [s.token_ids for s in together] == [s.token_ids for s in alone]
+    assert len({tuple(s.token_ids) for s in together}) == 4
+    prompt_tokens = sum(s.cost.slm_processed - (s.cost.generated - 1) for s in together)
+    assert prompt_tokens == len(prompts[0])
+
+
+@every_run
+def test_a_trace_changes_nothing(run, slm, llm, adapters, strategy, prompts):
+    name, settings = RUNS[run]
+    adapter = adapters["candidates"] if name == "s2t-local" else None
+    session = Session(adapter.loaded if adapter else slm, llm, adapter, batch_size=8)
+    requests = [Request(i, prompt, f"problem-{i}") for i, prompt in enumerate(prompts)]
+    plain = session.run(strategy(name, **settings), requests, 24)
+    traced = session.run(strategy(name, **settings), requests, 24, keep_steps=True)
+    assert [(s.token_ids, s.cost, s.num_triggered) for s in plain] == [
+        (s.token_ids, s.cost, s.num_triggered) for s in traced
+    ]
+    assert all(step.candidates is not None for sequence in traced for step in sequence.steps)
+
+
+def test_steps_come_in_order_and_end_once(write, strategy):
+    for sequence in write(strategy("s2t", threshold=1.0), batch_size=3, max_new_tokens=7):
+        assert [step.index for step in sequence.steps] == list(range(len(sequence.token_ids)))
+        assert [step.finish_reason for step in sequence.steps[:-1]] == [None] * (len(sequence.steps) - 1)
+        is_stop = sequence.token_ids[-1] == 1
+        assert sequence.finish_reason == ("stop" if is_stop else "length")
+        assert is_stop or len(sequence.token_ids) == 7
+
+
+# When nothing fires, and when firing changes nothing
+
+
+@pytest.mark.parametrize(
+    ("name", "scope"), [("s2t", "candidates"), ("s2t-local", "candidates"), ("s2t-local", "always")]
+)
+@pytest.mark.parametrize("trigger", [EVERY_STEP, HALF], ids=["every step", "half"])
+def test_one_candidate_is_greedy(name, scope, trigger, write, strategy, tokens):
+    own = scope == "always"  # the adapted model is another model, with a greedy of its own
+    greedy = write(strategy("s2t-local", trigger="never"), scope=scope) if own else write(strategy("greedy"))
+    found = write(strategy(name, num_candidates=1, **trigger), scope=scope)
+    assert tokens(found) == tokens(greedy)
+    assert any(map(fired, found))
+
+
+@pytest.mark.parametrize("name", ["takeover", "s2t", "s2t-local"])
+def test_trigger_never_is_greedy(name, write, strategy, tokens):
+    assert tokens(write(strategy(name, trigger="never"))) == tokens(write(strategy("greedy")))
+
+
+@pytest.mark.parametrize("name", ["takeover", "s2t"])
+@pytest.mark.parametrize("how", [{"threshold": 1e-4}, EVERY_STEP], ids=["divergence", "every step"])
+def test_a_model_paired_with_itself_never_triggers_and_never_flips(name, how, write, strategy, tokens, slm, new_model):
+    found = write(strategy(name, **how), llm=new_model(0))
+    assert tokens(found) == tokens(write(strategy("greedy")))
+    assert sum(s.num_flips for s in found) == 0
+    if "trigger" not in how:
+        assert sum(s.num_triggered for s in found) == 0
+        assert all(0 <= step.value <= 1e-4 for s in found for step in s.steps)
+
+
+def test_s2t_over_the_whole_vocabulary_is_takeover(write, strategy, tokens, slm):
+    how = {"threshold": 1.0, "num_candidates": slm.vocab_size}
+    assert tokens(write(strategy("s2t", **how))) == tokens(write(strategy("takeover", threshold=1.0)))
+
+
+def test_takeover_takes_the_whole_vocabulary_whatever_k(write, strategy, tokens):
+    takeover = [tokens(write(strategy("takeover", num_candidates=k, **EVERY_STEP))) for k in (1, 8)]
+    assert takeover[0] == takeover[1]
+    assert takeover[0] != tokens(write(strategy("greedy")))
+
+
+def test_firing_at_every_step_takeover_writes_what_the_llm_writes_after_warmup_0(write, strategy, tokens):
+    taken = write(strategy("takeover", warmup_steps=0, **EVERY_STEP))
+    assert tokens(taken) == tokens(write(strategy("llm")))
+
+
+@pytest.mark.parametrize("name", ["takeover", "s2t", "s2t-local"])
+def test_warmup_steps_never_trigger(name, write, strategy):
+    for sequence in write(strategy(name, **EVERY_STEP)):
+        assert fired(sequence) == list(range(3, len(sequence.token_ids)))
+
+
+@both_scopes
+def test_a_selector_that_learned_nothing_ranks_as_the_slm_does(scope, new_model, new_adapter, strategy, prompts):
+    adapter = new_adapter(new_model(0), scope)
+    torch.nn.init.zeros_(adapter.selector.bins)
+    session = Session(adapter.loaded, adapter=adapter, batch_size=8)
+    requests = [Request(i, prompt) for i, prompt in enumerate(prompts)]
+    greedy = session.run(strategy("s2t-local", trigger="never"), requests, 24)
+    found = session.run(strategy("s2t-local", **EVERY_STEP), requests, 24)
+    assert [s.token_ids for s in found] == [s.token_ids for s in greedy]
+    assert sum(s.num_triggered for s in found) > 0
+
+
+def test_an_adapter_of_scope_candidates_that_selects_does_flip(write, strategy):
+    assert sum(s.num_flips for s in write(strategy("s2t-local", **EVERY_STEP))) > 0
+
+
+def test_scope_candidates_leaves_the_base_model_bit_for_bit(slm, adapters, prompts):
+    adapter = adapters["candidates"]
+    base, adapted = Engine(slm, 6), Engine(adapter.loaded, 6, adapter)
+    rows = list(range(6))
+    hidden = [engine.extend(rows, prompts) for engine in (base, adapted)]
+    for _ in range(4):
+        assert torch.equal(*hidden)
+        logits = [engine.logits(state) for engine, state in zip((base, adapted), hidden, strict=True)]
+        assert torch.equal(*logits)
+        branch = adapted.branch(rows, logits[0].topk(4).indices)
+        assert branch.shape == (6, 4, 32)
+        step = logits[0].argmax(-1, keepdim=True).tolist()
+        hidden = [engine.extend(rows, step) for engine in (base, adapted)]
+    plain = base.branch(rows, logits[0].topk(4).indices)
+    assert not torch.allclose(adapted.branch(rows, logits[0].topk(4).indices), plain, atol=1e-2)
+
+
+# Reserved ids
+
+
+@pytest.mark.parametrize("prior_weight", [0.0, 1.0])
+@both_scopes
+@pytest.mark.parametrize("num_candidates", [8, "all"])
+def test_reserved_ids_and_padding_rows_are_never_emitted(
+    prior_weight, scope, num_candidates, new_model, new_adapter, strategy, prompts
+):
+    loaded, llm = new_model(0), new_model(1, num_rows=70)
+    for model in (loaded, llm):
+        rows = model.model.get_output_embeddings().weight
+        huge = torch.randn(rows.shape[1]) * 100
+        with torch.no_grad():
+            for place, row in enumerate([*model.reserved.all, *range(model.vocab_size, len(rows))]):
+                rows[row] = huge if place % 2 else -huge  # one of the two is far above every other logit
+    adapter = new_adapter(loaded, scope, prior_weight=prior_weight)
+    session = Session(loaded, llm, adapter, batch_size=8)
+    requests = [Request(i, prompt) for i, prompt in enumerate(prompts)]
+    k = loaded.vocab_size if num_candidates == "all" else 8
+    forbidden = set(loaded.reserved.all) | set(range(loaded.vocab_size, 80))
+    for name, settings in RUNS.values():
+        done = session.run(strategy(name, **{**settings, "num_candidates": k}), requests, 12)
+        assert not forbidden & {token for s in done for token in s.token_ids}, name
+
+
+# Costs
+
+
+def test_greedy_costs_one_forward_a_token(write, strategy, prompts):
+    for sequence, prompt in zip(write(strategy("greedy")), prompts, strict=True):
+        cost = sequence.cost
+        assert cost.generated == cost.slm_forwards == len(sequence.token_ids)
+        assert cost.slm_processed == len(prompt) + cost.generated - 1
+        assert (cost.llm_forwards, cost.llm_processed, cost.llm_flops) == (0, 0, 0)
+
+
+def test_s2t_local_of_scope_candidates_costs_one_more_forward_a_triggered_step(write, strategy, prompts):
+    for sequence, prompt in zip(write(strategy("s2t-local", **HALF)), prompts, strict=True):
+        cost, triggered = sequence.cost, sequence.num_triggered
+        assert cost.slm_forwards == cost.generated + triggered
+        assert cost.slm_processed == len(prompt) + cost.generated - 1 + 4 * triggered
+        assert (cost.llm_forwards, cost.llm_processed, cost.llm_flops) == (0, 0, 0)
+
+
+def test_s2t_local_of_scope_always_costs_no_forward_more_than_greedy(write, strategy):
+    done = write(strategy("s2t-local", **HALF), scope="always")
+    for sequence in done:
+        last_needs_no_step = sequence.steps[-1].fired  # a greedy sequence never runs its last token
+        assert sequence.cost.slm_forwards == sequence.cost.generated + last_needs_no_step
+    assert sum(s.num_triggered for s in done) > 0
+
+
+def test_the_llm_alone_costs_the_slm_nothing(write, strategy):
+    for sequence in write(strategy("llm")):
+        cost = sequence.cost
+        assert (cost.slm_forwards, cost.slm_processed, cost.slm_flops) == (0, 0, 0)
+        assert cost.llm_forwards == len(sequence.token_ids)
+
+
+@pytest.mark.parametrize("name", ["s2t", "takeover"])
+def test_a_trigger_that_reads_no_llm_reads_it_at_triggered_steps_only(name, write, strategy, prompts):
+    for sequence, prompt in zip(write(strategy(name, **HALF)), prompts, strict=True):
+        cost = sequence.cost
+        assert cost.slm_forwards == cost.generated
+        assert cost.llm_forwards == sequence.num_triggered
+        if sequence.num_triggered:
+            assert cost.llm_processed == len(prompt) + fired(sequence)[-1]
+
+
+def test_a_divergence_trigger_reads_the_llm_at_every_token(write, strategy):
+    for sequence in write(strategy("s2t", threshold=1.0)):
+        assert sequence.cost.llm_forwards == sequence.cost.slm_forwards == len(sequence.token_ids)
+
+
+# Mistakes
+
+
+def test_more_candidates_than_tokens_is_one_clear_line(slm, strategy):
+    with pytest.raises(ConfigError, match=r"1\.\.58 .*got 59; lower --num-candidates") as caught:
+        Decoder(Engine(slm, 1), strategy("greedy", num_candidates=59))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_strategy_without_its_llm_or_adapter_is_one_clear_line(slm, strategy):
+    with pytest.raises(ConfigError, match="pass --llm"):
+        Decoder(Engine(slm, 1), strategy("s2t", threshold=1.0))
+    with pytest.raises(ConfigError, match="needs --adapter"):
+        Decoder(Engine(slm, 1), strategy("s2t-local", threshold=1.0))

@@ -1,0 +1,70 @@
+"""Strategies by name: votes, triggers that fit, thresholds that are there."""
+
+from __future__ import annotations
+
+import pytest
+
+from s2t.config import STRATEGIES, DecodeConfig
+from s2t.decode.strategies import build_strategy, vote
+from s2t.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("answers", "winner"),
+    [
+        (["7"], "7"),
+        (["3", "7", "7"], "7"),
+        (["3", "7", "7", "3"], "3"),  # a tie goes to the earliest
+        (["7", "3", "3", "7"], "7"),
+        ([None, None, "5"], "5"),  # no answer never wins over an answer
+        ([None, None, "5", "6", "6"], "6"),
+        ([None, None], None),
+        ([], None),
+    ],
+)
+def test_the_majority_wins_ties_go_to_the_earliest_and_none_never_wins(answers, winner):
+    assert vote(answers) == winner
+
+
+def test_a_vote_counts_answers_not_correct_ones():
+    """Seven wrong votes beat one right answer; the released code's self-consistency would have taken it."""
+    assert vote(["right", *["wrong"] * 7]) == "wrong"
+
+
+@pytest.mark.parametrize(
+    ("name", "trigger"),
+    [
+        ("s2t-local", "divergence"),  # needs the LLM
+        ("s2t", "criticality"),  # needs an adapter
+        ("takeover", "criticality"),
+    ],
+)
+def test_a_trigger_that_does_not_fit_is_one_clear_line(name, trigger):
+    with pytest.raises(ConfigError, match=f"strategy {name} takes trigger .*; got '{trigger}'"):
+        build_strategy(name, DecodeConfig(trigger=trigger), {trigger: 1.0})
+
+
+@pytest.mark.parametrize(("name", "trigger"), [("s2t", "divergence"), ("s2t-local", "criticality"), ("takeover", "entropy")])
+def test_a_trigger_without_a_threshold_names_the_next_step(name, trigger):
+    with pytest.raises(ConfigError, match=f"trigger {trigger} has no threshold; pass --threshold or --calibration"):
+        build_strategy(name, DecodeConfig(trigger=trigger), {})
+
+
+def test_a_given_threshold_beats_the_calibrated_one_of_its_own_trigger():
+    thresholds = {"divergence": 1.5, "entropy": 2.5}
+    assert build_strategy("s2t", DecodeConfig(), thresholds).threshold == 1.5
+    assert build_strategy("s2t", DecodeConfig(trigger="entropy"), thresholds).threshold == 2.5
+    assert build_strategy("s2t", DecodeConfig(threshold=0.25), thresholds).threshold == 0.25
+    assert build_strategy("s2t", DecodeConfig(threshold=0.0), thresholds).threshold == 0.0
+
+
+def test_k_is_the_given_one_else_the_adapters_else_8():
+    assert build_strategy("greedy", DecodeConfig(), {}).num_candidates == 8
+    assert build_strategy("greedy", DecodeConfig(), {}, 5).num_candidates == 5
+    assert build_strategy("greedy", DecodeConfig(num_candidates=3), {}, 5).num_candidates == 3
+
+
+def test_only_s2t_and_takeover_read_the_llm_beside_the_slm():
+    thresholds = {"divergence": 1.0, "criticality": 0.5}
+    needs = {name for name in STRATEGIES if build_strategy(name, DecodeConfig(), thresholds).needs_llm}
+    assert needs == {"s2t", "takeover"}

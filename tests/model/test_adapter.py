@@ -1,0 +1,227 @@
+"""Adapters on disk: what is saved comes back, only the adapter is saved, and only its own base model takes it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from s2t.errors import ModelError, S2TError
+from s2t.model.adapter import (
+    AdapterConfig,
+    SelectorAdapter,
+    attached_adapter,
+    load_adapter,
+    read_adapter_config,
+    train_problem_hashes,
+)
+from s2t.model.engine import Engine
+from s2t.model.load import load_model
+
+torch.set_num_threads(1)
+
+PROMPTS = [[40, 50, 60, 70], [41, 42], [99, 98, 97]]
+SETTINGS = {
+    "llm": "tiny:llm",
+    "task": "rg:gsm_symbolic",
+    "num_bins": 12,
+    "head_size": 6,
+    "lora_rank": 2,
+    "lora_dropout": 0.0,
+    "thresholds": {"criticality": 0.6},
+    "split_hashes": {"train": "abc"},
+    "heldout_templates": ("3", "7"),
+    "versions": {"torch": "2"},
+}
+
+
+def make(criticality: str = "head", scope: str = "candidates") -> SelectorAdapter:
+    """A random adapter on a fresh copy of the embedded small model."""
+    loaded = load_model("tiny:slm", "float32")
+    config = AdapterConfig("tiny:slm", loaded.fingerprint, scope=scope, criticality=criticality, **SETTINGS)
+    torch.manual_seed(3)
+    adapter = SelectorAdapter(loaded, config)
+    with torch.no_grad():
+        for parameter in adapter.trainable().values():
+            parameter.normal_(0.0, 0.2)
+    adapter.selector.requires_grad_(False)
+    return adapter
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A random adapter and the folder it was saved to; tests that damage the folder copy it."""
+    adapter = make()
+    folder = tmp_path_factory.mktemp("saved") / "adapter"
+    adapter.save(folder, ("bbbb", "aaaa"))
+    return adapter, folder
+
+
+def readings(adapter):
+    """Scores and criticality of the prompts."""
+    engine = Engine(adapter.loaded, len(PROMPTS), adapter)
+    rows = list(range(len(PROMPTS)))
+    hidden = engine.extend(rows, PROMPTS)
+    with torch.inference_mode():
+        top = engine.logits(hidden).log_softmax(-1).topk(5)
+        scores = adapter.scores(engine.branch(rows, top.indices), top.values)
+        return scores, adapter.criticality(hidden)
+
+
+@pytest.mark.parametrize("criticality", ["head", "reserved"])
+@pytest.mark.parametrize("scope", ["candidates", "always"])
+def test_a_saved_adapter_reads_as_before(criticality, scope, tmp_path):
+    adapter = make(criticality, scope)
+    adapter.save(tmp_path / "adapter")
+    again = load_adapter(tmp_path / "adapter", load_model("tiny:slm", "float32"))
+    assert again.config == adapter.config
+    for before, after in zip(readings(adapter), readings(again), strict=True):
+        assert torch.equal(before, after)
+    scores, critical = readings(again)
+    assert scores.std() > 1e-3
+    assert ((critical >= 0) & (critical <= 1)).all()
+
+
+def test_only_the_lora_and_the_selector_are_saved(saved):
+    adapter, folder = saved
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert tensors and all("lora_" in name for name in tensors)
+    assert not any("embed_tokens" in name or "lm_head" in name for name in tensors)
+    assert set(load_file(folder / "s2t_selector.safetensors")) == set(adapter.selector.state_dict())
+    num_saved = sum(t.numel() for name in ("adapter_model", "s2t_selector") for t in load_file(folder / f"{name}.safetensors").values())
+    assert num_saved == sum(p.numel() for p in adapter.trainable().values())
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    assert size < 0.5 * 4 * adapter.loaded.num_params
+    assert {path.name for path in folder.iterdir()} == {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "s2t_selector.safetensors",
+        "s2t_config.json",
+        "train_problems.txt",
+        "README.md",
+    }
+
+
+def test_the_folder_explains_itself(saved):
+    adapter, folder = saved
+    config = json.loads((folder / "s2t_config.json").read_text())
+    assert config == json.loads(json.dumps(asdict(adapter.config)))
+    assert {"base_model", "base_fingerprint", "scope", "num_bins", "thresholds", "split_hashes", "versions"} <= set(config)
+    assert config["base_fingerprint"] == load_model("tiny:slm").fingerprint
+    assert train_problem_hashes(folder) == {"aaaa", "bbbb"}
+    card = (folder / "README.md").read_text()
+    assert "base_model: tiny:slm" in card and "criticality" in card
+
+
+def test_an_adapter_that_does_not_act_leaves_the_base_bit_for_bit(saved):
+    adapter, _ = saved
+    plain = load_model("tiny:slm", "float32").model
+    ids = torch.tensor([[40, 50, 60, 70, 80]])
+    with torch.inference_mode():
+        adapter.act(False)
+        assert torch.equal(adapter.base_model(ids).logits, plain(ids).logits)
+        adapter.act(True)
+        assert not torch.allclose(adapter.base_model(ids).logits, plain(ids).logits, atol=1e-2)
+        adapter.act(False)
+        assert torch.equal(adapter.base_model(ids).logits, plain(ids).logits)
+
+
+def test_an_engine_without_the_adapter_is_the_base_even_when_one_is_attached(saved):
+    adapter, _ = saved
+    assert attached_adapter(adapter.loaded.model) is adapter
+    plain = load_model("tiny:slm", "float32")
+    assert attached_adapter(plain.model) is None
+    adapter.act(True)
+    rows = list(range(len(PROMPTS)))
+    left, right = (Engine(loaded, len(PROMPTS)).extend(rows, PROMPTS) for loaded in (adapter.loaded, plain))
+    assert torch.equal(left, right)
+
+
+def test_an_attached_adapter_does_not_change_the_fingerprint_or_the_size(saved):
+    adapter, _ = saved
+    plain = load_model("tiny:slm", "float32")
+    adapted = replace(adapter.loaded)  # nothing cached
+    assert adapted.fingerprint == plain.fingerprint
+    assert adapted.num_params == plain.num_params
+
+
+def test_another_base_model_is_refused(saved):
+    _, folder = saved
+    other = load_model("tiny:llm")
+    with pytest.raises(ModelError, match=r"trained on tiny:slm .* not on tiny:llm .*; pass --slm tiny:slm") as caught:
+        load_adapter(folder, other)
+    assert "\n" not in str(caught.value)
+    assert attached_adapter(other.model) is None
+
+
+def test_the_same_model_with_other_weights_is_refused(saved):
+    _, folder = saved
+    loaded = load_model("tiny:slm", "float32")
+    with torch.no_grad():
+        loaded.model.get_output_embeddings().weight.mul_(1.5)
+    with pytest.raises(ModelError, match="was trained on tiny:slm"):
+        load_adapter(folder, loaded)
+
+
+def without(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def cut(name):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:100])
+
+
+def change_config(**changes):
+    def damage(folder):
+        config = json.loads((folder / "s2t_config.json").read_text()) | changes
+        (folder / "s2t_config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without("s2t_config.json"), "no adapter folder: s2t_config.json is missing"),
+        (without("s2t_selector.safetensors"), "is damaged"),
+        (without("adapter_model.safetensors"), "is damaged"),
+        (without("adapter_config.json"), "is damaged"),
+        (cut("s2t_selector.safetensors"), "is damaged"),
+        (cut("adapter_model.safetensors"), "is damaged"),
+        (cut("adapter_config.json"), "is damaged"),
+        (cut("s2t_config.json"), "is not JSON"),
+        (change_config(num_bins=20), "is damaged"),
+        (change_config(from_the_future=1), "unknown keys from_the_future; it was written by a newer s2t"),
+        (change_config(base_model=None), "is damaged.*base_model"),
+    ],
+)
+def test_a_damaged_folder_is_one_clear_line(damage, message, saved, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = tmp_path / "adapter"
+    shutil.copytree(saved[1], folder)
+    damage(folder)
+    with pytest.raises(S2TError, match=message) as caught:
+        load_adapter(folder, load_model("tiny:slm"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_is_none_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="is no adapter folder"):
+        read_adapter_config(tmp_path / "nothing")
+
+
+def test_a_save_that_is_cut_short_is_no_adapter(tmp_path, monkeypatch):
+    adapter = make()
+
+    def full_disk(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("s2t.model.adapter.write_text", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        adapter.save(tmp_path / "adapter")
+    with pytest.raises(ModelError, match="is no adapter folder"):
+        read_adapter_config(tmp_path / "adapter")

@@ -1,0 +1,400 @@
+"""The report of a synthetic run: what is on the page, what cannot happen on it, what fails clearly."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import math
+import random
+import re
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import pytest
+
+from s2t.errors import DataError, MissingExtraError
+from s2t.report import build, plots, write_report
+from s2t.report.trace import load_traces, script_json
+
+NAMES = ("greedy", "sample", "self-consistency", "llm", "takeover", "s2t", "s2t-local")
+EVIL = '</script><script>alert("x")</script><!-- <img src=x onerror=alert(1)>\u2028&amp;'
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def scores(name: str, accuracy: float, n: int = 500) -> dict[str, Any]:
+    needs_llm = name in ("llm", "takeover", "s2t")
+    tokens, samples = 210 * n, 8 if name == "self-consistency" else 1
+    llm_forwards = {"llm": tokens, "takeover": tokens, "s2t": tokens}.get(name, 0)
+    slm_forwards = 0 if name == "llm" else samples * tokens + (9 * n if name == "s2t-local" else 0)
+    fires = name in ("takeover", "s2t", "s2t-local")
+    half = 1.96 * math.sqrt(accuracy * (1 - accuracy) / n)
+    entry = {
+        "accuracy": accuracy,
+        "ci95": [accuracy - half, accuracy + half],
+        "num_problems": n,
+        "slm_tokens": 0 if name == "llm" else samples * tokens,
+        "llm_tokens": tokens if name == "llm" else 0,
+        "slm_forwards": slm_forwards,
+        "llm_forwards": llm_forwards,
+        "slm_processed": slm_forwards + 90 * n,
+        "llm_processed": llm_forwards + 90 * n if needs_llm else 0,
+        "slm_flops": 2 * 3.1e6 * slm_forwards,
+        "llm_flops": 2 * 2.9e7 * llm_forwards,
+        "trigger_rate": 0.051 if fires else None,
+        "flip_rate": 0.022 if fires else None,
+        "seconds": 41.7 + 80 * needs_llm + 12 * samples,
+    }
+    return entry | ({"pass_at_n": 0.781, "num_samples": 8} if samples > 1 else {})
+
+
+def make_summary(names: tuple[str, ...] = NAMES) -> dict[str, Any]:
+    accuracy: dict[str, float] = dict(
+        zip(NAMES, (0.412, 0.386, 0.518, 0.874, 0.846, 0.838, 0.592), strict=True)
+    )
+    test = {"difference": 0.18, "ci95": [0.134, 0.226], "p_value": 3e-12, "wins": 121, "losses": 31}
+    close = {"difference": -0.008, "ci95": [-0.026, 0.01], "p_value": 0.424, "wins": 9, "losses": 13}
+    paired = {"s2t-local vs greedy": test, "s2t vs takeover": close}
+
+    def part(n: int, shift: float) -> dict[str, Any]:
+        found = {name: scores(name, accuracy[name] + shift, n) for name in names}
+        return {"num_problems": n, "strategies": found, "paired": paired}
+
+    return {
+        "task": "rg:gsm_symbolic,max_number=100",
+        "seed": 0,
+        "num_test": 500,
+        "pair": {"slm": "tiny:slm", "llm": "tiny:llm", "slm_params": 3_100_000, "llm_params": 29_000_000},
+        "sufficiency": {
+            "num_divergence_points": 4820,
+            "trigger_rate": 0.05,
+            "hit_rate": {"1": 0.329, "2": 0.661, "4": 0.868, "8": 0.958, "16": 0.985},
+        },
+        "strategies": {name: scores(name, accuracy[name]) for name in names},
+        "paired": paired,
+        "seen_templates": part(371, 0.01),
+        "unseen_templates": part(129, -0.029),
+        "gap_closed": 0.4225,
+    }
+
+
+def make_measure() -> dict[str, Any]:
+    rates = make_summary()["sufficiency"]["hit_rate"]
+    edges = [0.0, 0.05, 0.2, 0.5, 1.0, 2.0, None]
+    bins = []
+    for index, (low, high) in enumerate(pairwise(edges)):
+        hit = {k: 1 - (1 - rate) * index / 5 for k, rate in rates.items()}
+        bins.append({"low": low, "high": high, "num_steps": 61803 // 4**index, "hit_rate": hit})
+    return {
+        "num_steps": 96400,
+        "num_divergence_points": 4820,
+        "trigger_rate": 0.05,
+        "threshold": 0.83,
+        "quantile": 0.95,
+        "hit_rate": rates,
+        "hit_rate_ci95": {k: [rate - 0.013, min(1, rate + 0.013)] for k, rate in rates.items()},
+        "hit_rate_by_divergence": bins,
+    }
+
+
+def make_trace(
+    strategy: str, problem: int, text: str, flips: dict[int, str], is_correct: bool
+) -> dict[str, Any]:
+    """A trace of `text` cut into words; `flips` maps a step to the greedy token it replaced."""
+    draw = random.Random(f"{problem} {text}")
+    steps = []
+    for index, piece in enumerate(re.findall(r"\n|\s?[^\s]+", text)):
+        fired = strategy != "greedy" and (index in flips or index % 17 == 5)
+        greedy = flips.get(index, piece)
+        value = draw.uniform(0.72, 0.98) if fired else draw.random() ** 4 * 0.6
+        offered = (
+            [greedy, piece, " so", " the", "\n"] if piece != greedy else [piece, " and", " so", " the", "\n"]
+        )
+        candidates = [
+            {
+                "id": 40 + rank,
+                "text": offer,
+                "slm_prob": 0.52 / 2**rank,
+                "llm_prob": 0.9 / 9 ** abs(offered.index(piece) - rank) if strategy == "s2t" else None,
+                "score": 11.2 - abs(offered.index(piece) - rank) if strategy == "s2t-local" else None,
+                "selected": offer == piece,
+            }
+            for rank, offer in enumerate(offered)
+        ]
+        step = {
+            "token_id": crc32(piece.encode()) % 9999,
+            "text": piece,
+            "greedy_id": 7,
+            "greedy_text": greedy,
+        }
+        step |= {"fired": fired, "value": None if strategy == "greedy" else value, "flip": piece != greedy}
+        steps.append(step | {"candidates": candidates if fired else None})
+    question = "Mara fills 3 boxes with 14 pears each and gives 9 pears away. How many pears are left?"
+    extracted = text.rsplit(" ", 1)[-1]
+    trace = {"problem_id": f"rg-{problem:04d}", "question": question, "gold": "33", "strategy": strategy}
+    trace |= {
+        "is_correct": is_correct,
+        "extracted": extracted,
+        "prompt_text": f"Question: {question}\nAnswer:",
+    }
+    return trace | {"steps": steps}
+
+
+def make_traces() -> list[dict[str, Any]]:
+    start = "Mara has 3 boxes with 14 pears in each, so she starts with 3 * 14 = 42 pears.\nShe gives away"
+    right = start + " 9 pears, and that leaves 42 - 9 = 33 pears for her to keep.\nThe answer is #### 33"
+    wrong = start + " 3 * 9 = 27 pears, and that leaves 42 - 27 = 15 pears.\nThe answer is #### 15"
+    at = len(re.findall(r"\n|\s?[^\s]+", start))
+    traces = []
+    for problem in range(3):
+        first = problem == 0
+        traces.append(make_trace("greedy", problem, right if first else wrong, {}, first))
+        for name in ("s2t", "s2t-local"):
+            traces.append(make_trace(name, problem, right, {} if first else {at: " 3"}, True))
+    return traces
+
+
+def write_run(folder: Path, command: str, files: dict[str, Any], status: str = "complete") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest = {"command": command, "config": {"trigger": "auto"}, "seed": 0, "status": status}
+    for name, data in (
+        files | {"manifest.json": manifest | {"versions": {"s2t": "0.1.0", "peft": None}}}
+    ).items():
+        lines = [json.dumps(line) for line in data] if name.endswith("l") else [json.dumps(data)]
+        (folder / name).write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return write_run(
+        tmp_path / "eval", "eval", {"summary.json": make_summary(), "traces.jsonl": make_traces()}
+    )
+
+
+@pytest.fixture
+def measure(tmp_path: Path) -> Path:
+    return write_run(tmp_path / "measure", "measure", {"measure.json": make_measure()})
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing is the slow part; a test of something else goes without."""
+    monkeypatch.setattr(build, "draw", lambda summary, measured: [])
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, the text of each script, and the text outside scripts and styles."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self.text = ""
+        self._inside = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._inside = tag if tag in ("script", "style") else self._inside
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = "" if tag == self._inside else self._inside
+
+    def handle_data(self, data: str) -> None:
+        if self._inside == "script":
+            self.scripts[-1] += data
+        elif not self._inside:
+            self.text += data
+
+
+def test_page_names_every_strategy_with_its_numbers(run: Path, measure: Path) -> None:
+    page = Page(write_report(run, measure=measure, note="Made by hand.\n\nTwice.").read_text())
+    for name in NAMES:
+        assert page.text.count(name) >= 2  # overall, and by template
+    for said in (
+        "59.2",
+        "pass@8: 78.1 %",
+        "+18.0",
+        "< 0.001",
+        "121 / 31",
+        "42 % of greedy to s2t",
+        "32.9 %, 95.8 %",
+    ):
+        assert said in page.text
+    assert "Made by hand." in page.text and "Twice." in page.text
+    assert "n\xa0=\xa0371" in page.text and "n\xa0=\xa0129" in page.text
+
+
+def test_page_loads_nothing_from_outside(run: Path, measure: Path) -> None:
+    html = write_report(run, measure=measure).read_text()
+    assert not re.search(r"https?://|@import|url\(", html)
+    for tag, attributes in Page(html).tags:
+        assert tag not in ("link", "iframe", "object", "embed")
+        for key in ("src", "srcset", "href"):
+            assert (attributes.get(key) or "data:").startswith("data:")
+
+
+@pytest.mark.parametrize(
+    "field", ["text", "question", "gold", "extracted", "candidate", "strategy", "prompt_text"]
+)
+@pytest.mark.usefixtures("no_pictures")
+def test_model_text_cannot_leave_its_script_element(tmp_path: Path, field: str) -> None:
+    traces = make_traces()
+    for trace in traces[-3:]:
+        if field == "text":
+            trace["steps"][3]["text"] = EVIL
+        elif field == "candidate":
+            trace["steps"][5]["candidates"] = [
+                {"text": EVIL, "slm_prob": 1.0, "llm_prob": None, "score": None}
+            ]
+            trace["steps"][5]["candidates"][0]["selected"] = True
+        else:
+            trace[field] = EVIL
+    run = write_run(tmp_path, "eval", {"summary.json": make_summary(), "traces.jsonl": traces})
+    html = write_report(run).read_text(encoding="utf-8")
+    page = Page(html)
+    assert [tag for tag, _ in page.tags].count("script") == len(page.scripts) == 2
+    assert "\u2028" not in html and "onerror=alert" not in page.text
+    assert not any("onerror" in attributes for _, attributes in page.tags)
+    assert json.dumps(EVIL)[1:-1] in json.dumps(json.loads(page.scripts[0]))
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_summary_and_note_are_escaped(tmp_path: Path) -> None:
+    summary = make_summary()
+    summary["task"] = EVIL
+    summary["paired"][EVIL] = summary["paired"]["s2t vs takeover"]
+    summary["strategies"][EVIL] = scores(EVIL, 0.5)
+    run = write_run(tmp_path, "eval", {"summary.json": summary})
+    page = Page(write_report(run, note=EVIL).read_text(encoding="utf-8"))
+    assert page.scripts == []
+    assert page.text.count('<script>alert("x")</script>') >= 4
+
+
+def test_script_writes_text_only() -> None:
+    source = Path(plots.__file__).with_name("report.html").read_text()
+    assert not re.search(
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function|\|\s*safe", source
+    )
+
+
+def test_script_json_is_ascii_and_has_no_nan() -> None:
+    text = script_json({"a": [EVIL, math.nan, math.inf, "\ud800"], "b": {"c": (1.5, None)}})
+    assert text.isascii() and not set(text) & set("<>&")
+    assert json.loads(text) == {"a": [EVIL, None, None, "\ud800"], "b": {"c": [1.5, None]}}
+
+
+def test_pictures_are_real_pngs(run: Path, measure: Path, tmp_path: Path) -> None:
+    path = write_report(str(run), out=tmp_path / "page", measure=str(measure))
+    assert path == tmp_path / "page" / "report.html"
+    pictures = sorted((tmp_path / "page" / "plots").iterdir())
+    assert [picture.name for picture in pictures] == [
+        "accuracy_cost.png",
+        "hit_at_k.png",
+        "hit_by_divergence.png",
+    ]
+    for picture in pictures:
+        data = picture.read_bytes()
+        assert data.startswith(PNG) and data.endswith(b"IEND\xaeB`\x82")
+        assert int.from_bytes(data[16:20]) >= 1000  # pixels across
+    assert not (run / "plots").exists()
+
+
+def test_without_measure_the_curve_comes_from_the_summary(run: Path, measure: Path) -> None:
+    write_report(run, measure=measure)
+    write_report(run)  # the picture only the measure run could give must not linger
+    assert sorted(path.name for path in (run / "plots").iterdir()) == ["accuracy_cost.png", "hit_at_k.png"]
+
+
+def test_page_without_optional_parts(tmp_path: Path) -> None:
+    summary = make_summary(("greedy",)) | {"sufficiency": None, "paired": {}, "gap_closed": None}
+    summary |= {"seen_templates": None, "unseen_templates": None}
+    summary["pair"] |= {"llm": None, "llm_params": None}
+    page = Page(write_report(write_run(tmp_path, "eval", {"summary.json": summary})).read_text())
+    for absent in (
+        "Paired comparisons",
+        "Seen and unseen",
+        "Token by token",
+        "Gap closed",
+        "Local sufficiency",
+    ):
+        assert absent not in page.text
+    assert [path.name for path in (tmp_path / "plots").iterdir()] == ["accuracy_cost.png"]
+
+
+@pytest.mark.parametrize("layout", ["same", "column", "row"])
+def test_labels_never_overlap(layout: str) -> None:
+    from matplotlib.text import Text
+
+    figure, axes = plots._figure(plots.LIGHT)
+    spread = range(len(NAMES))
+    points = [(10 + (layout == "row") * 0.3 * i, 50 + (layout == "column") * 0.5 * i) for i in spread]
+    axes.set(xlim=(1, 100), ylim=(40, 60), xscale="log")
+    notes = plots.place_labels(axes, points, NAMES, [(y - 3, y + 3) for _, y in points])
+    figure.canvas.draw()
+    boxes = [Text.get_window_extent(note) for note in notes]
+    inside = axes.get_window_extent()
+    for index, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:index])
+        assert inside.x0 < box.x0 and box.x1 < inside.x1 and inside.y0 < box.y0 and box.y1 < inside.y1
+
+
+def test_cost_falls_back_to_forwards() -> None:
+    strategies = {"greedy": scores("greedy", 0.4) | {"slm_flops": None}, "s2t": scores("s2t", 0.8)}
+    costs, label = plots._costs(strategies)
+    assert label.startswith("total forwards") and costs["greedy"] == strategies["greedy"]["slm_forwards"]
+
+
+def test_first_pair_and_scales_follow_the_run(run: Path) -> None:
+    data = load_traces(run / "traces.jsonl", {"trigger": "auto"})
+    assert data is not None and data["pair"] == ["greedy", "s2t-local"]
+    assert data["scales"]["s2t-local"] == {"name": "criticality", "unit": "0 to 1", "top": 1.0, "any": True}
+    assert data["scales"]["s2t"]["unit"] == "nats" and not data["scales"]["greedy"]["any"]
+    assert data["problems"][0]["id"] == "rg-0001"  # strategies disagree on it
+
+
+@pytest.mark.parametrize("absent", ["manifest.json", "summary.json"])
+def test_missing_file_is_one_clear_error(run: Path, absent: str) -> None:
+    (run / absent).unlink()
+    with pytest.raises(DataError, match=absent) as caught:
+        write_report(run)
+    assert "\n" not in str(caught.value) and "s2t eval" in str(caught.value)
+
+
+def test_unfinished_run_is_refused(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "eval", {"summary.json": make_summary()}, status="running")
+    with pytest.raises(DataError, match="unfinished"):
+        write_report(run)
+    assert not (run / "report.html").exists()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_malformed_summary_and_trace_name_what_is_wrong(run: Path) -> None:
+    lines = [{key: value for key, value in trace.items() if key != "gold"} for trace in make_traces()]
+    write_run(run, "eval", {"traces.jsonl": lines})
+    with pytest.raises(DataError, match=r"traces\.jsonl:1 .*gold"):
+        write_report(run)
+    write_run(run, "eval", {"traces.jsonl": [], "summary.json": {"task": "x", "strategies": {}}})
+    with pytest.raises(DataError, match="summary"):
+        write_report(run)
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
+def test_missing_package_names_the_install_command(
+    run: Path, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = builtins.__import__
+
+    def refuse(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.partition(".")[0] == package:
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(MissingExtraError, match=rf"{package} is not installed.*s2t\[plots\]"):
+        write_report(run)

@@ -1,0 +1,110 @@
+"""Floors: imports point downward only, and neighbours on the workflow floor meet through files."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import s2t
+
+ROOT = Path(s2t.__file__).parent
+FLOORS = (
+    {"errors", "records", "config"},
+    {"core", "files", "progress", "scale", "tasks"},
+    {"model"},
+    {"decode"},
+    {"measure", "collect", "train", "evaluate", "report", "serve"},
+    {"api", "demo", "bench"},
+    {"cli"},
+)
+WORKFLOWS = FLOORS[4]
+ENTRIES = {"__init__", "__main__"}  # they re-export and start what is above everything
+MODEL_LIBRARIES = {"torch", "transformers", "peft", "tokenizers", "safetensors"}
+MODULES = sorted(path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] != "__init__.py")
+
+
+def unit_of(path: Path) -> str:
+    """The name on a floor: `core` of core/support.py, `files` of files.py."""
+    first = path.relative_to(ROOT).parts[0]
+    return first.removesuffix(".py")
+
+
+def floor_of(unit: str) -> int:
+    floors = [index for index, units in enumerate(FLOORS) if unit in units]
+    assert floors, f"s2t.{unit} stands on no floor; give it one in tests/test_imports.py"
+    return floors[0]
+
+
+def imports_of(path: Path) -> set[str]:
+    """Every absolute module name the file imports, inside functions too; relative imports made absolute."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            names.update(from_names(node, path))
+    return names
+
+
+def from_names(node: ast.ImportFrom, path: Path) -> set[str]:
+    module = node.module or ""
+    if node.level:
+        parts = ("s2t", *path.relative_to(ROOT).parts[:-1])
+        module = ".".join([*parts[: len(parts) - node.level + 1], *filter(None, [module])])
+    if module == "s2t":
+        return {f"s2t.{alias.name}" for alias in node.names}
+    return {module}
+
+
+def units_imported(path: Path) -> set[str]:
+    names = {name.split(".")[1] for name in imports_of(path) if name.startswith("s2t.")}
+    return {name for name in names if not name.startswith("__")} - {unit_of(path)}
+
+
+def label(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if unit_of(p) not in ENTRIES], ids=label)
+def test_imports_point_downward_only(path):
+    unit = unit_of(path)
+    above = {other for other in units_imported(path) if floor_of(other) > floor_of(unit)}
+    assert not above, f"{label(path)} imports {sorted(above)} from a higher floor"
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if unit_of(p) in WORKFLOWS], ids=label)
+def test_workflows_never_import_each_other(path):
+    neighbours = units_imported(path) & WORKFLOWS
+    assert not neighbours, f"{label(path)} imports its neighbour {sorted(neighbours)}; meet through files"
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if unit_of(p) == "core"], ids=label)
+def test_core_knows_no_models_and_no_files(path):
+    assert not units_imported(path) & {"files", "scale", "tasks"}
+    assert not {name.split(".")[0] for name in imports_of(path)} & {"transformers", "peft", "tokenizers"}
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if unit_of(p) == "tasks"], ids=label)
+def test_tasks_know_no_models(path):
+    assert not {name.split(".")[0] for name in imports_of(path)} & MODEL_LIBRARIES
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if unit_of(p) in FLOORS[0]], ids=label)
+def test_the_ground_floor_needs_the_standard_library_alone(path):
+    others = {name.split(".")[0] for name in imports_of(path)} - {"s2t"}
+    assert others <= set(sys.stdlib_module_names) | {"__future__"}
+
+
+def test_importing_s2t_imports_no_torch():
+    code = "import sys, s2t, s2t.config; sys.exit(bool({'torch', 'numpy', 'typer'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_public_names_are_listed_and_unknown_ones_refused():
+    assert {"load", "generate", "stream", "__version__"} <= set(dir(s2t))
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = s2t.no_such_name

@@ -1,0 +1,156 @@
+"""The shared-prefix forward is one separate forward per candidate, in values and in gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from s2t.train.dataset import make_batch
+from s2t.train.forward import States, forward, lm_kl
+
+both_scopes = pytest.mark.parametrize("scope", ["candidates", "always"])
+
+
+@pytest.fixture
+def batch(data, trajectories):
+    return make_batch(trajectories, data.threshold, data.warmup_steps, torch.device("cpu"))
+
+
+def last_hidden(adapter, ids, cache=None):
+    """[T, H] of one sequence by the model's own forward; its own cache, masks and positions."""
+    decoder = adapter.base_model.get_decoder()
+    return decoder(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=cache is not None).last_hidden_state[0]
+
+
+def candidate_alone(adapter, prefix, candidate):
+    """The state of one candidate after one prefix, everything recomputed."""
+    if adapter.scope == "always":
+        adapter.act(True)
+        return last_hidden(adapter, [*prefix, candidate])[-1]
+    cache = DynamicCache()
+    adapter.act(False)
+    with torch.no_grad():
+        last_hidden(adapter, prefix, cache)
+    adapter.act(True)
+    return last_hidden(adapter, [candidate], cache)[-1]
+
+
+def naive_states(adapter, trajectories, warmup_steps):
+    """What `forward` returns, one sequence and one candidate at a time."""
+    candidates, steps, base_steps = [], [], []
+    for t in trajectories:
+        ids = t.ids.tolist()
+        live = slice(len(t.prompt_ids) - 1 + warmup_steps, None)
+        adapter.act(False)
+        base = last_hidden(adapter, ids)[live].detach()
+        base_steps.append(base)
+        adapter.act(True)
+        steps.append(last_hidden(adapter, ids)[live] if adapter.scope == "always" else base)
+        for step, group in zip(t.group_steps.tolist(), t.candidate_ids.tolist(), strict=True):
+            prefix = ids[: len(t.prompt_ids) + step]
+            candidates.append(torch.stack([candidate_alone(adapter, prefix, c) for c in group]))
+    is_always = adapter.scope == "always"
+    return States(torch.stack(candidates), torch.cat(steps), torch.cat(base_steps) if is_always else None)
+
+
+def train_mode(trainer):
+    trainer._train_mode()
+    trainer.adapter.act(True)
+
+
+@both_scopes
+def test_shared_prefixes_equal_one_uncached_forward_per_candidate(scope, new_adapter, batch, trajectories):
+    adapter = new_adapter(scope)
+    with torch.no_grad():
+        shared, naive = forward(adapter, batch), naive_states(adapter, trajectories, 3)
+    torch.testing.assert_close(shared.candidates, naive.candidates, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(shared.steps, naive.steps, rtol=1e-4, atol=1e-5)
+    if scope == "always":
+        torch.testing.assert_close(shared.base_steps, naive.base_steps, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(shared.steps, shared.base_steps, atol=1e-2)
+    else:
+        assert shared.base_steps is None
+
+
+@both_scopes
+@pytest.mark.parametrize("criticality", ["head", "reserved"])
+def test_gradients_equal_those_of_one_uncached_forward_per_candidate(
+    scope, criticality, new_adapter, new_trainer, batch, trajectories
+):
+    adapter = new_adapter(scope, criticality=criticality)
+    trainer = new_trainer(adapter, criticality=criticality, lora_dropout=0.0)
+    train_mode(trainer)
+    found = []
+    for run in (lambda: forward(adapter, batch), lambda: naive_states(adapter, trajectories, 3)):
+        losses = trainer.losses(run(), batch)
+        assert ("lm" in losses) == (scope == "always")
+        parameters = list(trainer.parameters.values())
+        total = torch.stack(list(losses.values())).sum()
+        found.append((losses, torch.autograd.grad(total, parameters)))
+    (shared_losses, shared), (naive_losses, naive) = found
+    for name, loss in shared_losses.items():
+        torch.testing.assert_close(loss, naive_losses[name], rtol=1e-4, atol=1e-5, msg=name)
+    for name, left, right in zip(trainer.parameters, shared, naive, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-5, msg=name)
+    assert all(float(left.abs().max()) > 0 for name, left in zip(trainer.parameters, shared, strict=True) if "bins" in name)
+    assert sum(float(left.abs().max()) > 0 for left in shared) >= len(shared) - 2
+
+
+def test_scope_candidates_gives_the_prefix_no_gradient(new_adapter, batch):
+    adapter = new_adapter("candidates")
+    states = forward(adapter, batch)
+    assert not states.steps.requires_grad
+    assert states.candidates.requires_grad
+
+
+@both_scopes
+def test_a_batch_of_one_trajectory_gives_what_a_batch_of_many_gives(scope, new_adapter, batch, data, trajectories):
+    adapter = new_adapter(scope)
+    with torch.no_grad():
+        together = forward(adapter, batch)
+        alone = [
+            forward(adapter, make_batch([t], data.threshold, data.warmup_steps, torch.device("cpu"))) for t in trajectories
+        ]
+    for name in ("candidates", "steps"):
+        parts = torch.cat([getattr(states, name) for states in alone])
+        torch.testing.assert_close(getattr(together, name), parts, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_that_learned_nothing_keeps_the_language_model(new_adapter, batch):
+    found = {}
+    for is_fresh in (True, False):
+        adapter = new_adapter("always", is_fresh=is_fresh)
+        with torch.no_grad():
+            found[is_fresh] = float(lm_kl(adapter, forward(adapter, batch)))
+    assert found[True] == pytest.approx(0.0, abs=1e-6)
+    assert found[False] > 1e-3
+
+
+def test_the_kl_to_the_base_is_the_same_in_chunks(new_adapter, batch, monkeypatch):
+    adapter = new_adapter("always")
+    states = forward(adapter, batch)
+    whole = lm_kl(adapter, states)
+    gradient = torch.autograd.grad(whole, states.steps, retain_graph=True)[0]
+    monkeypatch.setattr("s2t.train.forward._LOGITS_AT_ONCE", 7 * 50)
+    parts = lm_kl(adapter, states)
+    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(torch.autograd.grad(parts, states.steps)[0], gradient)
+
+
+@both_scopes
+def test_the_loss_falls_on_a_small_fixed_set(scope, new_adapter, new_trainer):
+    trainer = new_trainer(new_adapter(scope, is_fresh=True), learning_rate=1e-2, epochs=30.0, batch_groups=1000)
+    trainer.fit()
+    losses = [line["loss"] for line in trainer.log]
+    assert len(losses) == trainer.num_steps == 30
+    assert losses[-1] < 0.8 * losses[0]
+    assert all(losses[-1] < loss for loss in losses[:10])
+
+
+@both_scopes
+def test_training_leaves_the_base_models_weights(scope, new_adapter, new_trainer):
+    adapter = new_adapter(scope)
+    before = {name: p.clone() for name, p in adapter.base_model.named_parameters() if "lora_" not in name}
+    new_trainer(adapter, learning_rate=1e-2, epochs=2.0).fit()
+    assert all(torch.equal(p, before[name]) for name, p in adapter.base_model.named_parameters() if name in before)
