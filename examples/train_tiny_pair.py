@@ -55,7 +55,9 @@ class Recipe:
 
 LLM = Recipe(width=96, layers=4, heads=3, steps=26_000, seed=0, num_problems=165_000)
 CLEAN = Recipe(width=64, layers=4, heads=2, steps=8_000, seed=1, num_problems=130_000, is_constant=True)
-UNFILTERED = replace(CLEAN, steps=10_000, seed=2, num_problems=74_000, careless_authors=0.7, warmup=50, is_constant=False)
+UNFILTERED = replace(
+    CLEAN, steps=10_000, seed=2, num_problems=74_000, careless_authors=0.7, warmup=50, is_constant=False
+)
 SMALL = Recipe(width=32, layers=4, heads=1, steps=10_000, seed=3, num_problems=130_000)
 
 
@@ -135,7 +137,10 @@ def train(recipe: Recipe, tokenizer: Tokenizer, start: Qwen2ForCausalLM | None =
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if step % 500 == 0:
-            print(f"{recipe.width}x{recipe.layers} step {step}/{recipe.steps} loss {loss.item():.4f}", flush=True)
+            print(
+                f"{recipe.width}x{recipe.layers} step {step}/{recipe.steps} loss {loss.item():.4f}",
+                flush=True,
+            )
     return model
 
 
@@ -156,10 +161,14 @@ def shape(recipe: Recipe) -> Qwen2Config:
     )
 
 
-def loss_of(model: Qwen2ForCausalLM, ids: Tensor, targets: Tensor, weights: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+def loss_of(
+    model: Qwen2ForCausalLM, ids: Tensor, targets: Tensor, weights: Tensor, positions: Tensor, mask: Tensor
+) -> Tensor:
     """Weighted cross-entropy over packed documents that do not see each other."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        hidden = model.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
+        hidden = model.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
+        ).last_hidden_state
         keep = weights > 0
         logits = model.lm_head(hidden[keep])
     losses = torch.nn.functional.cross_entropy(logits.float(), targets[keep], reduction="none")

@@ -44,6 +44,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "attn_implementation": "eager",
         },
     ),
+    "mistral": ("Mistral", {"num_key_value_heads": 2, "sliding_window": 6}),  # slides in every layer
     "qwen2-sliding": (
         "Qwen2",
         {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},

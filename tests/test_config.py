@@ -107,10 +107,7 @@ def test_a_missing_file_is_refused(tmp_path):
         (TrainConfig, {"head_size": 0}),
         (TrainConfig, {"checkpoint_steps": 0}),
         (TrainConfig, {"warmup_ratio": 1.1}),
-        *(
-            (TrainConfig, {f"{loss}_weight": -0.1})
-            for loss in ("ce", "pairwise", "listwise", "lm", "criticality")
-        ),
+        *((TrainConfig, {f"{loss}_weight": -0.1}) for loss in ("ce", "pairwise", "listwise", "lm", "criticality")),
         (EvalConfig, {"strategies": "greedy,magic"}),
         (EvalConfig, {"strategies": " , "}),
         (EvalConfig, {"strategies": "greedy,greedy"}),

@@ -26,9 +26,7 @@ class ExampleConfig:
 
 
 def test_what_is_written_is_read_back(tmp_path: Path):
-    files.write_json(
-        tmp_path / "a" / "x.json", {"rate": np.float32(0.5), "ids": np.arange(3), "at": tmp_path}
-    )
+    files.write_json(tmp_path / "a" / "x.json", {"rate": np.float32(0.5), "ids": np.arange(3), "at": tmp_path})
     assert files.read_json(tmp_path / "a" / "x.json") == {"rate": 0.5, "ids": [0, 1, 2], "at": str(tmp_path)}
     files.write_text(tmp_path / "x.jsonl", '{"a": "é\\u2028"}\n\n{"a": 2}\n')
     assert files.read_jsonl(tmp_path / "x.jsonl") == [{"a": "é\u2028"}, {"a": 2}]
@@ -114,9 +112,7 @@ def test_the_same_run_reopens_and_keeps_its_creation_time(tmp_path: Path):
         ("eval", ExampleConfig(rates=(0.5,)), r"rates=\[0.5, 0.25\], now rates=\[0.5\]"),
     ],
 )
-def test_another_command_or_config_is_refused(
-    tmp_path: Path, command: str, config: ExampleConfig, message: str
-):
+def test_another_command_or_config_is_refused(tmp_path: Path, command: str, config: ExampleConfig, message: str):
     RunFolder.open(tmp_path, "eval", ExampleConfig())
     with pytest.raises(ConfigError, match=message):
         RunFolder.open(tmp_path, command, config)

@@ -72,9 +72,7 @@ def load(
     return Reasoner(Session(small, large, selector))
 
 
-def generate(
-    prompt: str | list[str], slm: str = "tiny:slm", **settings: Any
-) -> Generation | list[Generation]:
+def generate(prompt: str | list[str], slm: str = "tiny:slm", **settings: Any) -> Generation | list[Generation]:
     """Load, answer and forget; takes the keywords of `load` and of `Reasoner.generate` together."""
     loading, rest = _parted(settings)
     return load(slm, **loading).generate(prompt, **rest)
@@ -130,9 +128,7 @@ class Reasoner:
         answers = [self._answer(done[start : start + size]) for start in range(0, len(done), size)]
         return answers[0] if isinstance(prompt, str) else answers
 
-    def stream(
-        self, prompt: str, strategy: str | None = None, *, seed: int = 0, **settings: Any
-    ) -> Iterator[str]:
+    def stream(self, prompt: str, strategy: str | None = None, *, seed: int = 0, **settings: Any) -> Iterator[str]:
         """The answer to one prompt in pieces, as it is written; pieces joined are the text of `generate`.
 
         Self-consistency has nothing to show before the vote: its answer comes in one piece. Raises as

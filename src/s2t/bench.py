@@ -75,9 +75,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
 
 def _contestants(config: BenchConfig, loaded: LoadedModel, prompts: torch.Tensor) -> dict[str, Callable[[], None]]:
     endless = replace(loaded, stop_ids=frozenset())
-    adapter = SelectorAdapter(
-        endless, AdapterConfig(loaded.name, loaded.fingerprint, scope=config.adapter_scope)
-    )
+    adapter = SelectorAdapter(endless, AdapterConfig(loaded.name, loaded.fingerprint, scope=config.adapter_scope))
     requests = [Request(i, ids, str(i)) for i, ids in enumerate(prompts.tolist())]
 
     def decode(strategy: Strategy, with_adapter: bool) -> None:
@@ -92,7 +90,11 @@ def _contestants(config: BenchConfig, loaded: LoadedModel, prompts: torch.Tensor
         length = config.max_new_tokens
         with torch.inference_mode():
             loaded.model.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=length, max_new_tokens=length
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                min_new_tokens=length,
+                max_new_tokens=length,
             )
         _synchronize(loaded)
 

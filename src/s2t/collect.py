@@ -55,7 +55,9 @@ def collect(config: CollectConfig) -> dict[str, Any]:
     missing = [i for i in range(len(shards)) if not run.shard("groups", i, "parquet").exists()]
     if missing:
         collector = _Collector(config, task, threshold)
-        with progress("collect", len(problems), sum(len(s) for i, s in enumerate(shards) if i not in missing)) as advance:
+        with progress(
+            "collect", len(problems), sum(len(s) for i, s in enumerate(shards) if i not in missing)
+        ) as advance:
             for i in missing:
                 write_table(run.shard("groups", i, "parquet"), collector.shard(shards[i]))
                 advance(len(shards[i]))
@@ -105,7 +107,10 @@ class _Collector:
         config, adapter = self.config, self.session.adapter
         thresholds = {"divergence": self.threshold} | (adapter.config.thresholds if adapter is not None else {})
         decode = DecodeConfig(
-            temperature=config.temperature, top_p=1.0, support_size=config.support_size, divergence=config.divergence
+            temperature=config.temperature,
+            top_p=1.0,
+            support_size=config.support_size,
+            divergence=config.divergence,
         )
         k = adapter.config.num_candidates if adapter is not None else None
         return build_strategy(config.policy, decode, thresholds, k, config.seed)
@@ -118,7 +123,13 @@ class _Collector:
         done = session.run(self.strategy, requests, config.max_new_tokens)
         prompts, generated = [r.prompt_ids for r in requests], [s.token_ids for s in done]
         labels = label(
-            session.slm, session.llm, prompts, generated, config.num_candidates, config.support_size, config.divergence
+            session.slm,
+            session.llm,
+            prompts,
+            generated,
+            config.num_candidates,
+            config.support_size,
+            config.divergence,
         )
         rows = [self._row(*row) for row in zip(problems, prompts, generated, labels, strict=True)]
         return pa.Table.from_pylist(rows, schema=SCHEMA)
@@ -172,7 +183,9 @@ def read_groups(folder: str | Path) -> Iterator[SelectionGroup]:
 
 def _groups_of(row: dict[str, Any]) -> Iterator[SelectionGroup]:
     k = row["num_candidates"]
-    provenance = Provenance(*(row[name] for name in ("task", "split", "problem_id", "template", "policy", "pair", "seed")))
+    provenance = Provenance(
+        *(row[name] for name in ("task", "split", "problem_id", "template", "policy", "pair", "seed"))
+    )
     for place, step in enumerate(row["group_steps"]):
         part = slice(place * k, (place + 1) * k)
         yield SelectionGroup(

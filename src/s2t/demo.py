@@ -22,7 +22,7 @@ STRATEGIES = "greedy,self-consistency,takeover,s2t,s2t-local,llm"
 NUM_TEST = 1000
 NUM_CALIBRATION = 500
 NUM_TRAIN = 4000
-QUANTILE = 0.95
+QUANTILE = 0.98
 TASK = "rg:gsm_symbolic,max_number=100"
 SLM, LLM = "tiny:slm", "tiny:llm"
 TRAIN_SETTINGS: dict[str, Any] = {
@@ -41,9 +41,7 @@ def demo(out: str = "runs/demo", seed: int = 0, limit: int | None = None, groups
     names = {name: str(folder / name) for name in ("measure", "calibrate", "collect", "train", "sufficiency", "eval")}
     _say(1, "measure the pair on calibration problems")
     common: dict[str, Any] = {"slm": SLM, "llm": LLM, "task": TASK, "seed": seed}
-    measure(
-        MeasureConfig(**common, out=names["measure"], limit=min(NUM_CALIBRATION, 4 * num_test), quantile=QUANTILE)
-    )
+    measure(MeasureConfig(**common, out=names["measure"], limit=min(NUM_CALIBRATION, 4 * num_test), quantile=QUANTILE))
     _say(2, "calibrate the divergence threshold")
     thresholds = calibrate(CalibrateConfig(run=names["measure"], out=names["calibrate"], quantile=QUANTILE))
     calibration = str(Path(names["calibrate"]) / "calibration.json")

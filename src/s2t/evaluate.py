@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -19,11 +19,9 @@ from s2t.core.stats import bootstrap_interval, paired_comparison
 from s2t.decode.session import Generated, Session
 from s2t.decode.strategies import Strategy, build_strategy, vote
 from s2t.decode.workload import open_task, read_thresholds, requests_for, shards_of
-from s2t.errors import ConfigError
-from s2t.files import RunFolder, read_json, read_jsonl, write_json, write_text
+from s2t.files import RunFolder, read_json, write_json, write_text
 from s2t.model.adapter import AdapterConfig, read_adapter_config, train_problem_hashes
 from s2t.model.chat import decode_ids
-from s2t.model.load import load_model
 from s2t.progress import progress
 from s2t.records import Cost, Problem, Result, Step
 from s2t.tasks.problems import Task, check_disjoint, heldout_templates
@@ -58,7 +56,12 @@ class _Evaluation:
     """The decoding part: models are loaded only when a shard is missing."""
 
     def __init__(
-        self, config: EvalConfig, run: RunFolder, task: Task, problems: list[Problem], adapter: AdapterConfig | None
+        self,
+        config: EvalConfig,
+        run: RunFolder,
+        task: Task,
+        problems: list[Problem],
+        adapter: AdapterConfig | None,
     ) -> None:
         self.config, self.run, self.task, self.problems = config, run, task, problems
         self.shards = shards_of(problems, config.shard_size)
@@ -85,7 +88,9 @@ class _Evaluation:
                     write_json(paths[i], self._shard(session, strategy, self.shards[i], is_first=i == 0))
                     advance(len(self.shards[i]))
 
-    def _shard(self, session: Session, strategy: Strategy, problems: Sequence[Problem], is_first: bool) -> dict[str, Any]:
+    def _shard(
+        self, session: Session, strategy: Strategy, problems: Sequence[Problem], is_first: bool
+    ) -> dict[str, Any]:
         samples = self.config.num_samples if strategy.name == "self-consistency" else 1
         requests = requests_for(session, self.task, problems, samples)
         start = time.perf_counter()
@@ -102,9 +107,7 @@ class _Evaluation:
             "traces": self._traces(session, strategy, traced, results),
         }
 
-    def _grade(
-        self, session: Session, strategy: Strategy, problem: Problem, samples: Sequence[Generated]
-    ) -> Result:
+    def _grade(self, session: Session, strategy: Strategy, problem: Problem, samples: Sequence[Generated]) -> Result:
         texts = [decode_ids(session.slm.tokenizer, sample.token_ids) for sample in samples]
         grades = [self.task.grade(problem, text) for text in texts]
         winner = 0
@@ -207,7 +210,11 @@ def requests_for_warm_up(session: Session) -> list[Any]:
 def _read_results(run: RunFolder, name: str) -> tuple[list[dict[str, Any]], float, list[dict[str, Any]]]:
     shards = [read_json(path) for path in run.shards(f"results-{name}", "json")]
     results = [result for shard in shards for result in shard["results"]]
-    return results, sum(shard["seconds"] for shard in shards), [t for shard in shards for t in shard["traces"]]
+    return (
+        results,
+        sum(shard["seconds"] for shard in shards),
+        [t for shard in shards for t in shard["traces"]],
+    )
 
 
 def _summary(
@@ -237,7 +244,11 @@ def _summary(
         part = {name: [r for r in found if (r["template"] in held) == is_held] for name, found in rows.items()}
         if held and all(part.values()):
             count = len(next(iter(part.values())))
-            summary[title] = {"num_problems": count, **_section(part, None, config.seed), "gap_closed": _gap_closed(part)}
+            summary[title] = {
+                "num_problems": count,
+                **_section(part, None, config.seed),
+                "gap_closed": _gap_closed(part),
+            }
     return summary
 
 

@@ -165,9 +165,7 @@ def load_run(path: str | Path, command: str) -> dict[str, Any]:
     return manifest
 
 
-def _check_same_run(
-    folder: Path, old: Any, command: str, values: dict[str, Any], ignore: tuple[str, ...]
-) -> None:
+def _check_same_run(folder: Path, old: Any, command: str, values: dict[str, Any], ignore: tuple[str, ...]) -> None:
     next_step = "choose another --out, or remove the folder"
     if not isinstance(old, dict) or not isinstance(old.get("config"), dict):
         raise DataError(f"{folder / MANIFEST} is not a run manifest; {next_step}.")
@@ -176,9 +174,7 @@ def _check_same_run(
     for key in [*values, *(key for key in old["config"] if key not in values)]:
         before, now = old["config"].get(key, _ABSENT), values.get(key, _ABSENT)
         if key not in ignore and before != now:
-            raise ConfigError(
-                f"{folder} was made with {key}={_shown(before)}, now {key}={_shown(now)}; {next_step}."
-            )
+            raise ConfigError(f"{folder} was made with {key}={_shown(before)}, now {key}={_shown(now)}; {next_step}.")
 
 
 def _new_manifest(command: str, values: dict[str, Any], old: dict[str, Any] | None) -> dict[str, Any]:

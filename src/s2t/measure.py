@@ -41,12 +41,20 @@ def measure(config: MeasureConfig) -> dict[str, Any]:
     missing = [i for i in range(len(shards)) if not run.shard("steps", i, "parquet").exists()]
     if missing:
         session = _open_pair(config)
-        with progress("measure", len(problems), sum(len(s) for i, s in enumerate(shards) if i not in missing)) as advance:
+        with progress(
+            "measure", len(problems), sum(len(s) for i, s in enumerate(shards) if i not in missing)
+        ) as advance:
             for i in missing:
                 write_table(run.shard("steps", i, "parquet"), _measure_shard(session, task, shards[i], config))
                 advance(len(shards[i]))
     result = summarize(read_tables(run.shards("steps", "parquet")), config.quantile, config.threshold)
-    result = {"task": task.name, "split": config.split, "num_problems": len(problems), "seed": config.seed, **result}
+    result = {
+        "task": task.name,
+        "split": config.split,
+        "num_problems": len(problems),
+        "seed": config.seed,
+        **result,
+    }
     write_json(run.file("measure.json"), result)
     run.finish()
     return result

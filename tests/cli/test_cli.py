@@ -135,9 +135,7 @@ def error_line(capsys) -> str:
 # Help
 
 
-@pytest.mark.parametrize(
-    "words", [[], ["--help"], ["--version"], *([name, "--help"] for name in cli.COMMANDS)]
-)
+@pytest.mark.parametrize("words", [[], ["--help"], ["--version"], *([name, "--help"] for name in cli.COMMANDS)])
 def test_help_is_printed_and_exits_0(words, capsys):
     assert cli.main(words) == 0
     assert capsys.readouterr().out.strip()
@@ -231,9 +229,7 @@ def test_a_failure_is_one_line_with_its_exit_code(error, code, named, fake, caps
     assert named in error_line(capsys)
 
 
-@pytest.mark.parametrize(
-    "words", [["--debug", "measure"], ["measure", "--debug"], ["measure", "--debug", "--json"]]
-)
+@pytest.mark.parametrize("words", [["--debug", "measure"], ["measure", "--debug"], ["measure", "--debug", "--json"]])
 def test_debug_anywhere_shows_the_traceback(words, fake, capsys):
     fake("s2t.measure", "measure", RuntimeError("boom"))
     assert cli.main(words) == 1
@@ -281,9 +277,7 @@ def test_flags_beat_the_file_and_only_given_flags_are_passed(fake, tmp_path):
         (["demo"], "s2t.demo", "demo", SUMMARY, "75.0"),
     ],
 )
-def test_a_command_prints_a_table_or_exactly_one_json_document(
-    words, module, function, answer, shown, fake, capsys
-):
+def test_a_command_prints_a_table_or_exactly_one_json_document(words, module, function, answer, shown, fake, capsys):
     fake(module, function, answer)
     assert cli.main(words) == 0
     assert shown in capsys.readouterr().out

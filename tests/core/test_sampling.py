@@ -50,9 +50,7 @@ def test_a_sample_does_not_depend_on_the_rest_of_the_batch():
 def test_uniforms_depend_on_seed_and_key_alone():
     first = uniforms(3, "problem/0", 100)
     assert np.array_equal(first, uniforms(3, "problem/0", 100))
-    assert np.array_equal(
-        first[:10], uniforms(3, "problem/0", 10)
-    )  # a longer limit changes nothing before it
+    assert np.array_equal(first[:10], uniforms(3, "problem/0", 10))  # a longer limit changes nothing before it
     assert not np.array_equal(first, uniforms(4, "problem/0", 100))
     assert not np.array_equal(first, uniforms(3, "problem/1", 100))
     assert ((first >= 0) & (first < 1)).all()

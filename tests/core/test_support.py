@@ -22,9 +22,7 @@ def rows(low=-30.0, high=30.0, max_size=12, unique=False):
     """Two rows of logits of one size; `unique` values leave no doubt which are the best of a row."""
     number = st.floats(low, high, width=32)
     return st.integers(2, max_size).flatmap(
-        lambda size: st.tuples(
-            *(st.lists(number, min_size=size, max_size=size, unique=unique) for _ in range(2))
-        )
+        lambda size: st.tuples(*(st.lists(number, min_size=size, max_size=size, unique=unique) for _ in range(2)))
     )
 
 

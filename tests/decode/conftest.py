@@ -58,7 +58,12 @@ def make_model(seed: int, num_rows: int = VOCAB + 6, width: int = 32) -> LoadedM
 
 def make_adapter(loaded: LoadedModel, scope: str = "candidates", **changes: Any) -> SelectorAdapter:
     """A random adapter that acts strongly: LoRA, bins and criticality head all far from zero."""
-    settings: dict[str, Any] = {"head_size": 8, "lora_rank": 4, "lora_dropout": 0.0, "num_candidates": 4} | changes
+    settings: dict[str, Any] = {
+        "head_size": 8,
+        "lora_rank": 4,
+        "lora_dropout": 0.0,
+        "num_candidates": 4,
+    } | changes
     config = AdapterConfig(loaded.name, loaded.fingerprint, scope=scope, **settings)
     torch.manual_seed(7)
     adapter = SelectorAdapter(loaded, config)

@@ -44,7 +44,9 @@ def test_a_trigger_that_does_not_fit_is_one_clear_line(name, trigger):
         build_strategy(name, DecodeConfig(trigger=trigger), {trigger: 1.0})
 
 
-@pytest.mark.parametrize(("name", "trigger"), [("s2t", "divergence"), ("s2t-local", "criticality"), ("takeover", "entropy")])
+@pytest.mark.parametrize(
+    ("name", "trigger"), [("s2t", "divergence"), ("s2t-local", "criticality"), ("takeover", "entropy")]
+)
 def test_a_trigger_without_a_threshold_names_the_next_step(name, trigger):
     with pytest.raises(ConfigError, match=f"trigger {trigger} has no threshold; pass --threshold or --calibration"):
         build_strategy(name, DecodeConfig(trigger=trigger), {})

@@ -20,7 +20,7 @@ from s2t.model.adapter import (
     train_problem_hashes,
 )
 from s2t.model.engine import Engine
-from s2t.model.load import load_model
+from s2t.model.load import load_model, wrap_model
 
 torch.set_num_threads(1)
 
@@ -92,7 +92,11 @@ def test_only_the_lora_and_the_selector_are_saved(saved):
     assert tensors and all("lora_" in name for name in tensors)
     assert not any("embed_tokens" in name or "lm_head" in name for name in tensors)
     assert set(load_file(folder / "s2t_selector.safetensors")) == set(adapter.selector.state_dict())
-    num_saved = sum(t.numel() for name in ("adapter_model", "s2t_selector") for t in load_file(folder / f"{name}.safetensors").values())
+    num_saved = sum(
+        t.numel()
+        for name in ("adapter_model", "s2t_selector")
+        for t in load_file(folder / f"{name}.safetensors").values()
+    )
     assert num_saved == sum(p.numel() for p in adapter.trainable().values())
     size = sum(path.stat().st_size for path in folder.iterdir())
     assert size < 0.5 * 4 * adapter.loaded.num_params
@@ -110,7 +114,15 @@ def test_the_folder_explains_itself(saved):
     adapter, folder = saved
     config = json.loads((folder / "s2t_config.json").read_text())
     assert config == json.loads(json.dumps(asdict(adapter.config)))
-    assert {"base_model", "base_fingerprint", "scope", "num_bins", "thresholds", "split_hashes", "versions"} <= set(config)
+    assert {
+        "base_model",
+        "base_fingerprint",
+        "scope",
+        "num_bins",
+        "thresholds",
+        "split_hashes",
+        "versions",
+    } <= set(config)
     assert config["base_fingerprint"] == load_model("tiny:slm").fingerprint
     assert train_problem_hashes(folder) == {"aaaa", "bbbb"}
     card = (folder / "README.md").read_text()
@@ -163,8 +175,9 @@ def test_the_same_model_with_other_weights_is_refused(saved):
     loaded = load_model("tiny:slm", "float32")
     with torch.no_grad():
         loaded.model.get_output_embeddings().weight.mul_(1.5)
+    changed = wrap_model("tiny:slm", loaded.model, loaded.tokenizer)
     with pytest.raises(ModelError, match="was trained on tiny:slm"):
-        load_adapter(folder, loaded)
+        load_adapter(folder, changed)
 
 
 def without(name):

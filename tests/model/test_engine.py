@@ -10,7 +10,7 @@ from s2t.errors import ModelError
 from s2t.model.cache import GROWTH, check_cacheable
 from s2t.model.engine import Engine
 
-FAMILIES = ("qwen2", "llama", "gemma", "gemma2-eager", "qwen2-sliding")
+FAMILIES = ("qwen2", "llama", "gemma", "gemma2-eager", "mistral", "qwen2-sliding")
 every_family = pytest.mark.parametrize("family", FAMILIES)
 PROMPTS = (
     [5, 9, 12, 30, 7],
@@ -314,6 +314,20 @@ def test_state_space_models_are_refused(name, tokenizer):
     model = getattr(transformers, f"{name}ForCausalLM")(config)
     with pytest.raises(ModelError, match="branched"):
         wrap_model("state-space", model, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [("Bloom", {"n_layer": 1, "n_head": 2}), ("Falcon", {"num_attention_heads": 2, "alibi": True})],
+)
+def test_models_that_take_no_position_ids_are_refused(name, sizes, tokenizer):
+    import transformers
+
+    from s2t.model.load import wrap_model
+
+    config = getattr(transformers, f"{name}Config")(vocab_size=1024, hidden_size=16, **{"num_hidden_layers": 1} | sizes)
+    with pytest.raises(ModelError, match="position"):
+        wrap_model("biased", getattr(transformers, f"{name}ForCausalLM")(config), tokenizer)
 
 
 def test_encoder_decoders_are_refused():

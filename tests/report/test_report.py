@@ -51,9 +51,7 @@ def scores(name: str, accuracy: float, n: int = 500) -> dict[str, Any]:
 
 
 def make_summary(names: tuple[str, ...] = NAMES) -> dict[str, Any]:
-    accuracy: dict[str, float] = dict(
-        zip(NAMES, (0.412, 0.386, 0.518, 0.874, 0.846, 0.838, 0.592), strict=True)
-    )
+    accuracy: dict[str, float] = dict(zip(NAMES, (0.412, 0.386, 0.518, 0.874, 0.846, 0.838, 0.592), strict=True))
     test = {"difference": 0.18, "ci95": [0.134, 0.226], "p_value": 3e-12, "wins": 121, "losses": 31}
     close = {"difference": -0.008, "ci95": [-0.026, 0.01], "p_value": 0.424, "wins": 9, "losses": 13}
     paired = {"s2t-local vs greedy": test, "s2t vs takeover": close}
@@ -99,9 +97,7 @@ def make_measure() -> dict[str, Any]:
     }
 
 
-def make_trace(
-    strategy: str, problem: int, text: str, flips: dict[int, str], is_correct: bool
-) -> dict[str, Any]:
+def make_trace(strategy: str, problem: int, text: str, flips: dict[int, str], is_correct: bool) -> dict[str, Any]:
     """A trace of `text` cut into words; `flips` maps a step to the greedy token it replaced."""
     draw = random.Random(f"{problem} {text}")
     steps = []
@@ -109,9 +105,7 @@ def make_trace(
         fired = strategy != "greedy" and (index in flips or index % 17 == 5)
         greedy = flips.get(index, piece)
         value = draw.uniform(0.72, 0.98) if fired else draw.random() ** 4 * 0.6
-        offered = (
-            [greedy, piece, " so", " the", "\n"] if piece != greedy else [piece, " and", " so", " the", "\n"]
-        )
+        offered = [greedy, piece, " so", " the", "\n"] if piece != greedy else [piece, " and", " so", " the", "\n"]
         candidates = [
             {
                 "id": 40 + rank,
@@ -159,9 +153,7 @@ def make_traces() -> list[dict[str, Any]]:
 def write_run(folder: Path, command: str, files: dict[str, Any], status: str = "complete") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     manifest = {"command": command, "config": {"trigger": "auto"}, "seed": 0, "status": status}
-    for name, data in (
-        files | {"manifest.json": manifest | {"versions": {"s2t": "0.1.0", "peft": None}}}
-    ).items():
+    for name, data in (files | {"manifest.json": manifest | {"versions": {"s2t": "0.1.0", "peft": None}}}).items():
         lines = [json.dumps(line) for line in data] if name.endswith("l") else [json.dumps(data)]
         (folder / name).write_text("\n".join(lines) + "\n")
     return folder
@@ -169,9 +161,7 @@ def write_run(folder: Path, command: str, files: dict[str, Any], status: str = "
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    return write_run(
-        tmp_path / "eval", "eval", {"summary.json": make_summary(), "traces.jsonl": make_traces()}
-    )
+    return write_run(tmp_path / "eval", "eval", {"summary.json": make_summary(), "traces.jsonl": make_traces()})
 
 
 @pytest.fixture
@@ -239,9 +229,7 @@ def test_page_loads_nothing_from_outside(run: Path, measure: Path) -> None:
             assert (attributes.get(key) or "data:").startswith("data:")
 
 
-@pytest.mark.parametrize(
-    "field", ["text", "question", "gold", "extracted", "candidate", "strategy", "prompt_text"]
-)
+@pytest.mark.parametrize("field", ["text", "question", "gold", "extracted", "candidate", "strategy", "prompt_text"])
 @pytest.mark.usefixtures("no_pictures")
 def test_model_text_cannot_leave_its_script_element(tmp_path: Path, field: str) -> None:
     traces = make_traces()
@@ -249,9 +237,7 @@ def test_model_text_cannot_leave_its_script_element(tmp_path: Path, field: str) 
         if field == "text":
             trace["steps"][3]["text"] = EVIL
         elif field == "candidate":
-            trace["steps"][5]["candidates"] = [
-                {"text": EVIL, "slm_prob": 1.0, "llm_prob": None, "score": None}
-            ]
+            trace["steps"][5]["candidates"] = [{"text": EVIL, "slm_prob": 1.0, "llm_prob": None, "score": None}]
             trace["steps"][5]["candidates"][0]["selected"] = True
         else:
             trace[field] = EVIL
@@ -385,9 +371,7 @@ def test_malformed_summary_and_trace_name_what_is_wrong(run: Path) -> None:
 
 
 @pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
-def test_missing_package_names_the_install_command(
-    run: Path, package: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_package_names_the_install_command(run: Path, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 
     def refuse(name: str, *args: Any, **kwargs: Any) -> Any:

@@ -78,9 +78,7 @@ def test_plain_numbers_are_exact_and_nothing_else_is_one(text: str, value: Fract
 
 
 def test_equal_answers_vote_together():
-    assert {canonical_answer(text) for text in ("12", "12.0", "$12", " 12. ", "\\$12", "\\boxed{12}")} == {
-        "12"
-    }
+    assert {canonical_answer(text) for text in ("12", "12.0", "$12", " 12. ", "\\$12", "\\boxed{12}")} == {"12"}
     assert canonical_answer("0.5") == canonical_answer("1/2") == canonical_answer("\\frac{1}{2}")
     assert canonical_answer("2 n") == canonical_answer("$2n$") != canonical_answer("2")
     assert canonical_answer("Friday.") == canonical_answer("\\text{friday}")

@@ -47,10 +47,7 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 
 def additions(count: int, word: str = "plus") -> list[dict]:
-    return [
-        {"question": f"What is {n} {word} 1?", "answer": str(n + 1), "kind": f"k{n % 3}"}
-        for n in range(count)
-    ]
+    return [{"question": f"What is {n} {word} 1?", "answer": str(n + 1), "kind": f"k{n % 3}"} for n in range(count)]
 
 
 def test_the_split_of_a_question_is_the_documented_hash():
@@ -69,9 +66,7 @@ def test_white_space_never_moves_a_question_and_shares_are_as_stated():
 def test_overlap_is_an_error_that_names_the_problems():
     problems = [Problem(f"t-{question_hash(q)}", "t", "test", q, "1") for q in "abcdef"]
     check_disjoint(problems[:3], problems[3:], "training and test")
-    with pytest.raises(
-        OverlapError, match=f"training and test .* 1 found in both: {problems[2].problem_id};"
-    ):
+    with pytest.raises(OverlapError, match=f"training and test .* 1 found in both: {problems[2].problem_id};"):
         check_disjoint(problems[:3], problems[2:], "training and test")
     with pytest.raises(OverlapError, match=r"4 found in both: .*, \.\.\.;"):
         check_disjoint([item.problem_id for item in problems], {question_hash(q) for q in "abcd"}, "sides")
@@ -126,9 +121,7 @@ def test_generated_solutions_are_graded_right_and_their_negatives_wrong(gsm: Tas
         assert not gsm.grade(problem, f"#### {int(problem.answer) + 1}").is_correct
 
 
-@pytest.mark.parametrize(
-    "name", ["chain_sum", "word_sorting", "countdown", "knights_knaves", "course_schedule"]
-)
+@pytest.mark.parametrize("name", ["chain_sum", "word_sorting", "countdown", "knights_knaves", "course_schedule"])
 def test_a_problem_saved_as_json_is_graded_as_before(name: str):
     pytest.importorskip("reasoning_gym")
     task = load_task(f"rg:{name}")
@@ -203,9 +196,7 @@ def test_fields_are_mapped_and_a_missing_one_is_named_by_line(tmp_path: Path):
 
 
 def test_own_train_and_test_files_stay_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    test_rows = [
-        {"question": row["question"], "answer": f"so\n#### {row['answer']}"} for row in additions(20)
-    ]
+    test_rows = [{"question": row["question"], "answer": f"so\n#### {row['answer']}"} for row in additions(20)]
     write_rows(tmp_path / "gsm8k" / "test.jsonl", test_rows)
     write_rows(tmp_path / "gsm8k" / "train.jsonl", additions(300, "and") + test_rows[:5])
     monkeypatch.setenv("S2T_DATA_DIR", str(tmp_path))
@@ -218,9 +209,7 @@ def test_own_train_and_test_files_stay_apart(tmp_path: Path, monkeypatch: pytest
     assert {item.answer for item in found["test"]} == {str(n + 1) for n in range(20)}
 
 
-def test_an_unreachable_hub_is_one_line_with_the_next_step(
-    monkeypatch: pytest.MonkeyPatch, no_local_data: None
-):
+def test_an_unreachable_hub_is_one_line_with_the_next_step(monkeypatch: pytest.MonkeyPatch, no_local_data: None):
     class Offline:
         @staticmethod
         def load_dataset(*args: object, **kwargs: object) -> None:
@@ -230,9 +219,7 @@ def test_an_unreachable_hub_is_one_line_with_the_next_step(
 
     monkeypatch.setitem(sys.modules, "datasets", Offline)
     for spec in ("gsm8k", "hub:someone/something", "hub:someone/something,split=train"):
-        with pytest.raises(
-            DataError, match=r"cannot be read from the hub: no route to host; .*network"
-        ) as caught:
+        with pytest.raises(DataError, match=r"cannot be read from the hub: no route to host; .*network") as caught:
             load_task(spec).problems("test", 1)
         assert "\n" not in str(caught.value)
     with pytest.raises(DataError, match=r"put the files under \$S2T_DATA_DIR/gsm8k"):
@@ -301,6 +288,4 @@ def test_gsm8k_train_file_is_divided_and_disjoint_from_test():
     assert len(found["training"]) + len(found["calibration"]) == 7473
     check_disjoint(found["training"], found["calibration"], "training and calibration")
     check_disjoint(found["training"] + found["calibration"], found["test"], "train and test")
-    assert all(
-        item.answer.replace(",", "").lstrip("-").isdecimal() for items in found.values() for item in items
-    )
+    assert all(item.answer.replace(",", "").lstrip("-").isdecimal() for items in found.values() for item in items)

@@ -94,9 +94,17 @@ def new_adapter() -> Callable[..., SelectorAdapter]:
 
     def make(scope: str, is_fresh: bool = False, **changes: Any) -> SelectorAdapter:
         loaded = make_model()
-        settings = {"lora_rank": 3, "lora_dropout": 0.0, "head_size": 8, "num_bins": 8, "num_candidates": NUM_CANDIDATES}
+        settings = {
+            "lora_rank": 3,
+            "lora_dropout": 0.0,
+            "head_size": 8,
+            "num_bins": 8,
+            "num_candidates": NUM_CANDIDATES,
+        }
         torch.manual_seed(5)
-        adapter = SelectorAdapter(loaded, AdapterConfig("random", loaded.fingerprint, scope=scope, **(settings | changes)))
+        adapter = SelectorAdapter(
+            loaded, AdapterConfig("random", loaded.fingerprint, scope=scope, **(settings | changes))
+        )
         with torch.no_grad():
             for name, parameter in adapter.trainable().items():
                 if "lora_B" in name and not is_fresh:
@@ -109,7 +117,9 @@ def new_adapter() -> Callable[..., SelectorAdapter]:
 @pytest.fixture
 def new_trainer(data: GroupData, tmp_path) -> Callable[..., Trainer]:
     def make(adapter: SelectorAdapter, name: str = "run", **settings: Any) -> Trainer:
-        config = TrainConfig(adapter_scope=adapter.scope, num_candidates=NUM_CANDIDATES, out=str(tmp_path / name), **settings)
+        config = TrainConfig(
+            adapter_scope=adapter.scope, num_candidates=NUM_CANDIDATES, out=str(tmp_path / name), **settings
+        )
         return Trainer(config, data, adapter, RunFolder.open(config.out, "train", config))
 
     return make

@@ -63,7 +63,7 @@ def test_a_plan_depends_on_seed_and_epoch_alone():
     torch.manual_seed(1)
     first = plan_batches(COUNTS, 4, seed=3, epoch=2)
     torch.manual_seed(2)
-    np.random.seed(9)  # noqa: NPY002
+    np.random.seed(9)
     assert plan_batches(COUNTS, 4, seed=3, epoch=2) == first
     assert plan_batches(COUNTS, 4, seed=3, epoch=1) != first
     assert plan_batches(COUNTS, 4, seed=4, epoch=2) != first
@@ -103,7 +103,11 @@ def test_a_batch_trains_criticality_on_every_step_past_the_warmup(trajectories):
 
 def test_what_was_collected_is_what_is_trained_on(tmp_path, trajectories):
     data = read_group_data(write_run(tmp_path / "run", trajectories), 3)
-    assert (data.num_groups, data.threshold, data.warmup_steps) == (sum(len(t.group_steps) for t in trajectories), 1.0, 3)
+    assert (data.num_groups, data.threshold, data.warmup_steps) == (
+        sum(len(t.group_steps) for t in trajectories),
+        1.0,
+        3,
+    )
     assert (data.pair, data.split, data.heldout_templates) == ("a/b", "train", ("a", "b"))
     for found, made in zip(data.trajectories, trajectories, strict=True):
         np.testing.assert_array_equal(found.ids, made.ids)
@@ -123,7 +127,10 @@ def test_several_runs_of_one_kind_are_read_together(tmp_path, trajectories):
 
 @pytest.mark.parametrize("changes", [{"pair": "a/c"}, {"task": "rg:chain_sum"}, {"split": "calibration"}])
 def test_runs_of_different_pairs_tasks_or_splits_do_not_mix(changes, tmp_path, trajectories):
-    folders = [write_run(tmp_path / "one", trajectories), write_run(tmp_path / "two", trajectories, **changes)]
+    folders = [
+        write_run(tmp_path / "one", trajectories),
+        write_run(tmp_path / "two", trajectories, **changes),
+    ]
     with pytest.raises(DataError, match="differ in pair, task or split"):
         read_group_data(",".join(folders), 4)
 
@@ -158,4 +165,9 @@ def test_a_run_without_groups_says_what_to_do(tmp_path, trajectories):
 
 
 def empty_groups():
-    return np.zeros(0, np.int64), np.zeros((0, 4), np.int64), np.zeros((0, 4), np.float32), np.zeros((0, 4), np.float32)
+    return (
+        np.zeros(0, np.int64),
+        np.zeros((0, 4), np.int64),
+        np.zeros((0, 4), np.float32),
+        np.zeros((0, 4), np.float32),
+    )

@@ -20,7 +20,9 @@ def batch(data, trajectories):
 def last_hidden(adapter, ids, cache=None):
     """[T, H] of one sequence by the model's own forward; its own cache, masks and positions."""
     decoder = adapter.base_model.get_decoder()
-    return decoder(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=cache is not None).last_hidden_state[0]
+    return decoder(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=cache is not None).last_hidden_state[
+        0
+    ]
 
 
 def candidate_alone(adapter, prefix, candidate):
@@ -93,7 +95,9 @@ def test_gradients_equal_those_of_one_uncached_forward_per_candidate(
         torch.testing.assert_close(loss, naive_losses[name], rtol=1e-4, atol=1e-5, msg=name)
     for name, left, right in zip(trainer.parameters, shared, naive, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-5, msg=name)
-    assert all(float(left.abs().max()) > 0 for name, left in zip(trainer.parameters, shared, strict=True) if "bins" in name)
+    assert all(
+        float(left.abs().max()) > 0 for name, left in zip(trainer.parameters, shared, strict=True) if "bins" in name
+    )
     assert sum(float(left.abs().max()) > 0 for left in shared) >= len(shared) - 2
 
 
@@ -110,7 +114,8 @@ def test_a_batch_of_one_trajectory_gives_what_a_batch_of_many_gives(scope, new_a
     with torch.no_grad():
         together = forward(adapter, batch)
         alone = [
-            forward(adapter, make_batch([t], data.threshold, data.warmup_steps, torch.device("cpu"))) for t in trajectories
+            forward(adapter, make_batch([t], data.threshold, data.warmup_steps, torch.device("cpu")))
+            for t in trajectories
         ]
     for name in ("candidates", "steps"):
         parts = torch.cat([getattr(states, name) for states in alone])

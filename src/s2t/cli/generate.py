@@ -26,9 +26,7 @@ def command(
     config: GenerateConfig,
     as_json: bool,
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from stdin.", show_default=False)],
-    trace: Annotated[
-        str | None, typer.Option("--trace", help="Write every step to this file as JSON lines.")
-    ] = None,
+    trace: Annotated[str | None, typer.Option("--trace", help="Write every step to this file as JSON lines.")] = None,
 ) -> Any:
     """Answer one prompt, streamed to stdout (with --trace or --json, once it is complete)."""
     text = _read_prompt(prompt)

@@ -65,9 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build_app() -> typer.Typer:
     """The Typer application with every command of `COMMANDS`."""
-    app = typer.Typer(
-        name="s2t", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich"
-    )
+    app = typer.Typer(name="s2t", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
     app.callback()(_root)
     for name, command in COMMANDS.items():
         app.command(name)(command)

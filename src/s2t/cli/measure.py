@@ -16,10 +16,7 @@ def show(measured: Mapping[str, Any]) -> None:
     print_table(
         "LLM's top token among the SLM's first K, at divergence points",
         ("K", "hit rate %", "95 % interval"),
-        [
-            (k, percent(rate), percent_interval(intervals.get(k)))
-            for k, rate in measured.get("hit_rate", {}).items()
-        ],
+        [(k, percent(rate), percent_interval(intervals.get(k))) for k, rate in measured.get("hit_rate", {}).items()],
     )
     _show_bands(measured.get("hit_rate_by_divergence", []))
 
@@ -36,10 +33,7 @@ def _show_bands(bands: list[Mapping[str, Any]]) -> None:
     if not bands:
         return
     ks = list(bands[0]["hit_rate"])
-    rows = [
-        (_band_name(band), band["num_steps"], *(percent(band["hit_rate"].get(k)) for k in ks))
-        for band in bands
-    ]
+    rows = [(_band_name(band), band["num_steps"], *(percent(band["hit_rate"].get(k)) for k in ks)) for band in bands]
     print_table("Hit rate by divergence (nats)", ("divergence", "steps", *(f"hit@{k} %" for k in ks)), rows)
 
 

@@ -170,9 +170,7 @@ def _own_docs(owner: type[Any]) -> dict[str, str]:
 
 
 def _class_node(path: str, name: str) -> ast.ClassDef | None:
-    return next(
-        (node for node in _tree(path).body if isinstance(node, ast.ClassDef) and node.name == name), None
-    )
+    return next((node for node in _tree(path).body if isinstance(node, ast.ClassDef) and node.name == name), None)
 
 
 @lru_cache

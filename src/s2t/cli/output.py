@@ -35,9 +35,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
 def print_facts(title: str, facts: Mapping[str, Any]) -> None:
     """The plain values of a mapping as a table of two columns; nested values are left to --json."""
     rows = [
-        (key.replace("_", " "), value)
-        for key, value in facts.items()
-        if not isinstance(value, (Mapping, list, tuple))
+        (key.replace("_", " "), value) for key, value in facts.items() if not isinstance(value, (Mapping, list, tuple))
     ]
     if rows:
         print_table(title, ("", "value"), rows)

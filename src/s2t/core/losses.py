@@ -32,7 +32,10 @@ def listwise_kl(scores: Tensor, llm_probs: Tensor) -> Tensor:
 def lm_preserving_kl(base_logits: Tensor, adapted_logits: Tensor) -> Tensor:
     """KL(base LM || adapted LM) in nats, mean over positions; [T, V], [T, V] -> []."""
     return F.kl_div(
-        adapted_logits.float().log_softmax(-1), base_logits.float().log_softmax(-1), log_target=True, reduction="batchmean"
+        adapted_logits.float().log_softmax(-1),
+        base_logits.float().log_softmax(-1),
+        log_target=True,
+        reduction="batchmean",
     )
 
 

@@ -71,7 +71,8 @@ def _masked_divergence(llm_logits: Tensor, slm_logits: Tensor) -> Tensor:
     keep = llm_probs > 1e-12
     llm_probs, slm_probs = llm_probs * keep, slm_probs * keep
     return kl_divergence(
-        llm_probs / llm_probs.sum(-1, keepdim=True), slm_probs / slm_probs.sum(-1, keepdim=True).clamp_min(1e-12)
+        llm_probs / llm_probs.sum(-1, keepdim=True),
+        slm_probs / slm_probs.sum(-1, keepdim=True).clamp_min(1e-12),
     )
 
 

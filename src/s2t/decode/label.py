@@ -82,7 +82,11 @@ class _PairReader:
     def read(self, prompts: Sequence[Sequence[int]], generated: Sequence[Sequence[int]]) -> list[Labels]:
         rows = list(range(len(prompts)))
         texts = [[*p, *g[:-1]] for p, g in zip(prompts, generated, strict=True)]
-        where = [(row, len(p) - 1 + t) for row, (p, g) in enumerate(zip(prompts, generated, strict=True)) for t in range(len(g))]
+        where = [
+            (row, len(p) - 1 + t)
+            for row, (p, g) in enumerate(zip(prompts, generated, strict=True))
+            for t in range(len(g))
+        ]
         index = torch.tensor(where, device=self.slm.device).T
         slm_hidden = self.slm.read(rows, texts)[index[0], index[1]]  # [N, H]
         llm_hidden = self.llm.read(rows, texts)[index[0], index[1]]  # [N, H']

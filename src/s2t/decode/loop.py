@@ -238,7 +238,9 @@ def _candidate_details(ids: Tensor, logprobs: Tensor) -> list[dict]:
     return [{"candidates": Candidates(tuple(row_ids), tuple(row_probs))} for row_ids, row_probs in pairs]
 
 
-def _add_details(details: dict[int, dict], fired: list[int], ids: Tensor, logprobs: Tensor, selection: Selection) -> None:
+def _add_details(
+    details: dict[int, dict], fired: list[int], ids: Tensor, logprobs: Tensor, selection: Selection
+) -> None:
     found = _candidate_details(ids, logprobs)
     index = selection.index.tolist()
     scores = selection.scores.tolist() if selection.scores is not None else None

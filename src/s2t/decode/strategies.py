@@ -12,7 +12,11 @@ from s2t.decode.triggers import Criticality, Divergence, Entropy, Never, Random,
 from s2t.errors import ConfigError
 
 DEFAULT_CANDIDATES = 8
-_SELECTORS: dict[str, type[Selector]] = {"takeover": TakeoverSelector, "s2t": LLMSelector, "s2t-local": LocalSelector}
+_SELECTORS: dict[str, type[Selector]] = {
+    "takeover": TakeoverSelector,
+    "s2t": LLMSelector,
+    "s2t-local": LocalSelector,
+}
 _ALLOWED_TRIGGERS = {
     "takeover": ("divergence", "entropy", "random", "never"),
     "s2t": ("divergence", "entropy", "random", "never"),
@@ -50,7 +54,11 @@ class Strategy:
 
 
 def build_strategy(
-    name: str, config: DecodeConfig, thresholds: dict[str, float], num_candidates: int | None = None, seed: int = 0
+    name: str,
+    config: DecodeConfig,
+    thresholds: dict[str, float],
+    num_candidates: int | None = None,
+    seed: int = 0,
 ) -> Strategy:
     """Make the strategy `name` from settings; `thresholds` (per trigger) come from calibration or the adapter.
 

@@ -154,6 +154,8 @@ def read_adapter_config(folder: str | Path) -> AdapterConfig:
     if not path.is_file():
         raise ModelError(f"{folder} is no adapter folder: {CONFIG_FILE} is missing; pass the folder `s2t train` wrote.")
     data = read_json(path)
+    if not isinstance(data, dict) or not {"base_model", "base_fingerprint"} <= data.keys():
+        raise ModelError(f"adapter {folder} is damaged: {CONFIG_FILE} names no base_model; train it again.")
     known = {item.name for item in fields(AdapterConfig)}
     unknown = sorted(set(data) - known)
     if unknown:

@@ -23,7 +23,8 @@ _ATTENTION_TYPES = frozenset({"full_attention", "sliding_attention"})
 def check_cacheable(config: PreTrainedConfig) -> None:
     """Raise ModelError for models whose cache cannot be branched and cropped (state-space or linear attention layers)."""
     config = config.get_text_config(decoder=True)
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    listed = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
+    kinds = set(listed or ["full_attention"])
     if not kinds <= _ATTENTION_TYPES:
         raise ModelError(
             f"{config.model_type} has {', '.join(sorted(kinds - _ATTENTION_TYPES))} layers, whose cache cannot be branched "

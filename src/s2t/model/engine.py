@@ -163,7 +163,14 @@ class Engine:
         return hidden
 
     def _run(
-        self, rows: Sequence[int], ids: Tensor, positions: Tensor, columns: Tensor, mask: Tensor, keys: Tensor, extent: int
+        self,
+        rows: Sequence[int],
+        ids: Tensor,
+        positions: Tensor,
+        columns: Tensor,
+        mask: Tensor,
+        keys: Tensor,
+        extent: int,
     ) -> Tensor:
         is_prefix = list(rows) == list(range(len(rows)))
         starts = {self.lengths[row] for row in rows}

@@ -6,6 +6,7 @@ Weights load from safetensors only and remote code stays off unless asked for. E
 from __future__ import annotations
 
 import hashlib
+import inspect
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -58,9 +59,7 @@ class LoadedModel:
         return choose_reserved_ids(self.tokenizer.get_vocab(), rows, num_bins)
 
 
-def load_model(
-    name: str, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
-) -> LoadedModel:
+def load_model(name: str, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False) -> LoadedModel:
     """Load `name` for inference, in eval mode, with SDPA attention where the model has it.
 
     Raises ModelError, one line, when the model is missing, gated, has no safetensors weights, needs remote
@@ -92,6 +91,12 @@ def wrap_model(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizer
         raise ModelError(
             f"{model.config.model_type} carries a state instead of a cache that can be branched or cropped; "
             "use a model with plain attention layers."
+        )
+    takes_positions = "position_ids" in inspect.signature(model.get_decoder().forward).parameters
+    if not takes_positions or getattr(model.config, "alibi", False):
+        raise ModelError(
+            f"{model.config.model_type} takes no position ids (its attention is biased by distance), so "
+            "candidates cannot share a position; use a model with rotary or learned positions."
         )
     eos = model.generation_config.eos_token_id if model.generation_config is not None else None
     vocab_size = min(max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().weight.shape[0])
@@ -158,7 +163,7 @@ def _why_not_loaded(name: str, error: Exception) -> str:
 
 
 class _quiet:
-    """Silence the progress bars and warnings of transformers and the hub while loading; restores them after."""
+    """Silence progress bars and warnings of transformers and the hub while loading; restores them after."""
 
     def __enter__(self) -> None:
         self.hub_verbosity = hub_logging.get_verbosity()

@@ -36,15 +36,18 @@ def key_positions(extent: int, lengths: Tensor | None, like: Tensor) -> Tensor:
 def layer_masks(config: PreTrainedConfig, mask: Tensor, query_positions: Tensor, keys: Tensor, dtype: torch.dtype):
     """The mask as this model takes it: one tensor, or one per layer type where some layers slide.
 
-    `keys` [n, extent] are key positions; a sliding layer sees keys less than `sliding_window` behind.
+    `keys` [n, extent] are key positions; a sliding layer sees keys less than `sliding_window` behind. A model
+    that has a window and lists no layer types slides in every layer, as in transformers.
     """
     window = getattr(config, "sliding_window", None)
-    kinds = set(getattr(config, "layer_types", None) or [])
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
     full = _as_attention_mask(config, mask, dtype)
     if "sliding_attention" not in kinds or window is None:
         return full
     near = (query_positions.unsqueeze(-1) - keys.unsqueeze(1) < window).unsqueeze(1)  # [n, 1, T, extent]
     sliding = _as_attention_mask(config, mask & near, dtype)
+    if not getattr(config, "layer_types", None):
+        return sliding
     return {"full_attention": full, "sliding_attention": sliding}
 
 

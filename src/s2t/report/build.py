@@ -86,9 +86,7 @@ def page_context(
         "paired": [_paired_row(name, test) for name, test in (summary.get("paired") or {}).items()],
         "templates": _templates(summary),
         "gap": _gap(summary.get("gap_closed")),
-        "versions": ", ".join(
-            f"{name} {value}" for name, value in (manifest.get("versions") or {}).items() if value
-        ),
+        "versions": ", ".join(f"{name} {value}" for name, value in (manifest.get("versions") or {}).items() if value),
     }
 
 
@@ -108,9 +106,7 @@ def _render(context: dict[str, Any], pictures: list[Picture], traces: dict[str, 
     except ImportError as error:
         raise missing_extra("jinja2", "plots") from error
 
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     source = resources.files("s2t.report").joinpath("report.html").read_text(encoding="utf-8")
     trace_json = None if traces is None else Markup(script_json(traces))  # escaped by script_json
     return environment.from_string(source).render(
@@ -134,9 +130,7 @@ def _write(folder: Path, page: str, pictures: list[Picture]) -> Path:
         for name in set(PICTURES) - {picture.name for picture in pictures}:
             (plots_folder / f"{name}.png").unlink(missing_ok=True)
     except OSError as error:
-        raise DataError(
-            f"{plots_folder} cannot be written: {error.strerror}; choose another --out."
-        ) from error
+        raise DataError(f"{plots_folder} cannot be written: {error.strerror}; choose another --out.") from error
     for picture in pictures:
         write_bytes(plots_folder / f"{picture.name}.png", picture.light)
     path = folder / "report.html"
@@ -247,9 +241,7 @@ def _templates(summary: dict[str, Any]) -> dict[str, Any] | None:
     parts = [summary.get("seen_templates"), summary.get("unseen_templates")]
     if not any(parts):
         return None
-    names = [
-        name for name in summary["strategies"] if any(part and name in part["strategies"] for part in parts)
-    ]
+    names = [name for name in summary["strategies"] if any(part and name in part["strategies"] for part in parts)]
     pairs = [name for name in summary.get("paired") or {} if any(name in _paired(part) for part in parts)]
     return {
         "counts": [_count(part["num_problems"] if part else 0) for part in parts],

@@ -185,9 +185,7 @@ def _move_to_free_place(note: Annotation, taken: Sequence[Any], inside: Any, ren
                 note.arrow_patch.set_visible(radius > 20)
             note.update_positions(renderer)
             box = Text.get_window_extent(note)
-            is_inside = (
-                inside.x0 < box.x0 and box.x1 < inside.x1 and inside.y0 < box.y0 and box.y1 < inside.y1
-            )
+            is_inside = inside.x0 < box.x0 and box.x1 < inside.x1 and inside.y0 < box.y0 and box.y1 < inside.y1
             if is_inside and not any(box.overlaps(other) for other in taken):
                 return
 

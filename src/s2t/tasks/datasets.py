@@ -45,9 +45,7 @@ class Source:
 
 NAMED = {
     "gsm8k": Source("openai/gsm8k", "main", splits={"train": "train", "test": "test"}),
-    "svamp": Source(
-        "ChilleD/SVAMP", None, ("Body", "Question"), "Answer", splits={"train": "train", "test": "test"}
-    ),
+    "svamp": Source("ChilleD/SVAMP", None, ("Body", "Question"), "Answer", splits={"train": "train", "test": "test"}),
     "amc23": Source("math-ai/amc23"),
     "aime24": Source("HuggingFaceH4/aime_2024", None, ("problem",), splits={"test": "train"}),
     "olympiadbench": Source(

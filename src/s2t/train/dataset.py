@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,9 @@ def _read_run(folder: Path, num_candidates: int) -> GroupData:
     rows = table.to_pylist()
     stored = min((row["num_candidates"] for row in rows), default=0)
     if stored < num_candidates:
-        raise ConfigError(f"num_candidates is {num_candidates} but {folder} stores {stored} a group; lower --num-candidates.")
+        raise ConfigError(
+            f"num_candidates is {num_candidates} but {folder} stores {stored} a group; lower --num-candidates."
+        )
     if summary["num_groups"] == 0:
         raise DataError(f"{folder} holds no selection group; collect more problems or lower the threshold.")
     return GroupData(

@@ -7,6 +7,7 @@ the adapter's too, and gradients flow through the shared cache. Nothing of the f
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint

@@ -42,7 +42,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
     data = read_group_data(config.groups, config.num_candidates)
     loaded = load_model(config.slm, config.dtype, config.device, config.trust_remote_code)
     if not data.pair.startswith(loaded.fingerprint):
-        raise ModelError(f"the groups were collected with {data.slm}, whose weights are not those of {config.slm}; use --slm {data.slm}.")
+        raise ModelError(
+            f"the groups were collected with {data.slm}, whose weights are not those of {config.slm}; use --slm {data.slm}."
+        )
     torch.manual_seed(config.seed)
     adapter = SelectorAdapter(loaded, _adapter_config(config, data, loaded))
     trainer = Trainer(config, data, adapter, run)
@@ -51,8 +53,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     problems = tuple(sorted({t.problem_id.rsplit("-", 1)[-1] for t in data.trajectories}))
     adapter.save(run.file("adapter"), problems)
     write_json(run.file("train.json"), result)
-    run.file(_CHECKPOINT).unlink(missing_ok=True)
     run.finish()
+    run.file(_CHECKPOINT).unlink(missing_ok=True)  # last: a run killed before is finished from it, not begun again
     return result
 
 
@@ -211,7 +213,9 @@ class Trainer:
             for index, (name, parameter) in enumerate(self.parameters.items()):
                 parameter.copy_(tensors[f"parameter.{name}"])
                 keys = ("step", "exp_avg", "exp_avg_sq")
-                state[index] = {key: tensors[f"optimizer.{key}.{name}"] for key in keys if f"optimizer.{key}.{name}" in tensors}
+                state[index] = {
+                    key: tensors[f"optimizer.{key}.{name}"] for key in keys if f"optimizer.{key}.{name}" in tensors
+                }
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
         if Path(self.run.file(_LOG)).exists():
             self.log = [line for line in read_jsonl(self.run.file(_LOG)) if line["step"] <= self.step]

@@ -1,0 +1,124 @@
+"""Between text and ids: prompts, stop ids, and pieces of text that are never half a character."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from s2t.model.chat import Detokenizer, decode_ids, prompt_ids, stop_ids
+
+TEXTS = ["hello world", "héllo 🙂🙃 日本語", "a\n\n  b\t", "👩‍👩‍👧 family", "", "½ × 3 = 1½"]
+BOS_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }} {% endfor %}"
+
+
+def ids_of(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def pieces_of(tokenizer, ids):
+    text = Detokenizer(tokenizer)
+    return [*(text.push(token_id) for token_id in ids), text.finish()]
+
+
+@pytest.fixture
+def bos_tokenizer():
+    """A tokenizer that puts a BOS before every text, as Llama's does."""
+    words = ["<s>", "</s>", "<unk>", "one", "two"]
+    core = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = WhitespaceSplit()
+    core.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+# Text out
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_pieces_are_whole_characters_and_join_to_the_text(text, tokenizer):
+    pieces = pieces_of(tokenizer, ids_of(tokenizer, text))
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert pieces[-1] == ""  # nothing was held back to the end
+
+
+@given(text=st.text(max_size=20))
+def test_any_text_comes_out_as_it_went_in(text, tokenizer):
+    ids = ids_of(tokenizer, text)
+    assert "".join(pieces_of(tokenizer, ids)) == decode_ids(tokenizer, ids)
+
+
+def test_a_character_of_many_tokens_appears_with_its_last_one(tokenizer):
+    ids = ids_of(tokenizer, "🙂")
+    assert len(ids) > 1
+    assert pieces_of(tokenizer, ids) == [*[""] * (len(ids) - 1), "🙂", ""]
+
+
+def test_an_unfinished_character_is_only_shown_at_the_end(tokenizer):
+    pieces = pieces_of(tokenizer, ids_of(tokenizer, "ok 🙂")[:-1])
+    assert "\ufffd" not in "".join(pieces[:-1])
+    assert "\ufffd" in pieces[-1]
+
+
+@given(ids=st.lists(st.integers(0, 1023), max_size=30))
+def test_whatever_a_model_writes_the_pieces_join_to_its_decoding(ids, tokenizer):
+    assert "".join(pieces_of(tokenizer, ids)) == decode_ids(tokenizer, ids)
+
+
+def test_special_tokens_are_no_text(tokenizer):
+    special = [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(["<|user|>", "<|reserved_3|>"])]
+    assert decode_ids(tokenizer, [*special, *ids_of(tokenizer, "hi"), *special]) == "hi"
+    assert "".join(pieces_of(tokenizer, special)) == ""
+
+
+# Text in
+
+
+def test_a_prompt_is_a_user_turn_that_asks_for_an_answer(tokenizer):
+    user, assistant = tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>"])
+    assert prompt_ids(tokenizer, "hi") == [user, *ids_of(tokenizer, "hi"), assistant]
+
+
+def test_a_conversation_keeps_its_turns(tokenizer):
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
+    ids = prompt_ids(tokenizer, turns)
+    user, assistant = tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>"])
+    assert [i for i in ids if i in (user, assistant)] == [user, assistant, user, assistant]
+    assert ids.count(tokenizer.eos_token_id) == 1
+
+
+def test_a_tokenizer_that_adds_a_bos_adds_one(bos_tokenizer):
+    assert prompt_ids(bos_tokenizer, "one two") == [0, 3, 4]
+
+
+def test_a_template_that_brings_a_bos_gets_no_second_one(bos_tokenizer):
+    bos_tokenizer.chat_template = BOS_TEMPLATE
+    assert prompt_ids(bos_tokenizer, "one two") == [0, 3, 4]
+
+
+def test_without_a_template_messages_are_joined(bos_tokenizer):
+    turns = [{"role": "system", "content": "one"}, {"role": "user", "content": "two"}]
+    assert prompt_ids(bos_tokenizer, turns) == [0, 3, 4]
+
+
+# Stop ids
+
+
+@pytest.mark.parametrize(("eos", "expected"), [(None, {1}), (1, {1}), (7, {1, 7}), ([1, 7, 9], {1, 7, 9})])
+def test_stop_ids_are_those_of_tokenizer_and_generation_config(eos, expected, bos_tokenizer):
+    assert stop_ids(bos_tokenizer, eos) == expected
+
+
+def test_a_tokenizer_without_an_eos_stops_at_the_configs(bos_tokenizer):
+    bos_tokenizer.eos_token = None
+    assert stop_ids(bos_tokenizer, 7) == {7}
+    assert stop_ids(bos_tokenizer, None) == frozenset()
