@@ -51,7 +51,7 @@ def load(
     device: str = "auto",
     trust_remote_code: bool = False,
 ) -> Reasoner:
-    """Load an SLM, with an LLM and an adapter where they are given; strategies that read neither need neither.
+    """Load an SLM, with an LLM and an adapter where they are given; most strategies need neither.
 
     Raises ModelError or ConfigError, one line, for what is missing, unsupported or does not fit together.
     """
@@ -113,7 +113,7 @@ class Reasoner:
         trace: bool = False,
         **settings: Any,
     ) -> Generation | list[Generation]:
-        """Answer a prompt, or a list of them in one batch; the answer to a prompt does not depend on the others.
+        """Answer a prompt, or a list of them in one batch; no answer depends on the other prompts.
 
         `strategy` is `s2t-local` where an adapter was loaded, else `greedy`. `trace` keeps the candidates of
         every step instead of those of triggered steps alone. Raises ConfigError for settings that are
@@ -194,16 +194,16 @@ class _Plan:
     def num_samples(self) -> int:
         return self.config.num_samples if self.strategy.name == "self-consistency" else 1
 
-    def requests(self, prompts: Sequence[str]) -> list[Request]:
+    def requests(self, prompts: list[str]) -> list[Request]:
         """One request per prompt and sample; random numbers depend on the prompt's own text.
 
         The same prompt twice in one list gets other random numbers the second time.
         """
+        if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise ConfigError(f"prompt must be text or a list of texts; got {str(prompts)[:60]!r}.")
         requests: list[Request] = []
         seen: dict[str, int] = {}
         for prompt in prompts:
-            if not isinstance(prompt, str):
-                raise ConfigError(f"prompt must be text or a list of texts; got {type(prompt).__name__}.")
             ids = self.session.prompt(prompt)
             for _ in range(self.num_samples):
                 place = seen[prompt] = seen.get(prompt, -1) + 1

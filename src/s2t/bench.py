@@ -89,7 +89,8 @@ def _contestants(config: BenchConfig, loaded: LoadedModel, prompts: torch.Tensor
         ids = prompts.to(loaded.device)
         length = config.max_new_tokens
         with torch.inference_mode():
-            loaded.model.generate(
+            model: Any = loaded.model
+            model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 do_sample=False,

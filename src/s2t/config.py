@@ -25,6 +25,11 @@ NEEDS_LLM = frozenset({"llm", "takeover", "s2t"})
 _KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
 
 
+def check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
+    """Raise ConfigError unless low <= value <= high."""
+    _require(low <= value <= high, f"{name} must be within {low}..{high}; got {value}.")
+
+
 def _require(ok: bool, message: str) -> None:
     if not ok:
         raise ConfigError(message)

@@ -7,6 +7,7 @@ the LLM's top token is among the SLM's first K; `calibrate` turns such a run int
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def _steps_table(problem: Problem, sequence: Generated, labels: Labels, warmup_s
 
 def summarize(steps: pa.Table, quantile: float, threshold: float | None) -> dict[str, Any]:
     """The numbers of measure.json from per-step rows; warm-up steps never count as divergence points."""
-    live = steps.filter(pa.compute.invert(steps["is_warmup"])) if steps.num_rows else steps
+    live = steps.filter(pa.array(~steps["is_warmup"].to_numpy()))
     values = live["divergence"].to_numpy()
     if threshold is None:
         threshold, _ = threshold_at(values, quantile)
@@ -143,7 +144,7 @@ def _clustered_intervals(ranks: np.ndarray, problems: np.ndarray) -> dict[int, t
 def _by_divergence(values: np.ndarray, ranks: np.ndarray) -> list[dict[str, Any]]:
     edges = np.quantile(values, _EDGES) if values.size else np.zeros(len(_EDGES))
     rows = []
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
+    for low, high in pairwise(edges):
         inside = (values > low) & (values <= high)
         if inside.any():
             rates = {str(k): rate for k, rate in hit_rate_curve(ranks[inside], KS).items()}

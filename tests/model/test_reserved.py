@@ -1,4 +1,4 @@
-"""Reserved ids: each family's spare tokens, else padding rows, else rows to add; always distinct, never in use."""
+"""Reserved ids: each family's spare tokens, else padding rows, else rows to add; distinct, never in use."""
 
 from __future__ import annotations
 

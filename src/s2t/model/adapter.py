@@ -70,7 +70,8 @@ class SelectorAdapter:
         self.peft_model = peft_model if peft_model is not None else _new_peft_model(loaded, config)
         self.base_model = self.peft_model.get_base_model()
         self.reserved: ReservedIds = loaded.reserved_for(config.num_bins)
-        width = loaded.model.get_output_embeddings().weight.shape[1]
+        head: Any = loaded.model.get_output_embeddings()
+        width = int(head.weight.shape[1])
         self.selector = Selector(config, width).to(loaded.device)
         self._layers = _tuner_layers(self.base_model)
         self._acting: bool | None = None
@@ -231,4 +232,5 @@ def _tuner_layers(model: nn.Module) -> list[Any]:
 
 def _card(config: AdapterConfig) -> str:
     rows = "\n".join(f"| {key} | {json.dumps(value)} |" for key, value in asdict(config).items() if value)
-    return f"---\nlibrary_name: peft\nbase_model: {config.base_model}\n---\n\n# S2T-LOCAL adapter\n\n| setting | value |\n| --- | --- |\n{rows}\n"
+    front = f"---\nlibrary_name: peft\nbase_model: {config.base_model}\n---\n\n"
+    return f"{front}# S2T-LOCAL adapter\n\n| setting | value |\n| --- | --- |\n{rows}\n"

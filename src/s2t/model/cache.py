@@ -136,7 +136,8 @@ class SlotCache(Cache):
 
     def _stores(self) -> list[tuple[Tensor, Tensor]]:
         stores = []
-        for layer in self.layers:
+        layers: list[Any] = list(self.layers)
+        for layer in layers:
             if layer.keys is not None and layer.values is not None:
                 stores.append((layer.keys, layer.values))
         return stores

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -17,15 +18,14 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: str | Sequence[dict
     if tokenizer.chat_template is None:
         return list(tokenizer("\n\n".join(turn["content"] for turn in turns))["input_ids"])
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return list(tokenizer(str(text), add_special_tokens=False)["input_ids"])
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, generation_eos: int | list[int] | None) -> frozenset[int]:
     """All ids that end a sequence: the tokenizer's EOS and those of the generation config."""
-    ids = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
-    if generation_eos is not None:
-        ids |= set(generation_eos) if isinstance(generation_eos, list) else {generation_eos}
-    return frozenset(int(i) for i in ids)
+    found: list[Any] = [tokenizer.eos_token_id]
+    found += generation_eos if isinstance(generation_eos, list) else [generation_eos]
+    return frozenset(int(i) for i in found if i is not None)
 
 
 def decode_ids(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

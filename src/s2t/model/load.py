@@ -10,9 +10,11 @@ import inspect
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.utils import logging as hub_logging
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -55,7 +57,8 @@ class LoadedModel:
 
     def reserved_for(self, num_bins: int) -> ReservedIds:
         """The reserved ids for any number of bins."""
-        rows = self.model.get_output_embeddings().weight.shape[0]
+        head: Any = self.model.get_output_embeddings()
+        rows = int(head.weight.shape[0])
         return choose_reserved_ids(self.tokenizer.get_vocab(), rows, num_bins)
 
 
@@ -72,8 +75,8 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", trust_remot
     with _quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=kind, use_safetensors=True, **options)
-        except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+            model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=kind, use_safetensors=True, **options)
+        except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
             raise ModelError(_why_not_loaded(name, error)) from error
     identity = fingerprint(model)  # before float16, which cannot hold every bfloat16 value
     if dtype == "float16":
@@ -84,7 +87,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", trust_remot
     return loaded
 
 
-def wrap_model(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:
+def wrap_model(name: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:
     """A model already in memory as a LoadedModel; checks that its cache can be branched."""
     check_cacheable(model.config)
     if getattr(model, "_is_stateful", False):

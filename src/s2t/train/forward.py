@@ -7,6 +7,7 @@ the adapter's too, and gradients flow through the shared cache. Nothing of the f
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,8 +62,8 @@ def _read_candidates(adapter: SelectorAdapter, batch: Batch, prefixes: DynamicCa
     """Every group's candidates on its own prefix, each seeing the prefix and itself; [N, K, H]."""
     width = int(batch.prefix_lengths.max())
     cache = DynamicCache()
-    for index, layer in enumerate(prefixes.layers):
-        assert layer.keys is not None and layer.values is not None
+    layers: list[Any] = list(prefixes.layers)
+    for index, layer in enumerate(layers):
         cache.update(layer.keys[batch.group_row, :, :width], layer.values[batch.group_row, :, :width], index)
     count = batch.candidate_ids.shape[1]
     columns = torch.arange(width, device=batch.ids.device)

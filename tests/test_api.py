@@ -1,0 +1,339 @@
+"""The Python interface: what it returns, what it refuses, and the laws of the strategies as a user meets them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import s2t
+from s2t import api
+from s2t.cli import main as cli
+from s2t.config import NEEDS_LLM, STRATEGIES
+from s2t.decode.session import Session
+from s2t.errors import ConfigError, S2TError
+from s2t.model.adapter import AdapterConfig, SelectorAdapter
+from s2t.model.chat import prompt_ids
+from s2t.model.load import load_model
+from s2t.records import Cost
+
+PROMPT = "Ava has 3 apples and buys 4 more. How many apples has she?"
+PROMPTS = [PROMPT, "Tom reads 5 pages a day. How many pages does he read in 6 days?", "2 + 2 = ?"]
+SHORT = {"max_new_tokens": 16}
+FIRES = {"trigger": "random", "threshold": 0.5}
+
+
+@pytest.fixture(scope="module")
+def reasoner(tiny_slm, tiny_llm):
+    return api.Reasoner(Session(tiny_slm, tiny_llm))
+
+
+@pytest.fixture(scope="module")
+def adapter_folder(tmp_path_factory):
+    """An adapter that acts strongly but has learned nothing."""
+    loaded = load_model("tiny:slm")
+    config = AdapterConfig(
+        "tiny:slm", loaded.fingerprint, num_candidates=5, thresholds={"criticality": 0.0}, lora_rank=4
+    )
+    torch.manual_seed(0)
+    adapter = SelectorAdapter(loaded, config)
+    with torch.no_grad():
+        for name, parameter in adapter.trainable().items():
+            if "lora_B" in name or name.startswith("selector."):
+                parameter.normal_(0, 0.3)
+    folder = tmp_path_factory.mktemp("adapter")
+    adapter.save(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def local(adapter_folder):
+    """An SLM with its adapter and no LLM anywhere."""
+    return s2t.load("tiny:slm", adapter=adapter_folder)
+
+
+def settings_of(name):
+    """Settings under which a strategy has everything it needs on the embedded pair."""
+    return {**SHORT, **({"threshold": 0.5} if name in NEEDS_LLM - {"llm"} else {}), "num_samples": 3}
+
+
+COLLABORATIVE = [name for name in STRATEGIES if name != "s2t-local"]
+
+
+# What comes back
+
+
+def test_public_names_are_those_of_this_module():
+    assert (s2t.load, s2t.generate, s2t.stream) == (api.load, api.generate, api.stream)
+
+
+@pytest.mark.parametrize("name", COLLABORATIVE)
+def test_every_strategy_answers(name, reasoner):
+    done = reasoner.generate(PROMPT, name, **settings_of(name))
+    assert done.text
+    assert 0 < len(done.token_ids) <= 16
+    assert [step.token_id for step in done.steps] == done.token_ids
+    assert done.finish_reason == done.steps[-1].finish_reason
+    assert done.cost.generated >= len(done.token_ids)
+
+
+def test_a_list_of_prompts_gives_a_list_in_its_order(reasoner):
+    assert reasoner.generate([], "greedy") == []
+    done = reasoner.generate(PROMPTS, "greedy", **SHORT)
+    assert [answer.text for answer in done] == [reasoner.generate(p, "greedy", **SHORT).text for p in PROMPTS]
+
+
+@pytest.mark.parametrize("name", ["sample", "s2t"])
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_an_answer_does_not_depend_on_the_batch(name, batch_size, reasoner):
+    settings = {**settings_of(name), "batch_size": batch_size}
+    together = reasoner.generate(PROMPTS, name, **settings)
+    alone = [reasoner.generate(prompt, name, **settings_of(name)) for prompt in reversed(PROMPTS)]
+    assert [answer.token_ids for answer in together] == [answer.token_ids for answer in reversed(alone)]
+
+
+def test_greedy_is_the_greedy_generate_of_transformers(reasoner, tiny_slm):
+    ids = prompt_ids(tiny_slm.tokenizer, PROMPT)
+    reference = tiny_slm.model.generate(
+        torch.tensor([ids]),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+        do_sample=False,
+        max_new_tokens=40,
+        suppress_tokens=list(tiny_slm.reserved.all),
+    )
+    assert reasoner.generate(PROMPT, "greedy", max_new_tokens=40).token_ids == reference[0, len(ids) :].tolist()
+
+
+def test_the_stop_token_is_kept_as_an_id_and_left_out_of_the_text(reasoner, tiny_slm):
+    done = reasoner.generate(PROMPTS, "greedy", max_new_tokens=256)
+    stopped = [answer for answer in done if answer.finish_reason == "stop"]
+    assert stopped, "the embedded model should end some answer by itself"
+    for answer in stopped:
+        assert answer.token_ids[-1] in tiny_slm.stop_ids
+        assert "<|" not in answer.text
+
+
+def test_a_stop_id_that_the_tokenizer_shows_is_no_text_either(tiny_slm):
+    shown = tiny_slm.tokenizer("a", add_special_tokens=False)["input_ids"][0]
+    others = set(range(tiny_slm.vocab_size)) - {shown}
+    loaded = type(tiny_slm)("x", tiny_slm.model, tiny_slm.tokenizer, tiny_slm.vocab_size, frozenset(others))
+    answer = api.Reasoner(Session(loaded)).generate(PROMPT)
+    assert (len(answer.token_ids), answer.finish_reason, answer.text) == (1, "stop", "")
+    assert list(api.Reasoner(Session(loaded)).stream(PROMPT)) == []
+
+
+@pytest.mark.parametrize("name", COLLABORATIVE)
+def test_streamed_pieces_join_to_the_text(name, reasoner):
+    pieces = list(reasoner.stream(PROMPT, name, seed=3, **settings_of(name)))
+    assert "".join(pieces) == reasoner.generate(PROMPT, name, seed=3, **settings_of(name)).text
+    assert all(pieces)
+    assert len(pieces) == 1 if name == "self-consistency" else len(pieces) > 1
+
+
+def test_a_trace_has_candidates_at_every_step(reasoner):
+    settings = {**SHORT, "threshold": 0.5, "num_candidates": 4}
+    traced = reasoner.generate(PROMPT, "s2t", trace=True, **settings)
+    plain = reasoner.generate(PROMPT, "s2t", **settings)
+    assert traced.token_ids == plain.token_ids
+    assert all(step.candidates and len(step.candidates.ids) == 4 for step in traced.steps)
+    assert [step.candidates is not None for step in plain.steps] == [step.fired for step in plain.steps]
+    assert plain.num_triggered == sum(step.fired for step in plain.steps) > 0
+    assert plain.num_flips == sum(step.fired and step.flip for step in plain.steps)
+
+
+# Randomness
+
+
+def test_a_seed_gives_one_answer_and_another_seed_another(reasoner):
+    def answer(seed):
+        return reasoner.generate(PROMPT, "sample", seed=seed, temperature=1.5, **SHORT).token_ids
+
+    assert answer(1) == answer(1)
+    assert answer(1) != answer(2)
+
+
+def test_the_same_prompt_twice_in_a_list_is_sampled_twice(reasoner):
+    first, second = reasoner.generate([PROMPT, PROMPT], "sample", temperature=1.5, **SHORT)
+    assert first.token_ids != second.token_ids
+    assert first.token_ids == reasoner.generate(PROMPT, "sample", temperature=1.5, **SHORT).token_ids
+
+
+def test_self_consistency_keeps_its_samples_and_counts_them_all(reasoner):
+    done = reasoner.generate(PROMPT, "self-consistency", num_samples=4, temperature=1.2, max_new_tokens=60)
+    assert len(done.samples) == 4
+    assert len({sample.text for sample in done.samples}) > 1
+    assert done.text in [sample.text for sample in done.samples]
+    assert done.cost == sum((sample.cost for sample in done.samples), Cost())
+
+
+@pytest.mark.parametrize(
+    ("texts", "winner"),
+    [
+        (["so 5\n#### 7", "#### 8", "it is 3, then\n#### 8.0"], 1),
+        ([r"\boxed{x+1}", "no idea", r"thus \boxed{x + 1}"], 0),
+        (["", "Paris", "London", "Paris"], 1),
+        (["", ""], 0),
+    ],
+)
+def test_samples_vote_on_their_answers(texts, winner, reasoner, monkeypatch):
+    monkeypatch.setattr(api.Reasoner, "_generation", lambda self, text: api.Generation(text, [], [], Cost(1), ""))
+    assert reasoner._answer(texts).text == texts[winner]
+
+
+# Laws of the strategies
+
+
+def test_one_candidate_is_greedy(reasoner):
+    greedy = reasoner.generate(PROMPTS, "greedy", **SHORT)
+    one = reasoner.generate(PROMPTS, "s2t", num_candidates=1, threshold=0.0, **SHORT)
+    assert [answer.token_ids for answer in one] == [answer.token_ids for answer in greedy]
+    assert all(answer.num_triggered for answer in one)
+
+
+@pytest.mark.parametrize("name", ["takeover", "s2t"])
+def test_never_triggering_is_greedy(name, reasoner):
+    never = reasoner.generate(PROMPTS, name, trigger="never", **SHORT)
+    assert [a.token_ids for a in never] == [a.token_ids for a in reasoner.generate(PROMPTS, "greedy", **SHORT)]
+    assert not any(answer.num_triggered for answer in never)
+
+
+def test_all_tokens_as_candidates_is_takeover(reasoner, tiny_slm):
+    everything = reasoner.generate(PROMPTS, "s2t", threshold=0.5, num_candidates=tiny_slm.vocab_size, **SHORT)
+    takeover = reasoner.generate(PROMPTS, "takeover", threshold=0.5, **SHORT)
+    assert [answer.token_ids for answer in everything] == [answer.token_ids for answer in takeover]
+    assert sum(answer.num_flips for answer in takeover) > 0
+
+
+def test_a_model_as_its_own_llm_never_triggers_and_never_flips(tiny_slm):
+    alone = api.Reasoner(Session(tiny_slm, tiny_slm))
+    for answer in alone.generate(PROMPTS, "s2t", threshold=1e-4, **SHORT):
+        assert answer.num_triggered == 0
+    for answer in alone.generate(PROMPTS, "takeover", **FIRES, **SHORT):
+        assert answer.num_triggered > 0
+        assert answer.num_flips == 0
+
+
+def test_the_llm_alone_is_the_llms_own_greedy(reasoner, tiny_llm):
+    alone = api.Reasoner(Session(tiny_llm)).generate(PROMPT, "greedy", **SHORT)
+    done = reasoner.generate(PROMPT, "llm", **SHORT)
+    assert done.token_ids == alone.token_ids
+    assert (done.cost.slm_forwards, done.cost.llm_forwards) == (0, alone.cost.slm_forwards)
+
+
+# Adapters
+
+
+def test_with_an_adapter_s2t_local_is_the_default_and_reads_the_adapters_settings(local):
+    assert local.session.llm is None
+    done = local.generate(PROMPT, **SHORT)
+    assert done.token_ids == local.generate(PROMPT, "s2t-local", **SHORT).token_ids
+    fired = done.steps[3:]  # the adapter's threshold is 0: all but the warm-up
+    assert [step.fired for step in done.steps] == [False] * 3 + [True] * len(fired)
+    for step in fired:
+        assert step.value is not None and 0 < step.value < 1
+        assert step.candidates is not None and len(step.candidates.ids) == 5
+        assert step.scores is not None and len(step.scores) == 5
+    assert done.cost.llm_forwards == 0
+
+
+def test_settings_of_the_call_beat_the_adapters(local):
+    done = local.generate(PROMPT, num_candidates=3, threshold=0.0, warmup_steps=0, **SHORT)
+    assert done.num_triggered == len(done.token_ids)
+    assert all(step.candidates is not None and len(step.candidates.ids) == 3 for step in done.steps)
+
+
+def test_an_adapter_whose_trigger_never_fires_leaves_greedy_as_it_was(local, reasoner):
+    for settings in ({"trigger": "never"}, {"threshold": 1.0}, {"num_candidates": 1}):
+        assert local.generate(PROMPT, **settings, **SHORT).token_ids == (
+            reasoner.generate(PROMPT, "greedy", **SHORT).token_ids
+        )
+
+
+def test_greedy_beside_an_adapter_is_the_base_models(local, reasoner):
+    local.generate(PROMPT, **SHORT)
+    assert local.generate(PROMPT, "greedy", **SHORT).token_ids == (
+        reasoner.generate(PROMPT, "greedy", **SHORT).token_ids
+    )
+
+
+def test_streaming_with_an_adapter_joins_to_the_text(local):
+    assert "".join(local.stream(PROMPT, **SHORT)) == local.generate(PROMPT, **SHORT).text
+
+
+def test_a_calibration_file_gives_the_threshold(reasoner, tmp_path):
+    (tmp_path / "calibration.json").write_text('{"thresholds": {"divergence": 0.5}}')
+    for path in (tmp_path, tmp_path / "calibration.json"):
+        done = reasoner.generate(PROMPT, "s2t", calibration=str(path), **SHORT)
+        assert done.token_ids == reasoner.generate(PROMPT, "s2t", threshold=0.5, **SHORT).token_ids
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"strategy": "magic"}, "magic"),
+        ({"max_tokens": 5}, "unknown setting max_tokens"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"max_new_tokens": "many"}, "max_new_tokens"),
+        ({"temperature": 0.0}, "greedy"),
+        ({"trigger": "magic"}, "trigger"),
+        ({"strategy": "s2t", "trigger": "criticality", "threshold": 0.5}, "criticality"),
+        ({"strategy": "s2t"}, "threshold"),
+        ({"strategy": "s2t", "threshold": 1.0, "num_candidates": 5000}, "1024"),
+        ({"strategy": "s2t", "calibration": "/no/such/file.json"}, "/no/such/file.json"),
+        ({"strategy": "s2t-local"}, "adapter"),
+        ({"adapter": "runs/train/adapter"}, r"s2t\.load\(adapter=\.\.\.\)"),
+        ({"slm": "tiny:slm"}, r"s2t\.load\(slm=\.\.\.\)"),
+    ],
+)
+@pytest.mark.parametrize("method", ["generate", "stream"])
+def test_settings_that_do_not_fit_are_one_line(method, settings, named, reasoner):
+    with pytest.raises(S2TError, match=named) as raised:
+        getattr(reasoner, method)(PROMPT, **settings)  # for stream: before the first piece
+    assert len(str(raised.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", sorted(NEEDS_LLM))
+def test_a_strategy_that_reads_the_llm_is_refused_where_there_is_none(name, tiny_slm):
+    with pytest.raises(ConfigError, match="needs the LLM"):
+        api.Reasoner(Session(tiny_slm)).generate(PROMPT, name)
+
+
+@pytest.mark.parametrize("prompt", [3, [PROMPT, 3], [[PROMPT]]])
+def test_a_prompt_that_is_no_text_is_refused(prompt, reasoner):
+    with pytest.raises(ConfigError, match="prompt must be text"):
+        reasoner.generate(prompt)
+
+
+@pytest.mark.parametrize(
+    "values", [{"slm": "tiny:no"}, {"llm": "tiny:no"}, {"dtype": "int3"}, {"device": "gpu"}, {"adapter": "/no"}]
+)
+def test_what_cannot_be_loaded_is_one_line(values):
+    with pytest.raises(S2TError) as raised:
+        s2t.load(**values)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+# Module functions and the command line
+
+
+def test_the_module_functions_load_and_answer(reasoner):
+    expected = reasoner.generate(PROMPT, "greedy", **SHORT).text
+    assert s2t.generate(PROMPT, "tiny:slm", dtype="float32", **SHORT).text == expected
+    assert "".join(s2t.stream(PROMPT, **SHORT)) == expected
+    collaborative = reasoner.generate(PROMPT, "s2t", threshold=0.5, **SHORT)
+    again = s2t.generate(PROMPT, llm="tiny:llm", strategy="s2t", threshold=0.5, **SHORT)
+    assert again.token_ids == collaborative.token_ids
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_the_command_line_prints_what_the_interface_answers(name, reasoner, local, adapter_folder, capsys):
+    words = ["--llm", "tiny:llm", "--strategy", name, "--max-new-tokens", "16", "--num-samples", "3"]
+    if name in ("takeover", "s2t"):
+        words += ["--threshold", "0.5"]
+    if name == "s2t-local":
+        words += ["--adapter", adapter_folder]
+    assert cli.main(["generate", PROMPT, *words]) == 0
+    speaker = local if name == "s2t-local" else reasoner
+    assert capsys.readouterr().out == speaker.generate(PROMPT, name, **settings_of(name)).text + "\n"
