@@ -48,8 +48,8 @@ def divergence(llm_logits: Tensor, slm_logits: Tensor, support_size: int = 64, k
         return _masked_divergence(llm_logits, slm_logits)
     support_size = min(support_size, slm_logits.shape[-1])
     top = slm_logits.topk(support_size, dim=-1)  # [..., S]
-    slm_probs = with_rest_bucket(_probs_of(slm_logits, top.indices))  # [..., S + 1]
-    llm_probs = with_rest_bucket(_probs_of(llm_logits, top.indices))  # [..., S + 1]
+    slm_probs = _buckets(slm_logits, top.indices)  # [..., S + 1]
+    llm_probs = _buckets(llm_logits, top.indices)  # [..., S + 1]
     if kind == "llm-slm":
         return kl_divergence(llm_probs, slm_probs)
     if kind == "slm-llm":
@@ -60,10 +60,16 @@ def divergence(llm_logits: Tensor, slm_logits: Tensor, support_size: int = 64, k
     raise ConfigError(f"divergence must be llm-slm, slm-llm, js or released-code; got {kind!r}.")
 
 
-def _probs_of(logits: Tensor, ids: Tensor) -> Tensor:
-    """Probabilities of listed ids without a float32 copy of the whole softmax; [..., V], [..., S] -> [..., S]."""
+def _buckets(logits: Tensor, ids: Tensor) -> Tensor:
+    """Probabilities of listed ids and of all others together; [..., V], [..., S] -> [..., S + 1], float32.
+
+    The rest is summed from its own tokens: `1 - sum` in float32 would lose it below 1e-7, and its logarithm with it.
+    """
     logits = logits.float()
-    return (logits.gather(-1, ids) - logits.logsumexp(-1, keepdim=True)).exp()
+    total = logits.logsumexp(-1, keepdim=True)
+    listed = logits.gather(-1, ids) - total
+    rest = logits.scatter(-1, ids, float("-inf")).logsumexp(-1, keepdim=True) - total
+    return torch.cat([listed, rest], dim=-1).exp()
 
 
 def _masked_divergence(llm_logits: Tensor, slm_logits: Tensor) -> Tensor:
