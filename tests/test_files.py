@@ -113,9 +113,19 @@ def test_the_same_run_reopens_and_keeps_its_creation_time(tmp_path: Path):
     ],
 )
 def test_another_command_or_config_is_refused(tmp_path: Path, command: str, config: ExampleConfig, message: str):
-    RunFolder.open(tmp_path, "eval", ExampleConfig())
+    files.write_text(RunFolder.open(tmp_path, "eval", ExampleConfig()).file("results.jsonl"), "")
     with pytest.raises(ConfigError, match=message):
         RunFolder.open(tmp_path, command, config)
+
+
+def test_a_run_that_wrote_nothing_gives_its_folder_up(tmp_path: Path):
+    """So that a command with a mistyped setting can be corrected and repeated with the same --out."""
+    RunFolder.open(tmp_path, "eval", ExampleConfig(limit=6))
+    run = RunFolder.open(tmp_path, "eval", ExampleConfig())
+    assert run.manifest["config"]["limit"] == 5
+    run.finish()
+    with pytest.raises(ConfigError, match="limit=5, now limit=6"):
+        RunFolder.open(tmp_path, "eval", ExampleConfig(limit=6))
 
 
 def test_ignored_keys_may_differ(tmp_path: Path):

@@ -108,12 +108,12 @@ class RunFolder:
         """Make the folder, or reopen it for the same command and config (keys in `ignore` may differ).
 
         A complete run stays complete, so a rerun can see there is nothing left to do. ConfigError when the
-        folder belongs to another command or config; DataError when it cannot be written.
+        folder holds work of another command or config; DataError when it cannot be written.
         """
         folder = Path(path)
         values = json.loads(json.dumps(asdict(config), default=_plain))
         old = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else None
-        if old is not None:
+        if old is not None and _has_work(folder, old):
             _check_same_run(folder, old, command, values, ignore)
             if old.get("status") == "complete":
                 return cls(folder, old)
