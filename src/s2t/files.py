@@ -165,6 +165,12 @@ def load_run(path: str | Path, command: str) -> dict[str, Any]:
     return manifest
 
 
+def _has_work(folder: Path, old: Any) -> bool:
+    """False for a run that ended before it wrote anything, such as one started with a mistyped setting."""
+    is_running = isinstance(old, dict) and old.get("status") == "running"
+    return not is_running or any(item.name != MANIFEST for item in folder.iterdir())
+
+
 def _check_same_run(folder: Path, old: Any, command: str, values: dict[str, Any], ignore: tuple[str, ...]) -> None:
     next_step = "choose another --out, or remove the folder"
     if not isinstance(old, dict) or not isinstance(old.get("config"), dict):

@@ -96,7 +96,11 @@ def test_a_folder_that_holds_no_model(command, mistake, problems, out, tmp_path)
 @every_command
 @pytest.mark.parametrize(
     ("line", "named"),
-    [("{this is no JSON", "problems.jsonl:3"), ("[1, 2]", "problems.jsonl:3"), ('{"question": "1 + 1?"}', "problems.jsonl:3")],
+    [
+        ("{this is no JSON", "problems.jsonl:3"),
+        ("[1, 2]", "problems.jsonl:3"),
+        ('{"question": "1 + 1?"}', "problems.jsonl:3"),
+    ],
 )
 def test_a_line_of_problems_that_is_no_problem(command, line, named, mistake, out, tmp_path):
     good = json.dumps({"question": "What is 1 + 2?", "answer": "3"})
@@ -132,7 +136,9 @@ def test_more_candidates_than_the_vocabulary_has(mistake, problems, out, adapter
 
 
 def test_an_adapter_of_another_base_model(mistake, problems, out, adapter):
-    words = words_of("eval", problems, out, "--slm", "tiny:llm", "--strategies", "greedy,s2t-local", "--adapter", adapter)
+    words = words_of(
+        "eval", problems, out, "--slm", "tiny:llm", "--strategies", "greedy,s2t-local", "--adapter", adapter
+    )
     assert "--slm tiny:slm" in mistake(*words)
 
 
