@@ -9,12 +9,12 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from s2t.config import ModelConfig, check_range
+from s2t.config import BenchConfig
 from s2t.decode.loop import Decoder, Request
 from s2t.decode.selectors import LocalSelector
 from s2t.decode.strategies import Strategy
@@ -24,34 +24,6 @@ from s2t.model.adapter import AdapterConfig, SelectorAdapter
 from s2t.model.engine import Engine
 from s2t.model.load import LoadedModel, load_model
 from s2t.progress import progress
-
-
-@dataclass(frozen=True)
-class BenchConfig(ModelConfig):
-    """`s2t bench`."""
-
-    batch_size: int = 8
-    """Sequences decoded at once."""
-    prompt_tokens: int = 128
-    """Length of every prompt."""
-    max_new_tokens: int = 64
-    """Tokens generated per sequence."""
-    trigger_rate: float = 0.02
-    """Share of steps at which s2t-local selects."""
-    num_candidates: int = 8
-    """K."""
-    adapter_scope: str = "candidates"
-    """candidates or always."""
-    repeats: int = 5
-    """Measured rounds; each runs every contestant once."""
-    seed: int = 0
-    """Seed of the prompts and of the trigger."""
-
-    def __post_init__(self) -> None:
-        self.check_model()
-        for name in ("batch_size", "prompt_tokens", "max_new_tokens", "num_candidates", "repeats"):
-            check_range(name, getattr(self, name), low=1)
-        check_range("trigger_rate", self.trigger_rate, low=0, high=1)
 
 
 def bench(config: BenchConfig) -> dict[str, Any]:

@@ -357,6 +357,35 @@ class EvalConfig(DecodeConfig, TaskConfig, ModelConfig):
         return tuple(name.strip() for name in self.strategies.split(",") if name.strip())
 
 
+@dataclass(frozen=True)
+class BenchConfig(ModelConfig):
+    """`s2t bench`."""
+
+    batch_size: int = 8
+    """Sequences decoded at once."""
+    prompt_tokens: int = 128
+    """Length of every prompt."""
+    max_new_tokens: int = 64
+    """Tokens generated per sequence."""
+    trigger_rate: float = 0.02
+    """Share of steps at which s2t-local selects."""
+    num_candidates: int = 8
+    """K."""
+    adapter_scope: str = "candidates"
+    """candidates or always."""
+    repeats: int = 5
+    """Measured rounds; each runs every contestant once."""
+    seed: int = 0
+    """Seed of the prompts and of the trigger."""
+
+    def __post_init__(self) -> None:
+        self.check_model()
+        _choice("adapter_scope", self.adapter_scope, SCOPES)
+        for name in ("batch_size", "prompt_tokens", "max_new_tokens", "num_candidates", "repeats"):
+            check_range(name, getattr(self, name), low=1)
+        check_range("trigger_rate", self.trigger_rate, low=0, high=1)
+
+
 C = TypeVar("C")
 
 

@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from s2t import __version__
-from s2t.cli import calibrate, chat, collect, demo, evaluate, generate, measure, report, train
+from s2t.cli import bench, calibrate, chat, collect, demo, evaluate, generate, measure, report, train
 from s2t.errors import S2TError
 
 COMMANDS = {
@@ -29,6 +29,7 @@ COMMANDS = {
     "chat": chat.command,
     "eval": evaluate.command,
     "report": report.command,
+    "bench": bench.command,
 }
 
 INTERRUPTED = 130
