@@ -19,12 +19,6 @@ def align_vocabulary(logits: Tensor, size: int) -> Tensor:
     return torch.nn.functional.pad(logits, (0, size - logits.shape[-1]), value=float("-inf"))
 
 
-def with_rest_bucket(probs: Tensor) -> Tensor:
-    """Append the mass outside the support as one bucket; [..., S] -> [..., S + 1]."""
-    rest = (1.0 - probs.sum(-1, keepdim=True)).clamp_min(0.0)
-    return torch.cat([probs, rest], dim=-1)
-
-
 def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
     """KL(p || q) in nats along the last dimension, >= 0; q is floored at 1e-12 so that the value stays finite."""
     q = q.clamp_min(1e-12)
