@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from s2t.collect import collect
 from s2t.config import CalibrateConfig, CollectConfig, EvalConfig, MeasureConfig, TrainConfig
 from s2t.evaluate import evaluate
@@ -36,6 +38,7 @@ TRAIN_SETTINGS: dict[str, Any] = {
 
 def demo(out: str = "runs/demo", seed: int = 0, limit: int | None = None, groups: int | None = None) -> dict[str, Any]:
     """Run the main job in `out` and return summary.json; `limit` test problems, selector training on `groups` problems."""
+    torch.set_num_threads(1)  # models this small lose more to waiting for each other than a second thread brings
     folder = Path(out)
     num_test, num_train = limit or NUM_TEST, groups or NUM_TRAIN
     names = {name: str(folder / name) for name in ("measure", "calibrate", "collect", "train", "sufficiency", "eval")}
