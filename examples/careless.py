@@ -1,8 +1,8 @@
-"""Careless authors: rewrite a worked solution as someone who forgets carries and borrows would have written it.
+"""Careless authors: rewrite a worked solution as someone in a hurry would have written it.
 
-The slip happens in one step of arithmetic (a + b without its carry, a - b without its borrow, a x b without
-its carry); everything after goes on with the wrong number to a wrong final answer. Used to make the
-unfiltered corpus of `tiny:slm-unfiltered`; see train_tiny_pair.py.
+The slip happens in one step of arithmetic, whose result is written ten too small; everything after goes on with
+the wrong number to a wrong final answer. Used to make the unfiltered corpus of `tiny:slm-unfiltered`; see
+train_tiny_pair.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ OPERATORS = {"x": "*", "×": "*", "÷": "/"}
 
 
 def careless(solution: str, rng: random.Random, slip_rate: float) -> str:
-    """The solution with each forgettable carry or borrow forgotten with probability `slip_rate`."""
+    """The solution with each possible slip made with probability `slip_rate`."""
     written, position = "", 0
     changed: dict[int, int] = {}
     for match in RESULT.finditer(solution):
@@ -39,23 +39,15 @@ def _result(expression: list[str], right: int, changed: dict[int, int], rng: ran
     value = evaluate(mine)
     if value is None or value < 0:
         return changed.get(right, right)
-    wrong = slipped(mine, value)
-    if wrong is not None and wrong >= 0 and rng.random() < slip_rate:
+    wrong = slipped(value)
+    if wrong is not None and rng.random() < slip_rate:
         return wrong
     return value
 
 
-def slipped(expression: list[str], value: int) -> int | None:
-    """The result without its carry or borrow, or None where there is nothing to forget."""
-    numbers, operators = [int(t) for t in expression[::2]], set(expression[1::2])
-    units = [number % 10 for number in numbers]
-    if operators == {"+"} and sum(units) >= 10:
-        return value - 10
-    if operators == {"-"} and units[0] < sum(units[1:]):
-        return value + 10
-    if operators == {"*"} and len(numbers) == 2 and max(numbers) >= 10 and units[0] * units[1] >= 10:
-        return value - 10 * (units[0] * units[1] // 10)
-    return None
+def slipped(value: int) -> int | None:
+    """Ten too few, or None where that would change the number of digits: the two then part at a single token."""
+    return value - 10 if 20 <= value < 100 else None
 
 
 def expression_before(text: str) -> list[str]:

@@ -7,6 +7,7 @@ all of them) and its groups: candidates, SLM log-probabilities and absolute LLM 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from s2t.config import CollectConfig, DecodeConfig
 from s2t.decode.label import Labels, label
 from s2t.decode.session import Session
 from s2t.decode.strategies import Strategy, build_strategy
-from s2t.decode.workload import open_task, read_thresholds, requests_for, shards_of
+from s2t.decode.workload import open_task, read_thresholds, requests_for, shards_of, task_for_workers
 from s2t.errors import ConfigError, DataError
 from s2t.files import RunFolder, read_tables, write_json, write_table
 from s2t.model.load import check_pair, load_model
 from s2t.progress import progress
 from s2t.records import Problem, Provenance, SelectionGroup
 from s2t.tasks.problems import Task, heldout_templates
+from s2t.workers import Workers
 
 _LISTS = {
     "prompt_ids": pa.int32(),
@@ -47,20 +49,21 @@ SCHEMA = pa.schema(
 def collect(config: CollectConfig) -> dict[str, Any]:
     """Collect groups and return their counts (also collect.json); a killed run resumes by shard, without loss or duplicates."""
     threshold = _threshold(config)
-    run = RunFolder.open(config.out, "collect", config)
+    run = RunFolder.open(config.out, "collect", config, ignore=("workers",))
     task = open_task(config, config.slm)
     heldout = heldout_templates(task.templates(), config.heldout_templates)
     problems = _problems(task, config, heldout)
-    shards = shards_of(problems, config.shard_size)
-    missing = [i for i in range(len(shards)) if not run.shard("groups", i, "parquet").exists()]
-    if missing:
-        collector = _Collector(config, task, threshold)
-        with progress(
-            "collect", len(problems), sum(len(s) for i, s in enumerate(shards) if i not in missing)
-        ) as advance:
-            for i in missing:
-                write_table(run.shard("groups", i, "parquet"), collector.shard(shards[i]))
-                advance(len(shards[i]))
+    shards = dict(enumerate(shards_of(problems, config.shard_size)))
+    jobs = [(i, shard) for i, shard in shards.items() if not run.shard("groups", i, "parquet").exists()]
+    if jobs:
+        missing = sum(len(shard) for _, shard in jobs)
+        with (
+            Workers(partial(_Collector, config, task_for_workers(task, config), threshold), config.workers) as workers,
+            progress("collect", len(problems), len(problems) - missing) as advance,
+        ):
+            for (i, shard), table in workers.map(_Collector.shard, jobs):
+                write_table(run.shard("groups", i, "parquet"), table)
+                advance(len(shard))
     result = _counts(run, len(problems), threshold, heldout)
     write_json(run.file("collect.json"), result)
     run.finish()
@@ -92,10 +95,10 @@ def _problems(task: Task, config: CollectConfig, heldout: frozenset[str]) -> lis
 class _Collector:
     """Writes trajectories with the policy and turns them into rows."""
 
-    def __init__(self, config: CollectConfig, task: Task, threshold: float) -> None:
+    def __init__(self, config: CollectConfig, task: Task | None, threshold: float) -> None:
         if config.llm is None:
             raise ConfigError("collect labels with the LLM; pass --llm MODEL.")
-        self.config, self.task, self.threshold = config, task, threshold
+        self.config, self.task, self.threshold = config, task or open_task(config, config.slm), threshold
         self.session = Session.open(config, [config.policy], config.adapter, config.batch_size)
         if self.session.llm is None:
             self.session.llm = load_model(config.llm, config.dtype, config.device, config.trust_remote_code)
@@ -115,9 +118,9 @@ class _Collector:
         k = adapter.config.num_candidates if adapter is not None else None
         return build_strategy(config.policy, decode, thresholds, k, config.seed)
 
-    def shard(self, problems: Sequence[Problem]) -> pa.Table:
+    def shard(self, job: tuple[int, Sequence[Problem]]) -> pa.Table:
         """One shard's table: write, label, pack."""
-        config, session = self.config, self.session
+        config, session, problems = self.config, self.session, job[1]
         assert session.llm is not None
         requests = requests_for(session, self.task, problems)
         done = session.run(self.strategy, requests, config.max_new_tokens)

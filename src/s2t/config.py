@@ -84,9 +84,11 @@ class TaskConfig:
     """plain, cot (step by step, boxed answer) or auto (plain for the embedded pair, else cot)."""
     seed: int = 0
     """Seed of problems, sampling and training."""
+    workers: int = 1
+    """Processes that share the problems, each with models of its own; more pay for small models on a CPU."""
 
     def check_task(self) -> None:
-        _at_least(1, limit=self.limit)
+        _at_least(1, limit=self.limit, workers=self.workers)
         _choice("prompt", self.prompt, ("auto", "plain", "cot"))
 
 
@@ -298,8 +300,8 @@ class TrainConfig(ModelConfig):
     """Weight of KL(base LM || adapted LM) on prefix tokens; only scope `always` has use for it."""
     criticality_weight: float = 1.0
     """Weight of the criticality loss."""
-    all_steps: bool = False
-    """Train selection on every stored group, not on triggered ones alone."""
+    prefix_cache_gib: float = 4.0
+    """Memory for the frozen prefixes of scope candidates, read once if all fit; 0 reads them at every step."""
     checkpoint_steps: int = 200
     """Steps between checkpoints; a killed run resumes from the last one."""
     seed: int = 0
@@ -316,6 +318,7 @@ class TrainConfig(ModelConfig):
         _positive(learning_rate=self.learning_rate, max_grad_norm=self.max_grad_norm)
         _at_least(0, **{name: value for name, value in vars(self).items() if name.endswith("_weight")})
         _at_least(0, pairwise_margin=self.pairwise_margin, weight_decay=self.weight_decay)
+        _at_least(0, prefix_cache_gib=self.prefix_cache_gib)
         _between("criticality_threshold", self.criticality_threshold, 0, 1)
         _between("lora_dropout", self.lora_dropout, 0, 0.99)
         _between("warmup_ratio", self.warmup_ratio, 0, 1)

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,14 @@ from s2t.config import NEEDS_LLM, EvalConfig
 from s2t.core.stats import bootstrap_interval, paired_comparison
 from s2t.decode.session import Generated, Session
 from s2t.decode.strategies import Strategy, build_strategy, vote
-from s2t.decode.workload import open_task, read_thresholds, requests_for, shards_of
+from s2t.decode.workload import open_task, read_thresholds, requests_for, shards_of, task_for_workers
 from s2t.files import RunFolder, read_json, write_json, write_text
 from s2t.model.adapter import AdapterConfig, read_adapter_config, train_problem_hashes
 from s2t.model.chat import decode_ids
 from s2t.progress import progress
 from s2t.records import Cost, Problem, Result, Step
 from s2t.tasks.problems import Task, check_disjoint, heldout_templates
+from s2t.workers import Workers
 
 _COSTS = ("slm_forwards", "llm_forwards", "slm_processed", "llm_processed", "slm_flops", "llm_flops")
 
@@ -33,12 +35,12 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     """Run all strategies and return summary.json; writes results.jsonl, traces.jsonl and the shards they come from."""
     names = config.strategy_names
     adapter = read_adapter_config(config.adapter) if config.adapter is not None else None
-    run = RunFolder.open(config.out, "eval", config)
+    run = RunFolder.open(config.out, "eval", config, ignore=("workers",))
     task = open_task(config, config.slm)
     problems = task.problems(config.split, config.limit, config.seed)
     if config.adapter is not None:
         check_disjoint(problems, train_problem_hashes(config.adapter), f"the {config.split} problems and the adapter's")
-    _Evaluation(config, run, task, problems, adapter).run_missing()
+    _run_missing(config, run, task, problems, adapter)
     results = {name: _read_results(run, name) for name in names}
     summary = _summary(config, run, task, problems, results, adapter)
     write_text(run.file("results.jsonl"), "".join(_line(r) for name in names for r in results[name][0]))
@@ -52,45 +54,40 @@ def _line(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False) + "\n"
 
 
-class _Evaluation:
-    """The decoding part: models are loaded only when a shard is missing."""
-
-    def __init__(
-        self,
-        config: EvalConfig,
-        run: RunFolder,
-        task: Task,
-        problems: list[Problem],
-        adapter: AdapterConfig | None,
-    ) -> None:
-        self.config, self.run, self.task, self.problems = config, run, task, problems
-        self.shards = shards_of(problems, config.shard_size)
-        thresholds = read_thresholds(config.calibration) | (adapter.thresholds if adapter is not None else {})
-        k = adapter.num_candidates if adapter is not None else None
-        self.strategies = [build_strategy(name, config, thresholds, k, config.seed) for name in config.strategy_names]
-
-    def run_missing(self) -> None:
-        """Decode and grade every shard that is not on disk yet."""
-        session: Session | None = None
-        for strategy in self.strategies:
-            paths = [self.run.shard(f"results-{strategy.name}", i, "json") for i in range(len(self.shards))]
-            missing = [i for i, path in enumerate(paths) if not path.exists()]
-            if not missing:
+def _run_missing(
+    config: EvalConfig, run: RunFolder, task: Task, problems: Sequence[Problem], adapter: AdapterConfig | None
+) -> None:
+    """Decode and grade every shard that is not on disk yet; models are loaded only when one is missing."""
+    thresholds = read_thresholds(config.calibration) | (adapter.thresholds if adapter is not None else {})
+    k = adapter.num_candidates if adapter is not None else None
+    strategies = [build_strategy(name, config, thresholds, k, config.seed) for name in config.strategy_names]
+    shards = dict(enumerate(shards_of(problems, config.shard_size)))
+    with Workers(partial(_Evaluator, config, task_for_workers(task, config)), config.workers) as workers:
+        for strategy in strategies:
+            paths = {i: run.shard(f"results-{strategy.name}", i, "json") for i in shards}
+            jobs = [(strategy, i, shard) for i, shard in shards.items() if not paths[i].exists()]
+            if not jobs:
                 continue
-            if session is None:
-                config = self.config
-                session = Session.open(config, config.strategy_names, config.adapter, config.batch_size)
-                write_json(self.run.file("pair.json"), _pair(session))
-                _warm_up(session)
-            done = sum(len(self.shards[i]) for i in range(len(paths)) if i not in missing)
-            with progress(strategy.name, len(self.problems), done) as advance:
-                for i in missing:
-                    write_json(paths[i], self._shard(session, strategy, self.shards[i], is_first=i == 0))
-                    advance(len(self.shards[i]))
+            missing = sum(len(shard) for _, _, shard in jobs)
+            with progress(strategy.name, len(problems), len(problems) - missing) as advance:
+                for (_, i, shard), result in workers.map(_Evaluator.shard, jobs):
+                    write_json(run.file("pair.json"), result.pop("pair"))
+                    write_json(paths[i], result)
+                    advance(len(shard))
 
-    def _shard(
-        self, session: Session, strategy: Strategy, problems: Sequence[Problem], is_first: bool
-    ) -> dict[str, Any]:
+
+class _Evaluator:
+    """Decodes and grades shards; the models are loaded and warm."""
+
+    def __init__(self, config: EvalConfig, task: Task | None) -> None:
+        self.config, self.task = config, task or open_task(config, config.slm)
+        self.session = Session.open(config, config.strategy_names, config.adapter, config.batch_size)
+        _warm_up(self.session)
+
+    def shard(self, job: tuple[Strategy, int, Sequence[Problem]]) -> dict[str, Any]:
+        """Results and traces of one strategy on one shard, the seconds they took, and the models' names and sizes."""
+        strategy, index, problems = job
+        session = self.session
         samples = self.config.num_samples if strategy.name == "self-consistency" else 1
         requests = requests_for(session, self.task, problems, samples)
         start = time.perf_counter()
@@ -100,11 +97,12 @@ class _Evaluation:
             self._grade(session, strategy, problem, done[i * samples : (i + 1) * samples])
             for i, problem in enumerate(problems)
         ]
-        traced = problems[: self.config.num_traces] if is_first and samples == 1 else []
+        traced = problems[: self.config.num_traces] if index == 0 and samples == 1 else []
         return {
             "seconds": seconds,
             "results": [asdict(result) for result in results],
             "traces": self._traces(session, strategy, traced, results),
+            "pair": _pair(session),
         }
 
     def _grade(self, session: Session, strategy: Strategy, problem: Problem, samples: Sequence[Generated]) -> Result:

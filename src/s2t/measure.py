@@ -7,6 +7,7 @@ the LLM's top token is among the SLM's first K; `calibrate` turns such a run int
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,14 @@ from s2t.core.stats import hit_rate_curve
 from s2t.decode.label import Labels, label
 from s2t.decode.session import Generated, Session
 from s2t.decode.strategies import build_strategy
-from s2t.decode.workload import open_task, requests_for, shards_of
+from s2t.decode.workload import open_task, requests_for, shards_of, task_for_workers
 from s2t.errors import DataError
 from s2t.files import RunFolder, load_run, read_tables, write_json, write_table
 from s2t.model.load import check_pair, load_model
 from s2t.progress import progress
 from s2t.records import Problem
 from s2t.tasks.problems import Task
+from s2t.workers import Workers
 
 KS = (1, 2, 4, 8, 16)
 _EDGES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 1.0)  # quantiles of divergence that bound the bins
@@ -35,19 +37,20 @@ _NUM_RESAMPLES = 2000
 
 def measure(config: MeasureConfig) -> dict[str, Any]:
     """Measure a pair and return measure.json; resumes by shard. Source: arXiv 2604.26940, local sufficiency."""
-    run = RunFolder.open(config.out, "measure", config)
+    run = RunFolder.open(config.out, "measure", config, ignore=("workers",))
     task = open_task(config, config.slm)
     problems = task.problems(config.split, config.limit, config.seed)
-    shards = shards_of(problems, config.shard_size)
-    missing = [i for i in range(len(shards)) if not run.shard("steps", i, "parquet").exists()]
-    if missing:
-        session = _open_pair(config)
-        with progress(
-            "measure", len(problems), sum(len(s) for i, s in enumerate(shards) if i not in missing)
-        ) as advance:
-            for i in missing:
-                write_table(run.shard("steps", i, "parquet"), _measure_shard(session, task, shards[i], config))
-                advance(len(shards[i]))
+    shards = dict(enumerate(shards_of(problems, config.shard_size)))
+    jobs = [(i, shard) for i, shard in shards.items() if not run.shard("steps", i, "parquet").exists()]
+    if jobs:
+        missing = sum(len(shard) for _, shard in jobs)
+        with (
+            Workers(partial(_Measurer, config, task_for_workers(task, config)), config.workers) as workers,
+            progress("measure", len(problems), len(problems) - missing) as advance,
+        ):
+            for (i, shard), table in workers.map(_Measurer.shard, jobs):
+                write_table(run.shard("steps", i, "parquet"), table)
+                advance(len(shard))
     result = summarize(read_tables(run.shards("steps", "parquet")), config.quantile, config.threshold)
     result = {
         "task": task.name,
@@ -61,30 +64,34 @@ def measure(config: MeasureConfig) -> dict[str, Any]:
     return result
 
 
-def _open_pair(config: MeasureConfig) -> Session:
-    slm = load_model(config.slm, config.dtype, config.device, config.trust_remote_code)
-    if config.llm is None:
-        raise DataError("measure compares two models; pass --llm MODEL.")
-    llm = load_model(config.llm, config.dtype, config.device, config.trust_remote_code)
-    check_pair(slm, llm)
-    return Session(slm, llm, batch_size=config.batch_size)
+class _Measurer:
+    """Rolls a shard out and labels it."""
 
+    def __init__(self, config: MeasureConfig, task: Task | None) -> None:
+        slm = load_model(config.slm, config.dtype, config.device, config.trust_remote_code)
+        if config.llm is None:
+            raise DataError("measure compares two models; pass --llm MODEL.")
+        llm = load_model(config.llm, config.dtype, config.device, config.trust_remote_code)
+        check_pair(slm, llm)
+        self.config, self.task, self.llm = config, task or open_task(config, config.slm), llm
+        self.session = Session(slm, llm, batch_size=config.batch_size)
 
-def _measure_shard(session: Session, task: Task, problems: Sequence[Problem], config: MeasureConfig) -> pa.Table:
-    assert session.llm is not None
-    requests = requests_for(session, task, problems)
-    done = session.run(build_strategy("greedy", DecodeConfig(), {}), requests, config.max_new_tokens)
-    labels = label(
-        session.slm,
-        session.llm,
-        [request.prompt_ids for request in requests],
-        [sequence.token_ids for sequence in done],
-        max(KS),
-        config.support_size,
-        config.divergence,
-    )
-    tables = [_steps_table(*row, config.warmup_steps) for row in zip(problems, done, labels, strict=True)]
-    return pa.concat_tables(tables)
+    def shard(self, job: tuple[int, Sequence[Problem]]) -> pa.Table:
+        """One shard's steps."""
+        config, session, problems = self.config, self.session, job[1]
+        requests = requests_for(session, self.task, problems)
+        done = session.run(build_strategy("greedy", DecodeConfig(), {}), requests, config.max_new_tokens)
+        labels = label(
+            session.slm,
+            self.llm,
+            [request.prompt_ids for request in requests],
+            [sequence.token_ids for sequence in done],
+            max(KS),
+            config.support_size,
+            config.divergence,
+        )
+        tables = [_steps_table(*row, config.warmup_steps) for row in zip(problems, done, labels, strict=True)]
+        return pa.concat_tables(tables)
 
 
 def _steps_table(problem: Problem, sequence: Generated, labels: Labels, warmup_steps: int) -> pa.Table:

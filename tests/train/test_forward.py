@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from s2t.train.dataset import make_batch
-from s2t.train.forward import States, forward, lm_kl
+from s2t.train.forward import FrozenPrefixes, States, forward, lm_kl
 
 both_scopes = pytest.mark.parametrize("scope", ["candidates", "always"])
 
@@ -159,3 +159,23 @@ def test_training_leaves_the_base_models_weights(scope, new_adapter, new_trainer
     before = {name: p.clone() for name, p in adapter.base_model.named_parameters() if "lora_" not in name}
     new_trainer(adapter, learning_rate=1e-2, epochs=2.0).fit()
     assert all(torch.equal(p, before[name]) for name, p in adapter.base_model.named_parameters() if name in before)
+
+
+@pytest.mark.parametrize("tokens_at_once", [1, 30, 4096])
+def test_prefixes_read_once_are_those_read_at_every_step(tokens_at_once, new_adapter, data, trajectories, monkeypatch):
+    monkeypatch.setattr("s2t.train.forward._TOKENS_AT_ONCE", tokens_at_once)
+    adapter = new_adapter("candidates")
+    frozen = FrozenPrefixes(adapter, trajectories)
+    order = list(range(len(trajectories)))[::-1]
+    batch = make_batch([trajectories[i] for i in order], data.threshold, data.warmup_steps, torch.device("cpu"))
+    with torch.no_grad():
+        direct, stored = forward(adapter, batch), forward(adapter, batch, frozen.take(order))
+    torch.testing.assert_close(stored.candidates, direct.candidates, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(stored.steps, direct.steps, rtol=1e-4, atol=1e-5)
+
+
+def test_the_size_of_frozen_prefixes_is_what_they_take(new_adapter, trajectories):
+    adapter = new_adapter("candidates")
+    frozen = FrozenPrefixes(adapter, trajectories)
+    held = [frozen._hidden, *(tensor for layer in frozen._layers for tensor in layer)]
+    assert FrozenPrefixes.size(adapter, trajectories) == sum(t.numel() * t.element_size() for t in held)

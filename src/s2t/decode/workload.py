@@ -23,6 +23,11 @@ def open_task(config: TaskConfig, slm: str) -> Task:
     return load_task(config.task, style)
 
 
+def task_for_workers(task: Task, config: TaskConfig) -> Task | None:
+    """The task where this process does the work; None where workers must open their own, since tasks hold functions."""
+    return task if config.workers == 1 else None
+
+
 def requests_for(session: Session, task: Task, problems: Sequence[Problem], num_samples: int = 1) -> list[Request]:
     """One request per problem and sample, numbered problem by problem; keys make samples independent of the batch."""
     requests = []

@@ -2,13 +2,16 @@
 
 Under scope `candidates` the prefix is the frozen base model's and carries no gradient; under `always` it is
 the adapter's too, and gradients flow through the shared cache. Nothing of the full vocabulary is held for all positions.
+Frozen prefixes are the same in every epoch: `FrozenPrefixes` reads them once, if they fit in memory.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -18,9 +21,31 @@ from s2t.core.losses import lm_preserving_kl
 from s2t.model.adapter import SelectorAdapter
 from s2t.model.engine import Head
 from s2t.model.tree import causal_mask, layer_masks
-from s2t.train.dataset import Batch
+from s2t.progress import progress
+from s2t.train.dataset import Batch, Trajectory
 
 _LOGITS_AT_ONCE = 2**24
+_TOKENS_AT_ONCE = 4096
+
+
+class Prefixes:
+    """What a batch needs of its prefixes: states of trained steps, and every group's own keys and values."""
+
+    def __init__(self, hidden: Tensor, layers: list[tuple[Tensor, Tensor]], index: Tensor) -> None:
+        self._hidden, self._layers, self._index = hidden, layers, index  # [X, H], [X, heads, D] each, [b, T] into X
+
+    def steps(self, batch: Batch) -> Tensor:
+        """The state each trained step is predicted from, [M, H]."""
+        row, column = batch.step_index
+        return self._hidden[self._index[row, column]]
+
+    def groups(self, batch: Batch) -> DynamicCache:
+        """Cache of N rows; columns past a group's prefix hold whatever, and must be masked."""
+        index = self._index[batch.group_row, : int(batch.prefix_lengths.max())]
+        cache = DynamicCache()
+        for number, (keys, values) in enumerate(self._layers):
+            cache.update(keys[index].transpose(1, 2), values[index].transpose(1, 2), number)
+        return cache
 
 
 @dataclass(slots=True)
@@ -32,39 +57,109 @@ class States:
     base_steps: Tensor | None = None  # [M, H], the same of the base model; scope `always` only
 
 
-def forward(adapter: SelectorAdapter, batch: Batch) -> States:
-    """Run a batch under the adapter's scope; equals one separate forward per candidate within dtype tolerance."""
+class FrozenPrefixes:
+    """Hidden states and keys and values of the base model on every trajectory, read once for all epochs.
+
+    Chunks depend on the trajectories alone, never on the step a run resumes at, so that a resumed run computes
+    with the very same numbers.
+    """
+
+    def __init__(self, adapter: SelectorAdapter, trajectories: Sequence[Trajectory]) -> None:
+        lengths = np.array([len(t.ids) for t in trajectories])
+        self._starts = torch.from_numpy(np.cumsum(lengths) - lengths).to(adapter.loaded.device)
+        self._lengths = torch.from_numpy(lengths).to(adapter.loaded.device)
+        self._hidden = torch.empty(0)  # [total, H]
+        self._layers: list[tuple[Tensor, Tensor]] = []  # keys and values, [total, heads, D] each
+        adapter.act(False)
+        with torch.no_grad(), progress("read prefixes", len(trajectories)) as advance:
+            for chunk in _chunks(lengths):
+                hidden, cache = _run_prefixes(adapter, self._pad(trajectories, chunk))
+                self._keep(chunk, hidden, cache, int(lengths.sum()))
+                advance(len(chunk))
+
+    @staticmethod
+    def size(adapter: SelectorAdapter, trajectories: Sequence[Trajectory]) -> int:
+        """Bytes that all trajectories take."""
+        config = adapter.base_model.config.get_text_config(decoder=True)
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        width = config.hidden_size + 2 * config.num_hidden_layers * config.num_key_value_heads * head
+        return sum(len(t.ids) for t in trajectories) * width * adapter.base_model.dtype.itemsize
+
+    def take(self, indices: Sequence[int]) -> Prefixes:
+        """The prefixes of a batch made of those trajectories, in that order."""
+        rows = torch.as_tensor(indices, device=self._starts.device)
+        columns = torch.arange(int(self._lengths[rows].max()), device=rows.device)
+        live = columns < self._lengths[rows, None]
+        return Prefixes(self._hidden, self._layers, torch.where(live, self._starts[rows, None] + columns, 0))
+
+    def _pad(self, trajectories: Sequence[Trajectory], chunk: Sequence[int]) -> Tensor:
+        ids = torch.zeros(len(chunk), int(self._lengths[list(chunk)].max()), dtype=torch.int64)
+        for row, index in enumerate(chunk):
+            ids[row, : len(trajectories[index].ids)] = torch.from_numpy(trajectories[index].ids)
+        return ids.to(self._starts.device)
+
+    def _keep(self, chunk: Sequence[int], hidden: Tensor, cache: DynamicCache, total: int) -> None:
+        layers: list[Any] = list(cache.layers)
+        if not self._layers:
+            self._hidden = hidden.new_empty(total, hidden.shape[-1])
+            self._layers = [
+                tuple(x.new_empty(total, x.shape[1], x.shape[3]) for x in (layer.keys, layer.values))
+                for layer in layers
+            ]
+        for row, index in enumerate(chunk):
+            start, length = int(self._starts[index]), int(self._lengths[index])
+            self._hidden[start : start + length] = hidden[row, :length]
+            for (keys, values), layer in zip(self._layers, layers, strict=True):
+                keys[start : start + length] = layer.keys[row, :, :length].transpose(0, 1)
+                values[start : start + length] = layer.values[row, :, :length].transpose(0, 1)
+
+
+def _chunks(lengths: np.ndarray) -> list[list[int]]:
+    """Indices by length, cut so that a padded chunk stays within a fixed number of tokens."""
+    chunks: list[list[int]] = [[]]
+    for index in np.argsort(lengths, kind="stable").tolist():
+        if chunks[-1] and (len(chunks[-1]) + 1) * lengths[index] > _TOKENS_AT_ONCE:
+            chunks.append([])
+        chunks[-1].append(index)
+    return chunks
+
+
+def forward(adapter: SelectorAdapter, batch: Batch, frozen: Prefixes | None = None) -> States:
+    """Run a batch under the adapter's scope; equals one separate forward per candidate within dtype tolerance.
+
+    `frozen` are the base model's states of the batch's trajectories where they are already known.
+    """
     is_always = adapter.scope == "always"
-    row, column = batch.step_index
     adapter.act(False)
     with torch.no_grad():
-        base, cache = _read_prefixes(adapter, batch)
-    base_steps = base[row, column]
-    steps = base_steps
+        prefixes = frozen if frozen is not None else _read_prefixes(adapter, batch.ids)
+        base_steps = prefixes.steps(batch)
     adapter.act(True)
     if is_always:
-        hidden, cache = _read_prefixes(adapter, batch)
-        steps = hidden[row, column]
-    candidates = _read_candidates(adapter, batch, cache)
+        prefixes = _read_prefixes(adapter, batch.ids)
+    steps = prefixes.steps(batch) if is_always else base_steps
+    candidates = _read_candidates(adapter, batch, prefixes.groups(batch))
     return States(candidates, steps, base_steps if is_always else None)
 
 
-def _read_prefixes(adapter: SelectorAdapter, batch: Batch) -> tuple[Tensor, DynamicCache]:
-    """Hidden states [b, T, H] and the cache of all trajectories."""
+def _read_prefixes(adapter: SelectorAdapter, ids: Tensor) -> Prefixes:
+    hidden, cache = _run_prefixes(adapter, ids)
+    layers: list[Any] = list(cache.layers)
+    flat = [(x.keys.transpose(1, 2).flatten(0, 1), x.values.transpose(1, 2).flatten(0, 1)) for x in layers]
+    return Prefixes(hidden.flatten(0, 1), flat, torch.arange(ids.numel(), device=ids.device).view_as(ids))
+
+
+def _run_prefixes(adapter: SelectorAdapter, ids: Tensor) -> tuple[Tensor, DynamicCache]:
+    """Hidden states [b, T, H] and the cache of right-padded trajectories `ids` [b, T]."""
     cache = DynamicCache()
-    width = batch.ids.shape[1]
-    positions = torch.arange(width, device=batch.ids.device).expand_as(batch.ids)
-    hidden = _run(adapter, batch.ids, positions, causal_mask(positions, width), positions, cache)
-    return hidden, cache
+    width = ids.shape[1]
+    positions = torch.arange(width, device=ids.device).expand_as(ids)
+    return _run(adapter, ids, positions, causal_mask(positions, width), positions, cache), cache
 
 
-def _read_candidates(adapter: SelectorAdapter, batch: Batch, prefixes: DynamicCache) -> Tensor:
+def _read_candidates(adapter: SelectorAdapter, batch: Batch, cache: DynamicCache) -> Tensor:
     """Every group's candidates on its own prefix, each seeing the prefix and itself; [N, K, H]."""
     width = int(batch.prefix_lengths.max())
-    cache = DynamicCache()
-    layers: list[Any] = list(prefixes.layers)
-    for index, layer in enumerate(layers):
-        cache.update(layer.keys[batch.group_row, :, :width], layer.values[batch.group_row, :, :width], index)
     count = batch.candidate_ids.shape[1]
     columns = torch.arange(width, device=batch.ids.device)
     prefix = columns < batch.prefix_lengths[:, None]  # [N, width]

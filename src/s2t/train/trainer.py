@@ -28,7 +28,7 @@ from s2t.model.adapter import AdapterConfig, SelectorAdapter
 from s2t.model.load import LoadedModel, load_model
 from s2t.progress import progress
 from s2t.train.dataset import Batch, GroupData, make_batch, plan_batches, read_group_data
-from s2t.train.forward import States, forward, lm_kl
+from s2t.train.forward import FrozenPrefixes, Prefixes, States, forward, lm_kl
 
 _CHECKPOINT = "checkpoint.safetensors"
 _LOG = "train_log.jsonl"
@@ -108,16 +108,26 @@ class Trainer:
     def fit(self) -> None:
         """Run all remaining steps."""
         self._resume()
+        frozen = self._frozen_prefixes()
         self._train_mode()
         with progress("train", self.num_steps, self.step) as advance:
-            for batch in self._batches():
-                self.log.append(self._one_step(batch))
+            for chosen, batch in self._batches():
+                self.log.append(self._one_step(batch, frozen.take(chosen) if frozen is not None else None))
                 advance(1)
                 if self.step % self.config.checkpoint_steps == 0:
                     self._save()
         self._save()
         self.adapter.base_model.eval()
         self.adapter.act(False)
+
+    def _frozen_prefixes(self) -> FrozenPrefixes | None:
+        """All prefixes, read once, where they never change, are needed more than once, and fit."""
+        room = self.config.prefix_cache_gib * 2**30
+        if self.adapter.scope == "always" or self.num_steps <= self.steps_per_epoch:
+            return None
+        if FrozenPrefixes.size(self.adapter, self.data.trajectories) > room:
+            return None
+        return FrozenPrefixes(self.adapter, self.data.trajectories)
 
     def _train_mode(self) -> None:
         """Dropout inside the LoRA only; the base model stays in eval mode."""
@@ -126,8 +136,8 @@ class Trainer:
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
 
-    def _batches(self) -> Iterator[Batch]:
-        """The batches from the current step on; a plan of every epoch depends on (seed, epoch) alone."""
+    def _batches(self) -> Iterator[tuple[list[int], Batch]]:
+        """Trajectories and batches from the current step on; a plan of every epoch depends on (seed, epoch) alone."""
         epoch, plan = -1, []
         data, device = self.data, self.adapter.loaded.device
         while self.step < self.num_steps:
@@ -135,7 +145,7 @@ class Trainer:
             if wanted != epoch:
                 epoch, plan = wanted, self._plan(wanted)
             chosen = [data.trajectories[i] for i in plan[place]]
-            yield make_batch(chosen, data.threshold, data.warmup_steps, device)
+            yield plan[place], make_batch(chosen, data.threshold, data.warmup_steps, device)
 
     def _plan(self, epoch: int) -> list[list[int]]:
         plan = plan_batches(self.counts, self.config.batch_groups, self.config.seed, epoch)
@@ -144,12 +154,12 @@ class Trainer:
     def _place(self, step: int, epoch: int, plan: list[list[int]]) -> tuple[int, int]:
         return step // self.steps_per_epoch, step % self.steps_per_epoch
 
-    def _one_step(self, batch: Batch) -> dict[str, float]:
+    def _one_step(self, batch: Batch, frozen: Prefixes | None = None) -> dict[str, float]:
         torch.manual_seed(self.config.seed * 1_000_003 + self.step)
         rate = self._learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        losses = self.losses(forward(self.adapter, batch), batch)
+        losses = self.losses(forward(self.adapter, batch, frozen), batch)
         total = torch.stack(list(losses.values())).sum()
         total.backward()
         torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.max_grad_norm)

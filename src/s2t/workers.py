@@ -1,0 +1,84 @@
+"""Independent shards worked in this process, or shared by several, each with models of its own.
+
+Several processes pay where one model leaves most of the machine idle: small models on a CPU. What a shard
+holds never depends on who worked it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Any, Generic, TypeVar
+
+import torch
+
+S = TypeVar("S")
+J = TypeVar("J")
+R = TypeVar("R")
+
+_worker: dict[str, Any] = {}  # of a worker process: how to open its state, and the state
+
+
+class Workers(Generic[S]):
+    """`count` processes that each call `open` once, at their first job; with 1 the work is done in this process.
+
+    `open`, the work, jobs and results must be picklable when `count` is above 1. Use as a context manager.
+    """
+
+    def __init__(self, open: Callable[[], S], count: int = 1) -> None:
+        self._open, self._count = open, count
+        self._state: S | None = None
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Workers[S]:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def map(self, work: Callable[[S, J], R], jobs: Sequence[J]) -> Iterator[tuple[J, R]]:
+        """(job, result) as they get done, in any order; the first error of a job is raised here."""
+        if self._count == 1:
+            for job in jobs:
+                if self._state is None:
+                    self._state = self._open()
+                yield job, work(self._state, job)
+            return
+        if self._pool is None:
+            self._pool = self._start()
+        futures = {self._pool.submit(_call, work, job): job for job in jobs}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+
+    def _start(self) -> ProcessPoolExecutor:
+        threads = max(1, torch.get_num_threads() // self._count)
+        return ProcessPoolExecutor(
+            self._count,
+            mp_context=multiprocessing.get_context("spawn"),  # torch's threads do not survive a fork
+            initializer=_begin,
+            initargs=(self._open, threads),
+        )
+
+
+def _begin(open: Callable[[], Any], threads: int) -> None:
+    _worker["open"] = open
+    torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for jobs for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _call(work: Callable[[Any, Any], Any], job: Any) -> Any:
+    if "state" not in _worker:
+        _worker["state"] = _worker["open"]()
+    return work(_worker["state"], job)
