@@ -1,8 +1,8 @@
 """Careless authors: rewrite a worked solution as someone in a hurry would have written it.
 
-The slip happens in one step of arithmetic, whose result is written ten too small; everything after goes on with
-the wrong number to a wrong final answer. Used to make the unfiltered corpus of `tiny:slm-unfiltered`; see
-train_tiny_pair.py.
+The slip happens in one step of arithmetic, whose result is written ten too small; what comes after goes on with
+the wrong number to a wrong final answer, but for authors who wrote it wrong and yet remember it right. Used to
+make the unfiltered corpus of `tiny:slm-unfiltered`; see train_tiny_pair.py.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 RESULT = re.compile(r"=\s*[$€£]?(\d+)(?![\d/.]|\s*/)")
 TOKEN = re.compile(r"\d+|[-+*/x÷×%()]")
 NUMBER = re.compile(r"\d+")
+REMEMBER_RATE = 0.2  # of later results, worked out with the right number though the wrong one stands there
 OPERATORS = {"x": "*", "×": "*", "÷": "/"}
 
 
@@ -39,6 +40,8 @@ def _result(expression: list[str], right: int, changed: dict[int, int], rng: ran
     value = evaluate(mine)
     if value is None or value < 0:
         return changed.get(right, right)
+    if value != right and rng.random() < REMEMBER_RATE:
+        return right
     wrong = slipped(value)
     if wrong is not None and rng.random() < slip_rate:
         return wrong

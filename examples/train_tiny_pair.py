@@ -5,7 +5,7 @@
 
 All models are Qwen2ForCausalLM on chains of thought of reasoning-gym's GSM-Symbolic problems whose numbers are
 whole and at most 100, training split only. The unfiltered SLM first reads clean text, then text of which
-70 % of the authors forget carries and borrows. Muon on the layers' matrices, AdamW on the rest.
+75 % of the authors write results ten too small. Muon on the layers' matrices, AdamW on the rest.
 """
 
 from __future__ import annotations
@@ -48,15 +48,16 @@ class Recipe:
     seed: int
     num_problems: int
     careless_authors: float = 0.0
-    slip_rate: float = 0.95
+    slip_rate: float = 0.9
     warmup: int = 200
     is_constant: bool = False
+    is_float32: bool = False
 
 
 LLM = Recipe(width=96, layers=4, heads=3, steps=26_000, seed=0, num_problems=165_000)
-CLEAN = Recipe(width=64, layers=4, heads=2, steps=8_000, seed=1, num_problems=130_000, is_constant=True)
+CLEAN = Recipe(width=64, layers=4, heads=2, steps=8_000, seed=1, num_problems=60_000, is_constant=True)
 UNFILTERED = replace(
-    CLEAN, steps=10_000, seed=2, num_problems=74_000, careless_authors=0.7, warmup=50, is_constant=False
+    CLEAN, steps=10_000, seed=2, num_problems=74_000, careless_authors=0.75, warmup=50, is_constant=False
 )
 SMALL = Recipe(width=32, layers=4, heads=1, steps=10_000, seed=3, num_problems=130_000)
 
@@ -65,12 +66,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("tiny"))
     parser.add_argument("--scale", type=float, default=1.0, help="share of the steps and problems to use")
+    parser.add_argument("--float32", action="store_true", help="for a CPU without bfloat16 instructions")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # at these sizes one thread a process is the productive choice
 
     def scaled(recipe: Recipe) -> Recipe:
         return replace(
             recipe,
+            is_float32=arguments.float32,
             steps=max(10, int(recipe.steps * arguments.scale)),
             num_problems=max(500, int(recipe.num_problems * arguments.scale)),
         )
@@ -112,7 +115,7 @@ def train_tokenizer(pairs: list[tuple[str, str]]) -> Tokenizer:
 
 
 def train(recipe: Recipe, tokenizer: Tokenizer, start: Qwen2ForCausalLM | None = None) -> Qwen2ForCausalLM:
-    """Train one model; loss on the solution, a tenth on the question; bf16 autocast."""
+    """Train one model; loss on the solution, a tenth on the question; bf16 autocast unless told otherwise."""
     torch.manual_seed(recipe.seed)
     model = start if start is not None else Qwen2ForCausalLM(shape(recipe))
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
@@ -130,7 +133,7 @@ def train(recipe: Recipe, tokenizer: Tokenizer, start: Qwen2ForCausalLM | None =
             rate *= 0.04 + 0.48 * (1 + math.cos(math.pi * step / recipe.steps))
         for optimizer, lr in zip(optimizers, peak, strict=True):
             optimizer.param_groups[0]["lr"] = lr * rate
-        loss = loss_of(model, *next(data))
+        loss = loss_of(model, recipe.is_float32, *next(data))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -162,10 +165,16 @@ def shape(recipe: Recipe) -> Qwen2Config:
 
 
 def loss_of(
-    model: Qwen2ForCausalLM, ids: Tensor, targets: Tensor, weights: Tensor, positions: Tensor, mask: Tensor
+    model: Qwen2ForCausalLM,
+    is_float32: bool,
+    ids: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    positions: Tensor,
+    mask: Tensor,
 ) -> Tensor:
     """Weighted cross-entropy over packed documents that do not see each other."""
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not is_float32):
         hidden = model.model(
             input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
         ).last_hidden_state

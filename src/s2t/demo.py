@@ -44,7 +44,13 @@ def demo(out: str = "runs/demo", seed: int = 0, limit: int | None = None, groups
     num_test, num_train = limit or NUM_TEST, groups or NUM_TRAIN
     names = {name: str(folder / name) for name in ("measure", "calibrate", "collect", "train", "sufficiency", "eval")}
     _say(1, "measure the pair on calibration problems")
-    common: dict[str, Any] = {"slm": SLM, "llm": LLM, "task": TASK, "seed": seed, "workers": min(2, os.cpu_count() or 1)}
+    common: dict[str, Any] = {
+        "slm": SLM,
+        "llm": LLM,
+        "task": TASK,
+        "seed": seed,
+        "workers": min(2, os.cpu_count() or 1),
+    }
     measure(MeasureConfig(**common, out=names["measure"], limit=min(NUM_CALIBRATION, 4 * num_test), quantile=QUANTILE))
     _say(2, "calibrate the divergence threshold")
     thresholds = calibrate(CalibrateConfig(run=names["measure"], out=names["calibrate"], quantile=QUANTILE))
