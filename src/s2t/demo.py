@@ -23,16 +23,18 @@ from s2t.train.trainer import train
 
 STRATEGIES = "greedy,self-consistency,takeover,s2t,s2t-local,llm"
 NUM_TEST = 1000
-NUM_CALIBRATION = 500
-NUM_TRAIN = 4000
+NUM_CALIBRATION = 1000
+NUM_TRAIN = 6000
 QUANTILE = 0.97
+POLICY = "s2t"
 TASK = "rg:gsm_symbolic,max_number=100"
 SLM, LLM = "tiny:slm", "tiny:llm"
 TRAIN_SETTINGS: dict[str, Any] = {
-    "learning_rate": 2e-3,
+    "learning_rate": 5e-3,
     "batch_groups": 64,
-    "epochs": 4.0,
+    "epochs": 6.0,
     "lora_rank": 16,
+    "lora_dropout": 0.1,
 }
 """What calibration problems chose for the embedded pair; every try is in docs/log.md."""
 
@@ -56,7 +58,7 @@ def demo(out: str = "runs/demo", seed: int = 0, limit: int | None = None, groups
     thresholds = calibrate(CalibrateConfig(run=names["measure"], out=names["calibrate"], quantile=QUANTILE))
     calibration = str(Path(names["calibrate"]) / "calibration.json")
     _say(3, "collect selection groups from training problems")
-    collect(CollectConfig(**common, out=names["collect"], limit=num_train, calibration=calibration))
+    collect(CollectConfig(**common, out=names["collect"], limit=num_train, calibration=calibration, policy=POLICY))
     _say(4, "train the selector")
     train(TrainConfig(slm=SLM, groups=names["collect"], out=names["train"], seed=seed, **TRAIN_SETTINGS))
     _say(5, "measure local sufficiency on test problems")
