@@ -282,7 +282,8 @@ def _error_bars(values: Sequence[float], intervals: Sequence[Any]) -> list[list[
 
 def _bin_label(entry: dict[str, Any], separator: str) -> str:
     low, high = entry["low"], entry["high"]
-    span = f"{low:.2g}–{high:.2g}" if _is_number(low) and _is_number(high) else f"≥ {low or 0:.2g}"
+    dash = "–\n" if separator == "\n" else "–"
+    span = f"{low:.2g}{dash}{high:.2g}" if _is_number(low) and _is_number(high) else f"≥ {low or 0:.2g}"
     return f"{span}{separator}n = {entry['num_steps']:,}"
 
 
