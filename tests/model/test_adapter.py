@@ -217,9 +217,23 @@ def test_a_damaged_folder_is_one_clear_line(damage, message, saved, tmp_path, mo
     folder = tmp_path / "adapter"
     shutil.copytree(saved[1], folder)
     damage(folder)
+    loaded = load_model("tiny:slm")
+    modules = [name for name, _ in loaded.model.named_modules()]
     with pytest.raises(S2TError, match=message) as caught:
-        load_adapter(folder, load_model("tiny:slm"))
+        load_adapter(folder, loaded)
     assert "\n" not in str(caught.value)
+    assert [name for name, _ in loaded.model.named_modules()] == modules, "the base model is not as it was"
+
+
+def test_pickled_weights_are_never_read(saved, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = tmp_path / "adapter"
+    shutil.copytree(saved[1], folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save(tensors, folder / "adapter_model.bin")
+    with pytest.raises(ModelError, match="safetensors only"):
+        load_adapter(folder, load_model("tiny:slm"))
 
 
 def test_a_folder_that_is_none_is_refused(tmp_path):

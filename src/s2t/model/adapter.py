@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -28,6 +28,7 @@ from s2t.model.reserved import ReservedIds
 
 CONFIG_FILE = "s2t_config.json"
 SELECTOR_FILE = "s2t_selector.safetensors"
+LORA_FILE = "adapter_model.safetensors"  # PEFT's name
 PROBLEMS_FILE = "train_problems.txt"
 _ATTACHED = "_s2t_adapter"
 
@@ -176,14 +177,24 @@ def load_adapter(folder: str | Path, loaded: LoadedModel) -> SelectorAdapter:
             f"adapter {folder} was trained on {config.base_model} (weights {config.base_fingerprint}), not on "
             f"{loaded.name} (weights {loaded.fingerprint}); pass --slm {config.base_model}."
         )
-    peft = _peft()
+    if not (Path(folder) / LORA_FILE).is_file():  # PEFT would go on to a pickled file
+        raise ModelError(
+            f"adapter {folder} is damaged: {LORA_FILE} is missing; weights are read from safetensors only."
+        )
+    peft, peft_model = _peft(), None
     try:
+        state = load_file(Path(folder) / SELECTOR_FILE)
+        with safe_open(
+            Path(folder) / LORA_FILE, framework="pt"
+        ):  # its header and length, before PEFT touches the model
+            pass
         with _quiet_peft():
             peft_model = peft.PeftModel.from_pretrained(loaded.model, str(folder))
-        state = load_file(Path(folder) / SELECTOR_FILE)
         adapter = SelectorAdapter(loaded, config, peft_model)
         adapter.selector.load_state_dict(state)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        if peft_model is not None:
+            peft_model.unload()  # the base model stays usable
         raise ModelError(f"adapter {folder} is damaged: {' '.join(str(error).split())[:200]}.") from error
     adapter.selector.eval().requires_grad_(False)
     return adapter
