@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -133,6 +136,14 @@ def test_runs_of_different_pairs_tasks_or_splits_do_not_mix(changes, tmp_path, t
     ]
     with pytest.raises(DataError, match="differ in pair, task or split"):
         read_group_data(",".join(folders), 4)
+
+
+def test_runs_of_different_thresholds_do_not_mix(tmp_path, trajectories):
+    folders = [write_run(tmp_path / name, trajectories) for name in ("one", "two")]
+    summary = Path(folders[1]) / "collect.json"
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"threshold": 2.0}))
+    with pytest.raises(DataError, match=r"expected threshold 1\.0 past 3 steps, got 2\.0 past 3"):
+        read_group_data(",".join(map(str, folders)), 4)
 
 
 def test_fewer_stored_candidates_than_asked_for_is_one_clear_line(tmp_path, trajectories):

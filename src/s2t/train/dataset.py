@@ -81,6 +81,12 @@ def read_group_data(folders: str, num_candidates: int) -> GroupData:
     for part in parts[1:]:
         if (part.pair, part.task, part.split) != (first.pair, first.task, first.split):
             raise DataError("the collected runs differ in pair, task or split; train on runs of one kind.")
+        if (part.threshold, part.warmup_steps) != (first.threshold, first.warmup_steps):
+            raise DataError(
+                "the collected runs differ in what counts as a divergence point: expected threshold "
+                f"{first.threshold} past {first.warmup_steps} steps, got {part.threshold} past {part.warmup_steps}; "
+                "collect them with one calibration."
+            )
     held = set(first.heldout_templates).intersection(*(part.heldout_templates for part in parts[1:]))
     everything = [t for part in parts for t in part.trajectories]
     return GroupData(
