@@ -142,7 +142,8 @@ def fingerprint(model: nn.Module) -> str:
         if "lora_" in name:
             continue
         flat = parameter.detach().reshape(-1)
-        flat = flat[:: max(1, flat.numel() // 512)][:512].to("cpu", torch.bfloat16)
+        step = max(1, flat.numel() // 512) | 1  # odd, so that it does not fall on one column of a wide matrix
+        flat = flat[::step][:512].to("cpu", torch.bfloat16)
         digest.update(f"{_plain_name(name)}{tuple(parameter.shape)}".encode())
         digest.update(flat.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
@@ -160,6 +161,8 @@ def _why_not_loaded(name: str, error: Exception) -> str:
         return f"model {name} is gated or private; accept its terms on the hub, then run: hf auth login."
     if "safetensors" in text and Path(name).exists():
         return f"model {name} has no safetensors weights; convert it first (pickled weights are not loaded)."
+    if not Path(name).exists() and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
+        return f"model folder {name} does not exist; pass an existing folder or a hub id such as Qwen/Qwen2.5-0.5B-Instruct."
     if Path(name).exists() or "/" in name or "Connection" in text:
         return f"model {name} cannot be loaded: {text[:200]}"
     return f"model {name} was not found: give a hub id (owner/name), a folder, or tiny:slm / tiny:llm."
