@@ -161,11 +161,17 @@ def plan_batches(group_counts: Sequence[int], batch_groups: int, seed: int, epoc
     return batches
 
 
+def pad_ids(trajectories: Sequence[Trajectory]) -> Tensor:
+    """Ids of all trajectories, right-padded with zeros, [b, T]."""
+    ids = [t.ids for t in trajectories]
+    padded = np.zeros((len(ids), max(map(len, ids))), dtype=np.int64)
+    for row, known in zip(padded, ids, strict=True):
+        row[: len(known)] = known
+    return torch.from_numpy(padded)
+
+
 def make_batch(trajectories: Sequence[Trajectory], threshold: float, warmup_steps: int, device: torch.device) -> Batch:
     """Pad and stack trajectories; groups are not padded."""
-    ids = np.zeros((len(trajectories), max(len(t.ids) for t in trajectories)), dtype=np.int64)
-    for row, t in enumerate(trajectories):
-        ids[row, : len(t.ids)] = t.ids
     rows = [np.full(len(t.group_steps), row) for row, t in enumerate(trajectories)]
     prefixes = [len(t.prompt_ids) + t.group_steps for t in trajectories]
     steps, labels = zip(*(_steps(row, t, threshold, warmup_steps) for row, t in enumerate(trajectories)), strict=True)
@@ -174,7 +180,7 @@ def make_batch(trajectories: Sequence[Trajectory], threshold: float, warmup_step
         return torch.from_numpy(np.concatenate(parts, axis=axis)).to(device)
 
     return Batch(
-        torch.from_numpy(ids).to(device),
+        pad_ids(trajectories).to(device),
         tensor([t.candidate_ids for t in trajectories]),
         tensor(rows),
         tensor(prefixes),

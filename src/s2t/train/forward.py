@@ -22,7 +22,7 @@ from s2t.model.adapter import SelectorAdapter
 from s2t.model.engine import Head
 from s2t.model.tree import causal_mask, layer_masks
 from s2t.progress import progress
-from s2t.train.dataset import Batch, Trajectory
+from s2t.train.dataset import Batch, Trajectory, pad_ids
 
 _LOGITS_AT_ONCE = 2**24
 _TOKENS_AT_ONCE = 4096
@@ -73,7 +73,8 @@ class FrozenPrefixes:
         adapter.act(False)
         with torch.no_grad(), progress("read prefixes", len(trajectories)) as advance:
             for chunk in _chunks(lengths):
-                hidden, cache = _run_prefixes(adapter, self._pad(trajectories, chunk))
+                ids = pad_ids([trajectories[i] for i in chunk]).to(self._starts.device)
+                hidden, cache = _run_prefixes(adapter, ids)
                 self._keep(chunk, hidden, cache, int(lengths.sum()))
                 advance(len(chunk))
 
@@ -91,12 +92,6 @@ class FrozenPrefixes:
         columns = torch.arange(int(self._lengths[rows].max()), device=rows.device)
         live = columns < self._lengths[rows, None]
         return Prefixes(self._hidden, self._layers, torch.where(live, self._starts[rows, None] + columns, 0))
-
-    def _pad(self, trajectories: Sequence[Trajectory], chunk: Sequence[int]) -> Tensor:
-        ids = torch.zeros(len(chunk), int(self._lengths[list(chunk)].max()), dtype=torch.int64)
-        for row, index in enumerate(chunk):
-            ids[row, : len(trajectories[index].ids)] = torch.from_numpy(trajectories[index].ids)
-        return ids.to(self._starts.device)
 
     def _keep(self, chunk: Sequence[int], hidden: Tensor, cache: DynamicCache, total: int) -> None:
         layers: list[Any] = list(cache.layers)

@@ -141,7 +141,7 @@ class Trainer:
         epoch, plan = -1, []
         data, device = self.data, self.adapter.loaded.device
         while self.step < self.num_steps:
-            wanted, place = self._place(self.step, epoch, plan)
+            wanted, place = divmod(self.step, self.steps_per_epoch)
             if wanted != epoch:
                 epoch, plan = wanted, self._plan(wanted)
             chosen = [data.trajectories[i] for i in plan[place]]
@@ -150,9 +150,6 @@ class Trainer:
     def _plan(self, epoch: int) -> list[list[int]]:
         plan = plan_batches(self.counts, self.config.batch_groups, self.config.seed, epoch)
         return (plan * 2)[: self.steps_per_epoch]  # every epoch has as many steps as the first
-
-    def _place(self, step: int, epoch: int, plan: list[list[int]]) -> tuple[int, int]:
-        return step // self.steps_per_epoch, step % self.steps_per_epoch
 
     def _one_step(self, batch: Batch, frozen: Prefixes | None = None) -> dict[str, float]:
         torch.manual_seed(self.config.seed * 1_000_003 + self.step)
