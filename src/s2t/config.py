@@ -139,6 +139,9 @@ class DecodeConfig(StepConfig):
     """Of sample and self-consistency: drop tokens below this share of the best one; 0 keeps all."""
     num_samples: int = 8
     """N of self-consistency."""
+    draft_tokens: int = 0
+    """Of takeover and s2t: tokens drafted per LLM forward, with the same output; 0 adapts to the rate of flips, 1 is step
+    by step."""
 
     def check_decode(self) -> None:
         self.check_steps()
@@ -148,7 +151,7 @@ class DecodeConfig(StepConfig):
         _at_least(1, num_samples=self.num_samples)
         _positive("; use greedy for 0", temperature=self.temperature)
         _require(0 < self.top_p <= 1, f"top_p must be within (0, 1]; got {self.top_p}.")
-        _at_least(0, top_k=self.top_k)
+        _at_least(0, top_k=self.top_k, draft_tokens=self.draft_tokens)
         _between("min_p", self.min_p, 0, 1)
 
 

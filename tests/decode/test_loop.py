@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from s2t.decode.draft import DraftLength
 from s2t.decode.loop import Decoder, Request
 from s2t.decode.session import Session
 from s2t.errors import ConfigError
@@ -243,12 +244,15 @@ def test_greedy_costs_one_forward_a_token(write, strategy, prompts):
         assert (cost.llm_forwards, cost.llm_processed, cost.llm_flops) == (0, 0, 0)
 
 
-def test_s2t_local_of_scope_candidates_costs_one_more_forward_a_triggered_step(write, strategy, prompts):
-    for sequence, prompt in zip(write(strategy("s2t-local", **HALF)), prompts, strict=True):
-        cost, triggered = sequence.cost, sequence.num_triggered
-        assert cost.slm_forwards == cost.generated + triggered
-        assert cost.slm_processed == len(prompt) + cost.generated - 1 + 4 * triggered
+def test_s2t_local_of_scope_candidates_costs_one_more_forward_a_flip(write, strategy, prompts):
+    done = write(strategy("s2t-local", **HALF))
+    for sequence, prompt in zip(done, prompts, strict=True):
+        cost, last = sequence.cost, sequence.steps[-1]
+        flips = sum(step.flip for step in sequence.steps[:-1])
+        assert cost.slm_forwards == cost.generated + flips + last.fired  # a greedy sequence never runs its last token
+        assert cost.slm_processed == len(prompt) + cost.generated - 1 + flips + last.fired + 4 * sequence.num_triggered
         assert (cost.llm_forwards, cost.llm_processed, cost.llm_flops) == (0, 0, 0)
+    assert sum(s.num_flips for s in done) > 0
 
 
 def test_s2t_local_of_scope_always_costs_no_forward_more_than_greedy(write, strategy):
@@ -267,8 +271,9 @@ def test_the_llm_alone_costs_the_slm_nothing(write, strategy):
 
 
 @pytest.mark.parametrize("name", ["s2t", "takeover"])
-def test_a_trigger_that_reads_no_llm_reads_it_at_triggered_steps_only(name, write, strategy, prompts):
-    for sequence, prompt in zip(write(strategy(name, **HALF)), prompts, strict=True):
+def test_step_by_step_a_trigger_that_reads_no_llm_reads_it_at_triggered_steps_only(name, write, strategy, prompts):
+    done = write(strategy(name, draft_tokens=1, **HALF))
+    for sequence, prompt in zip(done, prompts, strict=True):
         cost = sequence.cost
         assert cost.slm_forwards == cost.generated
         assert cost.llm_forwards == sequence.num_triggered
@@ -276,9 +281,70 @@ def test_a_trigger_that_reads_no_llm_reads_it_at_triggered_steps_only(name, writ
             assert cost.llm_processed == len(prompt) + fired(sequence)[-1]
 
 
-def test_a_divergence_trigger_reads_the_llm_at_every_token(write, strategy):
-    for sequence in write(strategy("s2t", threshold=1.0)):
+def test_step_by_step_a_divergence_trigger_reads_the_llm_at_every_token(write, strategy):
+    for sequence in write(strategy("s2t", threshold=1.0, draft_tokens=1)):
         assert sequence.cost.llm_forwards == sequence.cost.slm_forwards == len(sequence.token_ids)
+
+
+# Drafts
+
+
+@pytest.mark.parametrize("run", [name for name in RUNS if name.startswith(("s2t", "takeover")) and "local" not in name])
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_a_drafted_run_writes_what_step_by_step_writes_whatever_the_draft(run, batch_size, write, strategy):
+    name, settings = RUNS[run]
+    plain = write(strategy(name, draft_tokens=1, **settings))
+    for length in (0, 2, 3, 7, 64):
+        drafted = write(strategy(name, draft_tokens=length, **settings), batch_size=batch_size)
+        assert facts(drafted) == facts(plain)
+        for left, right in zip(drafted, plain, strict=True):
+            for one, other in zip(left.steps, right.steps, strict=True):
+                assert (one.greedy_id, one.selected_index) == (other.greedy_id, other.selected_index)
+                assert one.value == pytest.approx(other.value, rel=1e-3, abs=1e-5)
+
+
+def test_a_draft_that_is_never_flipped_costs_one_llm_forward(write, strategy):
+    done = write(strategy("s2t", threshold=1e9, draft_tokens=6))
+    assert sum(s.num_flips for s in done) == 0
+    for sequence in done:
+        length = sequence.cost.generated
+        assert sequence.cost.llm_forwards == -(-length // 6)
+        assert sequence.cost.slm_forwards == length
+
+
+def test_drafts_grow_where_little_is_flipped_and_where_the_llm_is_large():
+    length = DraftLength(cost_ratio=10).at
+    assert length(0, 0) < length(500, 0)
+    assert length(500, 50) < length(500, 5) < length(500, 0)
+    assert DraftLength(cost_ratio=1).at(200, 2) < length(200, 2)
+    assert DraftLength(cost_ratio=1e6, ceiling=20).at(10**6, 0) == 20
+    assert DraftLength(fixed=5).at(100, 100) == 5
+
+
+# Many rows in one forward
+
+
+@both_scopes
+def test_a_row_that_selects_holds_up_no_other_row(scope, adapters, strategy, prompts):
+    adapter = adapters[scope]
+    forwards = []
+
+    def run(how):
+        engine = Engine(adapter.loaded, 6, adapter)
+        original, calls = engine.step, [0]
+
+        def counted(*args):
+            calls[0] += 1
+            return original(*args)
+
+        engine.step = counted
+        for _ in Decoder(engine, how, None, 24).run([Request(i, p, f"problem-{i}") for i, p in enumerate(prompts)]):
+            pass
+        forwards.append(calls[0])
+
+    run(strategy("s2t-local", trigger="never"))
+    run(strategy("s2t-local", trigger="random", threshold=0.1))
+    assert forwards[1] <= forwards[0] + 24 // 4  # the slowest row's own flips, and no forward for each trigger
 
 
 # Mistakes

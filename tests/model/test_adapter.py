@@ -252,3 +252,37 @@ def test_a_save_that_is_cut_short_is_no_adapter(tmp_path, monkeypatch):
         adapter.save(tmp_path / "adapter")
     with pytest.raises(ModelError, match="is no adapter folder"):
         read_adapter_config(tmp_path / "adapter")
+
+
+# Beside ordinary tokens
+
+
+@pytest.mark.parametrize("scope", ["candidates", "always"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_in_a_mixed_forward_the_adapter_acts_where_its_scope_says(scope, dtype, random_model):
+    loaded = random_model("qwen2", dtype=dtype)
+    adapter = SelectorAdapter(loaded, AdapterConfig(loaded.name, loaded.fingerprint, scope=scope))
+    with torch.no_grad():
+        for name, parameter in adapter.trainable().items():
+            if "lora_B" in name:
+                parameter.normal_(0.0, 0.3)
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    prompts = [[3, 4, 5, 6], [30, 31, 32, 33, 34, 35]]
+
+    def filled(max_rows):
+        engine = Engine(loaded, max_rows, adapter)
+        engine.extend(range(2), prompts)
+        return engine
+
+    hidden, branch = filled(3).step([0, 1, 2], [[20], [21], [22, 23]], [0, 1], ids)
+    wide = 1e-4 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(branch, filled(2).branch([0, 1], ids), rtol=wide, atol=wide)
+    apart = filled(3)
+    apart = torch.cat([apart.extend([0, 1], [[20], [21]]), apart.extend([2], [[22, 23]])])
+    torch.testing.assert_close(hidden, apart, rtol=wide, atol=wide)
+    adapter.act(False)
+    base = Engine(loaded, 2)
+    base.extend(range(2), prompts)
+    plain = base.branch([0, 1], ids)
+    assert not torch.allclose(branch, plain, atol=0.2)
+    assert torch.allclose(hidden[:2], base.extend([0, 1], [[20], [21]]), atol=wide) == (scope == "candidates")

@@ -230,7 +230,7 @@ def test_reading_gives_the_state_of_every_token(loaded):
     hidden = engine.read(ROWS, PROMPTS)
     for row, prompt in enumerate(PROMPTS):
         logits = loaded.model(torch.tensor([prompt]), use_cache=False).logits[0]
-        close(engine.head(hidden[row, : len(prompt)]), logits)
+        close(engine.head(hidden[row]), logits)
 
 
 # Precision
@@ -337,8 +337,56 @@ def test_encoder_decoders_are_refused():
         check_cacheable(T5Config())
 
 
-def test_attention_that_takes_no_mask_is_refused(random_model):
+def test_the_models_own_attention_is_back_after_a_forward(random_model):
     loaded = random_model("qwen2")
-    loaded.model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ModelError, match="sdpa or eager"):
+    engine = Engine(loaded, 1)
+    before = plain(loaded, PROMPTS[0])
+    with pytest.raises(IndexError):
+        engine.extend([0], [[10**6]])
+    assert loaded.model.config._attn_implementation == "sdpa"
+    assert torch.equal(plain(loaded, PROMPTS[0]), before)
+
+
+def test_attention_outside_the_interface_of_transformers_is_refused(random_model, monkeypatch):
+    loaded = random_model("qwen2")
+    monkeypatch.setattr(type(loaded.model), "_can_set_attn_implementation", classmethod(lambda cls: False))
+    with pytest.raises(ModelError, match="attention interface") as caught:
         Engine(loaded, 1)
+    assert "\n" not in str(caught.value)
+
+
+# Everything in one forward
+
+
+@every_family
+def test_a_mixed_forward_equals_separate_ones(loaded):
+    """Steps, a branch of a row that steps, a branch of one that does not, a longer text and a new prompt at once."""
+    engine = Engine(loaded, 6)
+    engine.extend(range(3), PROMPTS)
+    engine.extend([3], [PROMPTS[0][:3]])
+    ids = candidates(2)
+    hidden, branch = engine.step([0, 2, 3, 4], [[11], [12], [13, 14, 15], [5, 6, 7, 8]], [0, 1], ids)
+    texts = [[*PROMPTS[0], 11], [*PROMPTS[2], 12], [*PROMPTS[0][:3], 13, 14, 15], [5, 6, 7, 8]]
+    for state, text in zip(hidden, texts, strict=True):
+        close(engine.head(state), plain(loaded, text))
+    for i, row in enumerate((0, 1)):
+        for k in range(K):
+            close(engine.head(branch[i, k]), plain(loaded, [*PROMPTS[row], int(ids[i, k])]))
+    assert engine.lengths[:5] == [len(PROMPTS[0]) + 1, len(PROMPTS[1]), len(PROMPTS[2]) + 1, 6, 4]
+    engine.accept([0, 1], torch.tensor([4, 2]))  # row 0: in place of the token it ran
+    hidden = engine.extend(range(5), [[20], [21], [22], [23], [24]])
+    texts = [[*PROMPTS[0], int(ids[0, 4])], [*PROMPTS[1], int(ids[1, 2])], *texts[1:]]
+    for row, (state, text) in enumerate(zip(hidden, texts, strict=True)):
+        close(engine.head(state), plain(loaded, [*text, 20 + row]))
+
+
+def test_rows_may_come_in_any_order_and_with_gaps(random_model):
+    loaded = random_model("qwen2")
+    engine = Engine(loaded, 12)
+    rows = [11, 0, 7]
+    engine.extend(rows, PROMPTS)
+    hidden = engine.extend([7, 11, 0], [[30], [31], [32]])
+    for state, place, token in zip(hidden, (2, 0, 1), (30, 31, 32), strict=True):
+        close(engine.head(state), plain(loaded, [*PROMPTS[place], token]))
+    assert engine.work[7].forwards == 2
+    assert engine.work[3].forwards == 0

@@ -82,16 +82,14 @@ class _PairReader:
     def read(self, prompts: Sequence[Sequence[int]], generated: Sequence[Sequence[int]]) -> list[Labels]:
         rows = list(range(len(prompts)))
         texts = [[*p, *g[:-1]] for p, g in zip(prompts, generated, strict=True)]
-        where = [
-            (row, len(p) - 1 + t)
-            for row, (p, g) in enumerate(zip(prompts, generated, strict=True))
-            for t in range(len(g))
-        ]
-        index = torch.tensor(where, device=self.slm.device).T
-        slm_hidden = self.slm.read(rows, texts)[index[0], index[1]]  # [N, H]
-        llm_hidden = self.llm.read(rows, texts)[index[0], index[1]]  # [N, H']
+        slm_hidden, llm_hidden = (
+            torch.cat([hidden[len(p) - 1 :] for p, hidden in zip(prompts, engine.read(rows, texts), strict=True)])
+            for engine in (self.slm, self.llm)
+        )  # [N, H], [N, H']
         size = max(1, _LOGITS_AT_ONCE // self.slm.vocab_size)
-        parts = [self._compare(slm_hidden[i : i + size], llm_hidden[i : i + size]) for i in range(0, len(where), size)]
+        parts = [
+            self._compare(slm_hidden[i : i + size], llm_hidden[i : i + size]) for i in range(0, len(slm_hidden), size)
+        ]
         columns = [np.concatenate([part[c] for part in parts]) for c in range(6)]
         ends = np.cumsum([len(g) for g in generated])[:-1]
         return [Labels(*split) for split in zip(*(np.split(column, ends) for column in columns), strict=True)]

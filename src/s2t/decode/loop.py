@@ -1,7 +1,8 @@
 """The package's only decoding loop: B rows with lengths, triggers and ends of their own; yields a Step per token.
 
-Each iteration reads the trigger, lets the selector choose where it fired, emits the tokens, retires finished
-rows, admits waiting ones and advances the rest in one forward. Token ids only, never text.
+Each round proposes a token per row (a whole draft where an LLM reads along), reads the trigger, lets the selector
+choose where it fired, retires finished rows, admits waiting ones, and runs one forward: accepted tokens, prompts of
+new rows, and the candidates of triggered rows side by side. Token ids only, never text.
 """
 
 from __future__ import annotations
@@ -16,12 +17,16 @@ from torch import Tensor
 
 from s2t.core.candidates import propose
 from s2t.core.sampling import filter_logits, sample, uniforms
-from s2t.decode.selectors import Selection
+from s2t.decode.draft import DraftLength
+from s2t.decode.selectors import LocalSelector, Selection
 from s2t.decode.state import Reference, State, log_softmax_at
 from s2t.decode.strategies import Strategy
 from s2t.errors import ConfigError
 from s2t.model.engine import Engine, Work
 from s2t.records import Candidates, Cost, Step
+
+_PROMPT_TOKENS_AT_ONCE = 2**14
+_LOGITS_AT_ONCE = 2**27  # floats that the drafts of all rows may hold
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,23 +38,47 @@ class Request:
     key: str = ""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Row:
+    """One sequence in its slot: either ready (the state of its next token is known), or with tokens to feed."""
+
     request: Request
+    slot: int
+    feed: list[int]
+    draws: np.ndarray
     steps: int = 0
-    draws: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    flips: int = 0
+    is_ready: bool = False
+    is_finished: bool = False
+    twin: _Row | None = None  # a row that reads the same prompt in the same forward
+
+
+@dataclass(slots=True)
+class _Places:
+    """The steps of one round, depth by depth: n places, each the next token of a row or of its draft."""
+
+    rows: list[_Row]
+    offsets: list[int]
+    hidden: Tensor  # [n, H]
+    logits: Tensor  # [n, V]
+    greedy: list[int]
+    tokens: list[int]  # greedy, or sampled
+    of_row: dict[_Row, list[int]] = field(default_factory=dict)  # a row's places, in order
+
+    def draft(self, row: _Row) -> list[int]:
+        return [self.tokens[place] for place in self.of_row[row]]
 
 
 @dataclass(slots=True)
 class _Choice:
-    """All of one iteration's decisions, as Python values for the Steps."""
+    """What trigger and selector said of one round's places."""
 
-    tokens: list[int]
-    greedy: list[int]
     values: list[float] | None
-    fired: list[int]  # row numbers
-    kept: Selection | None
-    details: dict[int, dict]
+    fired: list[int]  # places
+    candidate_ids: Tensor | None = None  # [f, K]
+    logprobs: Tensor | None = None  # [f, K]
+    chosen: dict[int, int] = field(default_factory=dict)  # place -> token, once selected
+    details: dict[int, dict] = field(default_factory=dict)  # place -> fields of its Step
 
 
 class Decoder:
@@ -77,91 +106,145 @@ class Decoder:
         self.costs: dict[int, Cost] = {}
         self.rows: list[_Row] = []
         self.hidden: Tensor | None = None  # [max_rows, H]
+        self._scores_itself = isinstance(strategy.selector, LocalSelector)
+        self._draft_length = self._policy()
+
+    def _policy(self) -> DraftLength:
+        if self.reference is None:
+            return DraftLength(fixed=1)
+        ratio = self.reference.engine.loaded.num_params / self.engine.loaded.num_params
+        room = _LOGITS_AT_ONCE // (self.engine.max_rows * self.engine.vocab_size)
+        return DraftLength(self.strategy.draft_tokens, ratio, min(64, max(1, room)))
 
     def run(self, requests: Iterable[Request]) -> Iterator[Step]:
         """Yield every request's steps, interleaved, each request's in order, until its stop id or the length limit."""
         waiting = deque(requests)
         while waiting or self.rows:
-            self._admit(waiting)
-            choice = self._choose()
-            steps = [self._step(row, choice) for row in range(len(self.rows))]
-            self._advance(choice, [row for row, step in enumerate(steps) if step.finish_reason is None])
-            yield from steps
+            yield from self._round(waiting)
 
     @torch.inference_mode()
-    def _admit(self, waiting: deque[Request]) -> None:
-        free = self.engine.max_rows - len(self.rows)
-        if not waiting or (self.rows and free < max(1, self.engine.max_rows // 8)):
-            return
-        admitted = [waiting.popleft() for _ in range(min(free, len(waiting)))]
-        first: dict[tuple[int, ...], int] = {}
-        copies: list[tuple[int, int]] = []
-        for request in admitted:
-            row = len(self.rows)
-            self.rows.append(_Row(request, draws=self._draws(request)))
-            self.engine.reset(row)
-            if self.reference is not None:
-                self.reference.start(row, request.prompt_ids)
-            prompt = tuple(request.prompt_ids)
-            if prompt in first:
-                copies.append((first[prompt], row))
-            else:
-                first[prompt] = row
-        self._store(list(first.values()), self.engine.extend(list(first.values()), list(first)))
-        if copies:
-            source, target = zip(*copies, strict=True)
-            self.engine.copy(source, target)
-            assert self.hidden is not None
-            self.hidden[list(target)] = self.hidden[list(source)]
+    def _round(self, waiting: deque[Request]) -> list[Step]:
+        steps: list[Step] = []
+        undecided: list[tuple[_Row, int]] = []
+        places = choice = None
+        ready = [row for row in self.rows if row.is_ready]
+        if ready:
+            places = self._propose(ready)
+            choice = self._choose(places)
+            for row in ready:
+                place = places.of_row[row][0]
+                if self._scores_itself and place in choice.fired:
+                    undecided.append((row, place))
+                    row.is_ready, row.feed = False, [places.greedy[place]]  # the likeliest winner
+                else:
+                    self._accept(row, places, choice, steps)
+        self._retire()
+        self._admit(waiting)
+        if places is not None and choice is not None and undecided:
+            self._forward_and_select(places, choice, undecided, steps)
+        else:
+            self._forward()
+        self._retire()
+        return steps
 
-    def _draws(self, request: Request) -> np.ndarray:
-        strategy = self.strategy
-        if strategy.sampling is None and strategy.trigger.name != "random":
-            return np.zeros(0)
-        return uniforms(strategy.seed, request.key or str(request.index), self.max_new_tokens)
+    # Proposing
 
-    def _store(self, rows: Sequence[int], hidden: Tensor) -> None:
-        if self.hidden is None:
-            self.hidden = hidden.new_zeros(self.engine.max_rows, hidden.shape[-1])
-        self.hidden[list(rows)] = hidden
+    def _propose(self, ready: Sequence[_Row]) -> _Places:
+        """The next token of every ready row and, beside an LLM, a draft behind it; depth by depth."""
+        rows, offsets, hidden, logits, greedy, tokens = [], [], [], [], [], []
+        active = list(ready)
+        states = self._states_of(active)
+        for depth in range(self.max_new_tokens):
+            hidden.append(states)
+            logits.append(self.engine.logits(states))
+            best = logits[-1].argmax(-1)
+            rows += active
+            offsets += [depth] * len(active)
+            greedy += best.tolist()
+            tokens += greedy[-len(active) :] if self.strategy.sampling is None else self._sample(active, logits[-1])
+            if self.reference is None:
+                break
+            last = tokens[-len(active) :]
+            going = [
+                (row, token) for row, token in zip(active, last, strict=True) if self._drafts_on(row, token, depth + 1)
+            ]
+            if not going:
+                break
+            active = [row for row, _ in going]
+            states = self.engine.extend([row.slot for row in active], [[token] for _, token in going])
+        places = _Places(rows, offsets, _join(hidden), _join(logits), greedy, tokens)
+        for place, row in enumerate(rows):
+            places.of_row.setdefault(row, []).append(place)
+        return places
 
-    @torch.inference_mode()
-    def _choose(self) -> _Choice:
+    def _states_of(self, rows: Sequence[_Row]) -> Tensor:
         assert self.hidden is not None
-        count, strategy = len(self.rows), self.strategy
-        hidden = self.hidden[:count]
-        state = State(self.engine, hidden, self.engine.logits(hidden), self._uniforms(), self.reference)
-        greedy = state.logits.argmax(-1)
-        tokens = greedy if strategy.sampling is None else self._sample(state)
-        values = strategy.trigger.read(state)
-        fired = self._fired(values)
-        details = self._trace_details(state) if self.trace else {}
-        kept = None
-        if fired:
-            ids, logprobs = propose(state.logits[fired], strategy.num_candidates)
-            assert strategy.selector is not None
-            selection = strategy.selector.select(state, fired, ids, logprobs)
-            tokens = tokens.index_copy(0, torch.tensor(fired, device=tokens.device), selection.token_ids)
-            _add_details(details, fired, ids, logprobs, selection)
-            kept = selection if selection.is_kept else None
-        read = None if values is None else values.tolist()
-        return _Choice(tokens.tolist(), greedy.tolist(), read, fired, kept, details)
+        slots = [row.slot for row in rows]
+        return self.hidden[: len(slots)] if slots == list(range(len(slots))) else self.hidden[slots]
 
-    def _uniforms(self) -> Tensor:
-        draws = [row.draws[row.steps] if row.steps < len(row.draws) else 0.0 for row in self.rows]
-        return torch.tensor(draws, dtype=torch.float64, device=self.engine.device)
+    def _drafts_on(self, row: _Row, token: int, depth: int) -> bool:
+        if token in self.engine.loaded.stop_ids or row.steps + depth >= self.max_new_tokens:
+            return False
+        return depth < self._draft_length.at(row.steps, row.flips)
 
-    def _sample(self, state: State) -> Tensor:
+    def _sample(self, rows: Sequence[_Row], logits: Tensor) -> list[int]:
         how = self.strategy.sampling
         assert how is not None
-        return sample(filter_logits(state.logits, how.temperature, how.top_k, how.top_p, how.min_p), state.uniforms)
+        filtered = filter_logits(logits, how.temperature, how.top_k, how.top_p, how.min_p)
+        return sample(filtered, self._uniforms(rows, [0] * len(rows))).tolist()
 
-    def _fired(self, values: Tensor | None) -> list[int]:
+    def _uniforms(self, rows: Sequence[_Row], offsets: Sequence[int]) -> Tensor:
+        draws = [
+            row.draws[row.steps + at] if row.steps + at < len(row.draws) else 0.0
+            for row, at in zip(rows, offsets, strict=True)
+        ]
+        return torch.tensor(draws, dtype=torch.float64, device=self.engine.device)
+
+    # Choosing
+
+    def _choose(self, places: _Places) -> _Choice:
+        """Read the trigger everywhere and, where it fired, propose candidates; an LLM selects at once."""
+        strategy, reference = self.strategy, self.reference
+        state = State(
+            self.engine,
+            places.hidden,
+            places.logits,
+            self._uniforms(places.rows, places.offsets),
+            reference.engine if reference is not None else None,
+            lambda wanted: self._llm_states(places, wanted),
+        )
+        values = strategy.trigger.read(state)
+        choice = _Choice(None if values is None else values.tolist(), self._fired(places, values))
+        if self.trace:
+            choice.details = self._trace_details(state)
+        if choice.fired:
+            fired_logits = places.logits if len(choice.fired) == len(places.rows) else places.logits[choice.fired]
+            choice.candidate_ids, choice.logprobs = propose(fired_logits, strategy.num_candidates)
+            if strategy.selector is not None and not self._scores_itself:
+                self._note(choice, strategy.selector.select(state, choice.fired, choice.candidate_ids, choice.logprobs))
+        return choice
+
+    def _llm_states(self, places: _Places, wanted: Sequence[int]) -> Tensor:
+        """The LLM's states at some places, after one forward over what it has not read of those rows; [n, H']."""
+        assert self.reference is not None
+        wanted_rows = list(dict.fromkeys(places.rows[place] for place in wanted))
+        states = self.reference.states({row.slot: places.draft(row) for row in wanted_rows})
+        first, total = {}, 0
+        for row in wanted_rows:
+            first[row] = total
+            total += len(states[row.slot])
+        index = [first[places.rows[place]] + places.offsets[place] for place in wanted]
+        return torch.cat([states[row.slot] for row in wanted_rows])[index]
+
+    def _fired(self, places: _Places, values: Tensor | None) -> list[int]:
         if values is None:
             return []
-        fires = self.strategy.trigger.fires(values, self.strategy.threshold).tolist()
+        fires = self.strategy.trigger.fires(values, self.strategy.threshold)
+        if not fires.any():
+            return []
         warmup = self.strategy.warmup_steps
-        return [row for row, fire in enumerate(fires) if fire and self.rows[row].steps >= warmup]
+        rows, offsets = places.rows, places.offsets
+        return [i for i in fires.nonzero()[:, 0].tolist() if rows[i].steps + offsets[i] >= warmup]
 
     def _trace_details(self, state: State) -> dict[int, dict]:
         ids, logprobs = propose(state.logits, self.strategy.num_candidates)
@@ -169,64 +252,171 @@ class Decoder:
         if self.strategy.trigger.needs_llm:
             logits = state.llm_logits()
             probs, top = log_softmax_at(logits, ids).exp().tolist(), logits.argmax(-1).tolist()
-            for row, detail in enumerate(details):
-                detail.update(llm_probs=tuple(probs[row]), llm_top_id=top[row])
+            for place, detail in enumerate(details):
+                detail.update(llm_probs=tuple(probs[place]), llm_top_id=top[place])
         return dict(enumerate(details))
 
-    def _step(self, row: int, choice: _Choice) -> Step:
-        state = self.rows[row]
-        state.steps += 1
-        token = choice.tokens[row]
+    def _note(self, choice: _Choice, selection: Selection) -> None:
+        """Write a selection into the choice: tokens, and the fields of the Steps."""
+        assert choice.candidate_ids is not None and choice.logprobs is not None
+        found = _candidate_details(choice.candidate_ids, choice.logprobs)
+        index = selection.index.tolist()
+        scores = selection.scores.tolist() if selection.scores is not None else None
+        llm_probs = selection.llm_probs.tolist() if selection.llm_probs is not None else None
+        for i, (place, token) in enumerate(zip(choice.fired, selection.token_ids.tolist(), strict=True)):
+            choice.chosen[place] = token
+            detail = choice.details.setdefault(place, {})
+            detail.update(found[i], fired=True, selected_index=index[i])
+            if scores is not None:
+                detail["scores"] = tuple(scores[i])
+            if llm_probs is not None:
+                detail["llm_probs"] = tuple(llm_probs[i])
+
+    # Accepting
+
+    def _accept(self, row: _Row, places: _Places, choice: _Choice, steps: list[Step]) -> None:
+        """Accept a row's draft up to its first flip or its end, and forget what the models read past that."""
+        own = places.of_row[row]
+        accepted: list[int] = []
+        for place in own:
+            accepted.append(self._step(row, place, places, choice, steps))
+            if row.is_finished or accepted[-1] != places.tokens[place]:
+                break
+        if len(own) > 1:
+            self.engine.crop([row.slot], [self.engine.lengths[row.slot] - (len(own) - len(accepted))])
+        if self.reference is not None:
+            self.reference.settle(row.slot, places.draft(row), accepted)
+        row.is_ready, row.feed = False, [accepted[-1]]
+
+    def _step(self, row: _Row, place: int, places: _Places, choice: _Choice, steps: list[Step]) -> int:
+        """Emit one step of a row; returns its token."""
+        token = choice.chosen.get(place, places.tokens[place])
+        row.steps += 1
+        row.flips += place in choice.chosen and token != places.greedy[place]
         reason = None
         if token in self.engine.loaded.stop_ids:
             reason = "stop"
-        elif state.steps >= self.max_new_tokens:
+        elif row.steps >= self.max_new_tokens:
             reason = "length"
-        return Step(
-            request=state.request.index,
-            index=state.steps - 1,
-            token_id=token,
-            greedy_id=choice.greedy[row],
-            fired="fired" in choice.details.get(row, {}),
-            value=None if choice.values is None else choice.values[row],
+        row.is_finished = reason is not None
+        step = Step(
+            row.request.index,
+            row.steps - 1,
+            token,
+            places.greedy[place],
+            value=None if choice.values is None else choice.values[place],
             finish_reason=reason,
-            **{key: value for key, value in choice.details.get(row, {}).items() if key != "fired"},
+            **choice.details.get(place, {}),
         )
+        steps.append(step)
+        return token
 
-    @torch.inference_mode()
-    def _advance(self, choice: _Choice, alive: list[int]) -> None:
-        """Run the accepted tokens of rows that go on (unless a kept branch did), and close the gaps of those that ended."""
-        kept_rows = choice.fired if choice.kept is not None else []
-        plain = [row for row in alive if row not in set(kept_rows)]
-        if plain:
-            self._store(plain, self.engine.extend(plain, [[choice.tokens[row]] for row in plain]))
-        if choice.kept is not None:
-            assert choice.kept.hidden is not None
-            self._store(kept_rows, choice.kept.hidden)
-        if self.reference is not None:
-            for row in alive:
-                self.reference.push(row, choice.tokens[row])
-        self._retire(set(range(len(self.rows))) - set(alive))
+    # Rows come and go
 
-    def _retire(self, ended: set[int]) -> None:
-        for row in sorted(ended):
-            state = self.rows[row]
-            llm = self.reference.engine.work[row] if self.reference is not None else Work()
-            self.costs[state.request.index] = _cost(state.steps, self.engine.work[row], llm)
-        for row in sorted(ended, reverse=True):
-            last = len(self.rows) - 1
-            if row != last:
-                self._move(last, row)
-            self.rows.pop()
+    def _retire(self) -> None:
+        """Free the slots of finished rows; the last rows move into the gaps."""
+        for row in sorted((row for row in self.rows if row.is_finished), key=lambda row: -row.slot):
+            llm = self.reference.engine.work[row.slot] if self.reference is not None else Work()
+            self.costs[row.request.index] = _cost(row.steps, self.engine.work[row.slot], llm)
+            last = self.rows.pop()
+            if last is not row:
+                self._move(last, row.slot)
 
-    def _move(self, source: int, target: int) -> None:
+    def _move(self, row: _Row, slot: int) -> None:
         assert self.hidden is not None
-        self.engine.copy([source], [target])
-        self.engine.work[target] = self.engine.work[source]
-        self.hidden[target] = self.hidden[source]
-        self.rows[target] = self.rows[source]
+        self.engine.copy([row.slot], [slot])
+        self.engine.work[slot] = self.engine.work[row.slot]
+        self.hidden[slot] = self.hidden[row.slot]
         if self.reference is not None:
-            self.reference.move(source, target)
+            self.reference.move(row.slot, slot)
+        self.rows[slot], row.slot = row, slot
+
+    def _admit(self, waiting: deque[Request]) -> None:
+        """Give free slots to waiting requests; their prompts run in the next forward, equal prompts once."""
+        first: dict[tuple[int, ...], _Row] = {}
+        num_tokens = 0
+        while waiting and len(self.rows) < self.engine.max_rows and num_tokens < _PROMPT_TOKENS_AT_ONCE:
+            request = waiting.popleft()
+            prompt = tuple(request.prompt_ids)
+            row = _Row(request, len(self.rows), list(prompt), self._draws(request), twin=first.get(prompt))
+            if row.twin is None:
+                first[prompt] = row
+                num_tokens += len(prompt)
+            self.rows.append(row)
+            self.engine.reset(row.slot)
+            if self.reference is not None:
+                self.reference.start(row.slot, prompt)
+
+    def _draws(self, request: Request) -> np.ndarray:
+        strategy = self.strategy
+        if strategy.sampling is None and strategy.trigger.name != "random":
+            return np.zeros(0)
+        return uniforms(strategy.seed, request.key or str(request.index), self.max_new_tokens)
+
+    # Moving on
+
+    def _forward(self, rows: Sequence[int] = (), candidate_ids: Tensor | None = None) -> Tensor:
+        """One forward over what every row has to feed, and over candidates of some rows [f, K]; their states [f, K, H]."""
+        fed = [row for row in self.rows if row.feed and row.twin is None]
+        if not fed:
+            return torch.empty(0)
+        states, branch = self.engine.step([row.slot for row in fed], [row.feed for row in fed], rows, candidate_ids)
+        if self.hidden is None:
+            self.hidden = states.new_zeros(self.engine.max_rows, states.shape[-1])
+        self.hidden[[row.slot for row in fed]] = states
+        twins = [row for row in self.rows if row.twin is not None]
+        if twins:
+            source, target = zip(*((row.twin.slot, row.slot) for row in twins if row.twin is not None), strict=True)
+            self.engine.copy(source, target)
+            self.hidden[list(target)] = self.hidden[list(source)]
+        for row in (*fed, *twins):
+            row.is_ready, row.feed, row.twin = True, [], None
+        return branch
+
+    def _forward_and_select(
+        self, places: _Places, choice: _Choice, undecided: list[tuple[_Row, int]], steps: list[Step]
+    ) -> None:
+        """The forward in which the SLM scores its own candidates, beside the ordinary tokens of all rows.
+
+        A row that selects feeds its greedy token meanwhile: nine times in ten that is the winner, and its ordinary step
+        is done. If another wins, its branch is kept (scope `always`), or it is fed by the next forward (`candidates`,
+        where the branch is the adapter's and the cache has to be the base model's).
+        """
+        engine, selector = self.engine, self.strategy.selector
+        assert engine.adapter is not None and isinstance(selector, LocalSelector)
+        assert choice.candidate_ids is not None and choice.logprobs is not None
+        undecided.sort(key=lambda item: item[0].slot)
+        slots = [row.slot for row, _ in undecided]
+        order = [choice.fired.index(place) for _, place in undecided]
+        choice.fired = [place for _, place in undecided]
+        choice.candidate_ids, choice.logprobs = choice.candidate_ids[order], choice.logprobs[order]
+        keeps_branch = engine.adapter.scope == "always"
+        if keeps_branch:  # the greedy token that the rows feed is candidate 0 itself
+            others = choice.candidate_ids[:, 1:]
+            branch = self._forward(slots, others) if others.numel() else self._forward()
+            assert self.hidden is not None
+            first = self.hidden[slots][:, None]
+            branch = torch.cat([first, branch], dim=1) if others.numel() else first
+        else:
+            branch = self._forward(slots, choice.candidate_ids)
+        selection = selector.read(engine.adapter, branch, choice.candidate_ids, choice.logprobs)
+        self._note(choice, selection)
+        for i, (row, place) in enumerate(undecided):
+            token = self._step(row, place, places, choice, steps)
+            index = int(selection.index[i])
+            if row.is_finished or token == places.greedy[place]:
+                continue
+            if keeps_branch:
+                assert self.hidden is not None
+                engine.accept([row.slot], selection.index[i : i + 1] - 1)
+                self.hidden[row.slot] = branch[i, index]
+            else:
+                engine.crop([row.slot], [engine.lengths[row.slot] - 1])
+                row.is_ready, row.feed = False, [token]
+
+
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _cost(generated: int, slm: Work, llm: Work) -> Cost:
@@ -236,19 +426,3 @@ def _cost(generated: int, slm: Work, llm: Work) -> Cost:
 def _candidate_details(ids: Tensor, logprobs: Tensor) -> list[dict]:
     pairs = zip(ids.tolist(), logprobs.tolist(), strict=True)
     return [{"candidates": Candidates(tuple(row_ids), tuple(row_probs))} for row_ids, row_probs in pairs]
-
-
-def _add_details(
-    details: dict[int, dict], fired: list[int], ids: Tensor, logprobs: Tensor, selection: Selection
-) -> None:
-    found = _candidate_details(ids, logprobs)
-    index = selection.index.tolist()
-    scores = selection.scores.tolist() if selection.scores is not None else None
-    llm_probs = selection.llm_probs.tolist() if selection.llm_probs is not None else None
-    for place, row in enumerate(fired):
-        detail = details.setdefault(row, {})
-        detail.update(found[place], fired=True, selected_index=index[place])
-        if scores is not None:
-            detail["scores"] = tuple(scores[place])
-        if llm_probs is not None:
-            detail["llm_probs"] = tuple(llm_probs[place])

@@ -1,4 +1,4 @@
-"""Selectors: what a triggered step takes. Each sees the candidates of the fired rows and returns one token per row."""
+"""Selectors: what a triggered step takes. Each sees the candidates of the fired places and returns one token for each."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ import torch
 from torch import Tensor
 
 from s2t.decode.state import State, log_softmax_at
+from s2t.model.adapter import SelectorAdapter
 
 
 @dataclass(slots=True)
 class Selection:
-    """Chosen tokens of the fired rows; `index` is -1 where the token is no candidate (takeover)."""
+    """Chosen tokens of the fired places; `index` is -1 where the token is no candidate (takeover)."""
 
     token_ids: Tensor  # [f]
     index: Tensor  # [f]
     scores: Tensor | None = None  # [f, K]
     llm_probs: Tensor | None = None  # [f, K]
-    is_kept: bool = False  # the engine already holds the chosen branch
-    hidden: Tensor | None = None  # [f, H], the chosen branch's state, when kept
 
 
 class Selector:
@@ -29,8 +28,8 @@ class Selector:
     needs_llm = False
     needs_adapter = False
 
-    def select(self, state: State, rows: Sequence[int], ids: Tensor, logprobs: Tensor) -> Selection:
-        """Choose for the fired rows; ids and logprobs [f, K], best first."""
+    def select(self, state: State, places: Sequence[int], ids: Tensor, logprobs: Tensor) -> Selection:
+        """Choose for the fired places; ids and logprobs [f, K], best first."""
         raise NotImplementedError
 
 
@@ -39,8 +38,8 @@ class LLMSelector(Selector):
 
     needs_llm = True
 
-    def select(self, state: State, rows: Sequence[int], ids: Tensor, logprobs: Tensor) -> Selection:
-        llm_logprobs = log_softmax_at(state.llm_logits(rows), ids)  # [f, K]
+    def select(self, state: State, places: Sequence[int], ids: Tensor, logprobs: Tensor) -> Selection:
+        llm_logprobs = log_softmax_at(state.llm_logits(places), ids)  # [f, K]
         index = llm_logprobs.argmax(-1)
         return Selection(ids.gather(-1, index[:, None])[:, 0], index, llm_logprobs, llm_logprobs.exp())
 
@@ -50,8 +49,8 @@ class TakeoverSelector(Selector):
 
     needs_llm = True
 
-    def select(self, state: State, rows: Sequence[int], ids: Tensor, logprobs: Tensor) -> Selection:
-        logits = state.llm_logits(rows)
+    def select(self, state: State, places: Sequence[int], ids: Tensor, logprobs: Tensor) -> Selection:
+        logits = state.llm_logits(places)
         token_ids = logits.argmax(-1)
         is_candidate = ids == token_ids[:, None]  # [f, K]
         index = torch.where(is_candidate.any(-1), is_candidate.int().argmax(-1), -1)
@@ -59,26 +58,14 @@ class TakeoverSelector(Selector):
 
 
 class LocalSelector(Selector):
-    """S2T-LOCAL: the SLM scores its own candidates in one tree step; no LLM.
-
-    Under adapter scope `always` the winner's branch stays in the cache and replaces the ordinary step; under
-    `candidates` the branch was made by the adapter and is dropped.
-    """
+    """S2T-LOCAL: the SLM scores its own candidates; no LLM. The loop hands it their states from one tree step."""
 
     needs_adapter = True
 
-    def select(self, state: State, rows: Sequence[int], ids: Tensor, logprobs: Tensor) -> Selection:
-        engine = state.engine
-        adapter = engine.adapter
-        assert adapter is not None, "s2t-local is read from an adapter"
-        hidden = engine.branch(rows, ids)  # [f, K, H]
-        with torch.inference_mode():
-            scores = adapter.scores(hidden, logprobs)
-            scores = scores.masked_fill(logprobs == float("-inf"), float("-inf"))  # reserved ids, when K is near V
+    @torch.inference_mode()
+    def read(self, adapter: SelectorAdapter, hidden: Tensor, ids: Tensor, logprobs: Tensor) -> Selection:
+        """Choose from the candidates' states [f, K, H]; ids and logprobs [f, K]. Source: METHOD section 3."""
+        scores = adapter.scores(hidden, logprobs)
+        scores = scores.masked_fill(logprobs == float("-inf"), float("-inf"))  # reserved ids, when K is near V
         index = scores.argmax(-1)
-        selection = Selection(ids.gather(-1, index[:, None])[:, 0], index, scores)
-        if adapter.scope == "always":
-            engine.accept(rows, index)
-            selection.is_kept = True
-            selection.hidden = hidden[torch.arange(len(rows), device=hidden.device), index]
-        return selection
+        return Selection(ids.gather(-1, index[:, None])[:, 0], index, scores)

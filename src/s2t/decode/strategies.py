@@ -45,6 +45,8 @@ class Strategy:
     num_candidates: int = DEFAULT_CANDIDATES
     sampling: Sampling | None = None
     warmup_steps: int = 3
+    draft_tokens: int = 0
+    """Tokens drafted per LLM forward; 0 adapts to the row's rate of flips, 1 is step by step."""
     seed: int = 0
 
     @property
@@ -77,6 +79,7 @@ def build_strategy(
         _SELECTORS[name](),
         k,
         warmup_steps=config.warmup_steps,
+        draft_tokens=config.draft_tokens,
         seed=seed,
     )
 

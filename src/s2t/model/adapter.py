@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,17 @@ class SelectorAdapter:
         for layer in self._layers:
             layer.enable_adapters(on)
         self._acting = on
+
+    @contextmanager
+    def acting_from(self, first: int, num_tokens: int) -> Iterator[None]:
+        """Let the LoRA act on the tokens from place `first` of a flat forward of N on, and on no others."""
+        assert not self._acting
+        hooks = [layer.register_forward_hook(partial(_add_lora, first, num_tokens)) for layer in self._layers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def expected(self, hidden: Tensor) -> Tensor:
         """Expected bin of candidates from their hidden states; [..., H] -> [...], in [0, 1]."""
@@ -224,7 +236,7 @@ def _new_peft_model(loaded: LoadedModel, config: AdapterConfig) -> Any:
         task_type="CAUSAL_LM",
     )
     with _quiet_peft():
-        return peft.get_peft_model(loaded.model, lora)
+        return peft.get_peft_model(loaded.model, lora).eval()  # training turns dropout on
 
 
 @contextmanager
@@ -239,6 +251,17 @@ def _tuner_layers(model: nn.Module) -> list[Any]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def _add_lora(first: int, num_tokens: int, layer: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+    """Add a plain LoRA layer's own term to the tokens from `first` on, as its forward would (no dropout: inference)."""
+    if args[0].shape[-2] != num_tokens:
+        raise ModelError("this model routes tokens to experts, so its LoRA cannot act on some alone; use scope always.")
+    states = args[0][..., first:, :]
+    for name in layer.active_adapters:
+        down, up = layer.lora_A[name], layer.lora_B[name]
+        term = up(down(states.to(down.weight.dtype))) * layer.scaling[name]
+        output[..., first:, :] = (output[..., first:, :] + term).to(output.dtype)
 
 
 def _card(config: AdapterConfig) -> str:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from s2t.errors import ModelError
+from s2t.model.attention import Segment
 
 GROWTH = 128  # columns are allocated in multiples of this
 
@@ -34,28 +34,15 @@ def check_cacheable(config: PreTrainedConfig) -> None:
         raise ModelError(f"{config.model_type} is an encoder-decoder; a decoder-only causal LM is needed.")
 
 
-class SlotView:
-    """Which rows and columns the current forward writes and reads; one object shared by all layers.
-
-    `rows` None means rows 0..n-1 (a view, no copy); `start` is set when all rows write at the same column.
-    """
-
-    def __init__(self) -> None:
-        self.rows: Tensor | None = None
-        self.columns: Tensor = torch.empty(0, 0, dtype=torch.long)  # [n, T]
-        self.start: int | None = None
-        self.extent = 0
-
-
 class SlotLayer(CacheLayerMixin):
     """One layer's keys and values, [max_rows, heads, capacity, head_dim], allocated at first use and grown in steps."""
 
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, view: SlotView, max_rows: int) -> None:
+    def __init__(self, segments: list[Segment], max_rows: int) -> None:
         super().__init__()
-        self.view = view
+        self.segments = segments
         self.max_rows = max_rows
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -71,7 +58,7 @@ class SlotLayer(CacheLayerMixin):
         held = self.keys.shape[2]
         if extent <= held:
             return
-        capacity = -(-max(extent, held + held // 2) // GROWTH) * GROWTH
+        capacity = -(-extent // GROWTH) * GROWTH
         for name in ("keys", "values"):
             old = getattr(self, name)
             new = old.new_zeros(self._shape(old, capacity))
@@ -79,30 +66,24 @@ class SlotLayer(CacheLayerMixin):
             setattr(self, name, new)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write [1, heads, N, D] to the segments' places; returns the whole stores, which `attend` reads in place."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self._ensure(self.view.extent)
+        self._ensure(max(segment.extent for segment in self.segments))
         assert self.keys is not None and self.values is not None
-        return self._write(self.keys, key_states), self._write(self.values, value_states)
-
-    def _write(self, store: Tensor, states: Tensor) -> Tensor:
-        view, count, width = self.view, states.shape[0], states.shape[2]
-        if view.rows is None:
-            rows = store[:count]
-            if view.start is not None:
-                rows[:, :, view.start : view.start + width] = states
-            else:
-                index = torch.arange(count, device=states.device)[:, None]
-                rows[index, :, view.columns] = states.transpose(1, 2)
-            return rows[:, :, : view.extent]
-        store[view.rows[:, None], :, view.columns] = states.transpose(1, 2)
-        return store[view.rows, :, : view.extent]
+        for store, states in ((self.keys, key_states), (self.values, value_states)):
+            flat, at = states.transpose(1, 2)[0], 0  # [N, heads, D]
+            for segment in self.segments:
+                n, width = segment.shape
+                segment.write(store, flat[at : at + n * width].unflatten(0, (n, width)))
+                at += n * width
+        return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.view.extent, 0
+        return self.get_seq_length(), 0
 
     def get_seq_length(self) -> int:
-        return self.view.extent
+        return max((segment.extent for segment in self.segments), default=0)
 
     def get_max_length(self) -> int:
         return -1
@@ -112,15 +93,11 @@ class SlotLayer(CacheLayerMixin):
 
 
 class SlotCache(Cache):
-    """The cache of all layers; every forward first calls `select` with its rows and columns."""
+    """The cache of all layers; `segments` says which rows and columns the current forward writes and reads."""
 
     def __init__(self, num_layers: int, max_rows: int) -> None:
-        self.view = SlotView()
-        super().__init__(layers=[SlotLayer(self.view, max_rows) for _ in range(num_layers)])
-
-    def select(self, rows: Tensor | None, columns: Tensor, start: int | None, extent: int) -> None:
-        """Direct the next forward at `rows` (None: rows 0..n-1) and `columns` [n, T]; reads see [0, extent)."""
-        self.view.rows, self.view.columns, self.view.start, self.view.extent = rows, columns, start, extent
+        self.segments: list[Segment] = []  # one list, shared by all layers
+        super().__init__(layers=[SlotLayer(self.segments, max_rows) for _ in range(num_layers)])
 
     def copy_columns(self, rows: Tensor, source: Tensor, target: Tensor) -> None:
         """Keep a branch's winner: copy column source[i] of row rows[i] to target[i]; all [n]."""

@@ -7,18 +7,21 @@ states, which `logits` turns into a distribution and the adapter into scores; no
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from s2t.core.candidates import mask_forbidden
 from s2t.errors import ModelError
 from s2t.model.adapter import SelectorAdapter, attached_adapter
+from s2t.model.attention import Segment, slot_attention
 from s2t.model.cache import SlotCache
 from s2t.model.load import LoadedModel
-from s2t.model.tree import causal_mask, key_positions, layer_masks, tree_mask
+from s2t.model.tree import causal_mask, tree_mask
+
+_FILLED_GAP = 4  # rows
 
 
 @dataclass(slots=True)
@@ -42,7 +45,9 @@ class Head:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., V], float32."""
-        logits = self.linear(hidden).float() * self.scale / self.divisor
+        logits = self.linear(hidden).float()
+        if self.scale != self.divisor:
+            logits = logits * (self.scale / self.divisor)
         if self.softcap:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
@@ -60,14 +65,16 @@ class Engine:
         self.adapter = adapter
         self.model = adapter.base_model if adapter is not None else loaded.model
         self.decoder: Any = self.model.get_decoder()
-        self.config = self.model.config.get_text_config(decoder=True)
-        if self.config._attn_implementation not in ("sdpa", "eager"):
+        self.config = self.decoder.config.get_text_config(decoder=True)
+        if not loaded.model._can_set_attn_implementation():
             raise ModelError(
-                f"attention {self.config._attn_implementation!r} takes no tree mask; load the model with sdpa or eager."
+                f"{self.config.model_type} computes attention in its own way, which cannot read cache slots; use a model "
+                "whose code goes through transformers' attention interface."
             )
         self.head = Head(self.model)
         self.max_rows = max_rows
         self.lengths = [0] * max_rows
+        self._branched: dict[int, int] = {}  # row -> length at its last branch
         self.work = [Work() for _ in range(max_rows)]
         self.cache = SlotCache(self.config.num_hidden_layers, max_rows)
         self.device, self.dtype = loaded.device, loaded.model.dtype
@@ -82,49 +89,69 @@ class Engine:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits with reserved ids and padding rows masked; [..., H] -> [..., vocab_size], float32."""
-        return mask_forbidden(self.head(hidden), self.forbidden_ids, self.vocab_size)
+        logits = self.head(hidden)[..., : self.vocab_size]  # fresh: masked in place
+        return logits.index_fill_(-1, self.forbidden_ids, float("-inf"))
 
-    @torch.inference_mode()
     def extend(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
         """Append tokens[i] (at least one) to row rows[i]; returns the last token's hidden state, [n, H].
 
-        Prefill is `extend` of an empty row, a step is `extend` by one token each, in one forward either way.
+        Prefill is `extend` of an empty row, a step is `extend` by one token; rows may mix both in one forward.
         """
-        hidden = self._forward_tokens(rows, tokens)
-        last = torch.tensor([len(ids) - 1 for ids in tokens], device=self.device)
-        return hidden[torch.arange(len(rows), device=self.device), last]
+        return self.step(rows, tokens)[0]
 
     @torch.inference_mode()
-    def read(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
-        """As `extend`, but returns the hidden state of every appended token, [n, T, H] (right-padded)."""
-        return self._forward_tokens(rows, tokens)
+    def read(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> list[Tensor]:
+        """As `extend`, but returns the hidden states of every appended token, row by row, [len(tokens[i]), H] each."""
+        layout = _Layout(self.device)
+        starts = layout.add_tokens(rows, tokens, self.lengths)
+        hidden = self._run(layout)
+        self._advance(rows, tokens)
+        return [hidden[at : at + len(ids)] for at, ids in zip(starts, tokens, strict=True)]
 
     @torch.inference_mode()
+    def step(
+        self,
+        rows: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+        branch_rows: Sequence[int] = (),
+        candidate_ids: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`extend` and `branch` in one forward: a row's K candidates stand where its new token (if any) stands.
+
+        Returns the last hidden states of `rows`, [n, H], and those of the candidates, [f, K, H]. Under scope
+        `candidates` the adapter acts on the candidates alone.
+        """
+        layout = _Layout(self.device)
+        starts = layout.add_tokens(rows, tokens, self.lengths)
+        count = layout.num_tokens
+        if candidate_ids is not None:
+            layout.add_branches(branch_rows, candidate_ids, self.lengths)
+            self._branched.update((row, self.lengths[row]) for row in branch_rows)
+            self._count_branches(branch_rows, candidate_ids.shape[1], frozenset(rows))
+        hidden = self._run(layout, branches_from=count)
+        self._advance(rows, tokens)
+        last = [at + len(ids) - 1 for at, ids in zip(starts, tokens, strict=True)]
+        wanted = hidden[:count]
+        if last != list(range(count)):
+            wanted = hidden[torch.tensor(last, device=self.device).long()]
+        return wanted, hidden[count:].unflatten(0, (len(branch_rows), -1)) if branch_rows else hidden[count:]
+
     def branch(self, rows: Sequence[int], candidate_ids: Tensor) -> Tensor:
         """One forward over K candidates per row, all at the next position, each seeing the prefix and itself.
 
         candidate_ids [n, K] -> hidden states [n, K, H] (under the adapter, if there is one). Row lengths do
         not change: follow with `accept` to keep one candidate, or with `extend` to go on from the prefix.
         """
-        count, width = candidate_ids.shape
-        lengths = torch.tensor([self.lengths[row] for row in rows], device=self.device)
-        columns = lengths[:, None] + torch.arange(width, device=self.device)  # [n, K]
-        extent = max(self.lengths[row] for row in rows) + width
-        positions = lengths[:, None].expand(count, width)
-        mask = tree_mask(lengths, width, extent)
-        keys = key_positions(extent, lengths, positions)
-        self._count(rows, [width] * count, [self.lengths[row] + 1 for row in rows])
-        self._set_adapter(is_branch=True)
-        return self._run(rows, candidate_ids, positions, columns, mask, keys, extent)
+        return self.step((), (), rows, candidate_ids)[1]
 
     @torch.inference_mode()
     def accept(self, rows: Sequence[int], index: Tensor) -> None:
-        """Keep candidate index[i] of the last `branch` of row rows[i] in its cache and drop the others; [n]."""
-        lengths = torch.tensor([self.lengths[row] for row in rows], device=self.device)
+        """Keep candidate index[i] of the last branch of row rows[i] in its cache, in place of whatever stands there; [n]."""
+        starts = torch.tensor([self._branched[row] for row in rows], device=self.device)
         slots = torch.tensor(list(rows), device=self.device)
-        self.cache.copy_columns(slots, lengths + index.to(self.device), lengths)
+        self.cache.copy_columns(slots, starts + 1 + index.to(self.device), starts)
         for row in rows:
-            self.lengths[row] += 1
+            self.lengths[row] = self._branched[row] + 1
 
     def crop(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
         """Forget the tokens of rows past their new lengths."""
@@ -146,51 +173,45 @@ class Engine:
         self.lengths[row] = 0
         self.work[row] = Work()
 
-    def _forward_tokens(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
+    def _run(self, layout: _Layout, branches_from: int | None = None) -> Tensor:
+        """One forward over all segments; hidden states [N, H] in the layout's order."""
+        ids, positions = layout.tensors()  # [1, N] each
+        self.cache.segments[:] = layout.segments
+        with slot_attention(self.config), self._adapted(branches_from, layout.num_tokens):
+            output = self.decoder(
+                input_ids=ids,
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=True,
+                segments=layout.segments,
+            )
+        return output.last_hidden_state[0]
+
+    def _adapted(self, branches_from: int | None, num_tokens: int) -> AbstractContextManager[None]:
+        """The adapter on every token, on none, or (scope `candidates`) on the tokens from `branches_from` on."""
+        if self.adapter is None:
+            if (attached := attached_adapter(self.model)) is not None:
+                attached.act(False)
+            return nullcontext()
+        first = num_tokens if branches_from is None else branches_from
+        if self.adapter.scope == "always" or first == 0:
+            self.adapter.act(True)
+            return nullcontext()
+        self.adapter.act(False)
+        return self.adapter.acting_from(first, num_tokens) if first < num_tokens else nullcontext()
+
+    def _advance(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> None:
         widths = [len(ids) for ids in tokens]
-        width = max(widths)
-        padded = [[*ids, *([ids[-1]] * (width - len(ids)))] for ids in tokens]
-        ids = torch.tensor(padded, device=self.device)  # [n, T]
-        starts = torch.tensor([self.lengths[row] for row in rows], device=self.device)
-        positions = starts[:, None] + torch.arange(width, device=self.device)  # [n, T]
-        extent = max(self.lengths[row] for row in rows) + width
-        mask = causal_mask(positions, extent)
         self._count(rows, widths, [self.lengths[row] + n / 2 for row, n in zip(rows, widths, strict=True)])
-        self._set_adapter(is_branch=False)
-        hidden = self._run(rows, ids, positions, positions, mask, key_positions(extent, None, positions), extent)
         for row, n in zip(rows, widths, strict=True):
             self.lengths[row] += n
-        return hidden
 
-    def _run(
-        self,
-        rows: Sequence[int],
-        ids: Tensor,
-        positions: Tensor,
-        columns: Tensor,
-        mask: Tensor,
-        keys: Tensor,
-        extent: int,
-    ) -> Tensor:
-        is_prefix = list(rows) == list(range(len(rows)))
-        starts = {self.lengths[row] for row in rows}
-        start = starts.pop() if len(starts) == 1 else None
-        slots = None if is_prefix else torch.tensor(list(rows), device=self.device)
-        self.cache.select(slots, columns, start, extent)
-        output = self.decoder(
-            input_ids=ids,
-            attention_mask=layer_masks(self.config, mask, positions, keys, self.dtype),
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        return output.last_hidden_state
-
-    def _set_adapter(self, is_branch: bool) -> None:
-        if self.adapter is not None:
-            self.adapter.act(is_branch or self.adapter.scope == "always")
-        elif (attached := attached_adapter(self.model)) is not None:
-            attached.act(False)
+    def _count_branches(self, rows: Sequence[int], width: int, stepping: frozenset[int]) -> None:
+        for row in rows:
+            work = self.work[row]
+            work.forwards += row not in stepping  # else the same forward
+            work.processed += width
+            work.flops += self._flops(width, self.lengths[row] + 1)
 
     def _count(self, rows: Sequence[int], widths: Sequence[int], contexts: Sequence[float]) -> None:
         for row, width, context in zip(rows, widths, contexts, strict=True):
@@ -198,6 +219,130 @@ class Engine:
             work.forwards += 1
             work.processed += width
             work.flops += self._flops(width, context)
+
+
+class _Layout:
+    """The tokens of one forward in one flat line, and the segments that say where in the cache they belong."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.segments: list[Segment] = []
+        self.num_tokens = 0
+        self._ids: list[Tensor] = []
+
+    def add_tokens(self, rows: Sequence[int], tokens: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[int]:
+        """Lay out tokens[i] behind row rows[i]; returns the flat place of each row's first token.
+
+        Rows that add one token come first, then prompts and drafts, all as runs of neighbouring rows, so that the cache
+        is read in place.
+        """
+        starts = [0] * len(rows)
+        for run in _runs([(i, rows[i]) for i, ids in enumerate(tokens) if len(ids) == 1], max_gap=_FILLED_GAP):
+            self._add_single(run, rows, tokens, lengths, starts)
+        wide = [(i, rows[i]) for i, ids in enumerate(tokens) if len(ids) > 1]
+        for run in _runs(wide, max_gap=0):
+            for group in _similar(run, [len(ids) for ids in tokens], [lengths[row] for row in rows]):
+                self._add_group(group, rows, tokens, lengths, starts)
+        return starts
+
+    def _add_single(
+        self,
+        run: Sequence[int],
+        rows: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+        lengths: Sequence[int],
+        starts: list[int],
+    ) -> None:
+        """One token per row; a row in between that adds none runs a token whose place is written again later."""
+        first, last = rows[run[0]], rows[run[-1]]
+        ids = [0] * (last + 1 - first)
+        for i in run:
+            ids[rows[i] - first] = tokens[i][0]
+            starts[i] = self.num_tokens + rows[i] - first
+        held = lengths[first : last + 1]
+        positions = torch.tensor(held, device=self.device)[:, None]  # [n, 1]
+        extent = max(held) + 1
+        is_even = min(held) + 1 == extent
+        visible = None if is_even else causal_mask(positions, extent)
+        self._add(
+            torch.tensor(ids, device=self.device),
+            Segment(first, positions, positions, held[0] if is_even else None, extent, visible),
+        )
+
+    def _add_group(
+        self,
+        group: Sequence[int],
+        rows: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+        lengths: Sequence[int],
+        starts: list[int],
+    ) -> None:
+        """Several tokens per row, right-padded to one width; what padding writes is never seen and written again later."""
+        width = max(len(tokens[i]) for i in group)
+        held = [lengths[rows[i]] for i in group]
+        for place, i in enumerate(group):
+            starts[i] = self.num_tokens + place * width
+        ids = torch.tensor(
+            [[*tokens[i], *([tokens[i][-1]] * (width - len(tokens[i])))] for i in group], device=self.device
+        )
+        positions = torch.tensor(held, device=self.device)[:, None] + torch.arange(width, device=self.device)  # [n, T]
+        extent = max(held) + width
+        is_new = extent == width
+        visible = None if is_new else causal_mask(positions, extent)
+        start = held[0] if min(held) == max(held) else None
+        self._add(ids.flatten(), Segment(rows[group[0]], positions, positions, start, extent, visible, is_new))
+
+    def add_branches(self, rows: Sequence[int], candidate_ids: Tensor, lengths: Sequence[int]) -> None:
+        """Candidates [n, K] of rows: at the next position, in the columns behind the one an ordinary token takes."""
+        width = candidate_ids.shape[1]
+        for run in _runs(list(enumerate(rows)), max_gap=0):
+            held = [lengths[rows[i]] for i in run]
+            prefix = torch.tensor(held, device=self.device)
+            columns = prefix[:, None] + 1 + torch.arange(width, device=self.device)  # [n, K]
+            extent = max(held) + 1 + width
+            positions = prefix[:, None].expand(-1, width)
+            visible = tree_mask(prefix, columns, extent)
+            start = held[0] + 1 if min(held) == max(held) else None
+            segment = Segment(rows[run[0]], positions, columns, start, extent, visible, prefix_lengths=prefix)
+            self._add(candidate_ids[run[0] : run[-1] + 1].flatten(), segment)
+
+    def _add(self, ids: Tensor, segment: Segment) -> None:
+        self.segments.append(segment)
+        self._ids.append(ids)
+        self.num_tokens += ids.numel()
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Token ids and positions, [1, N] each."""
+        positions = [segment.positions.flatten() for segment in self.segments]
+        if len(positions) == 1:
+            return self._ids[0][None], positions[0][None]
+        return torch.cat(self._ids)[None], torch.cat(positions)[None]
+
+
+def _runs(items: Sequence[tuple[int, int]], max_gap: int) -> list[list[int]]:
+    """Cut (index, row) pairs where the rows are no neighbours; up to `max_gap` rows may be left out in between."""
+    runs: list[list[int]] = []
+    previous = None
+    for index, row in items:
+        if previous is None or not previous < row <= previous + 1 + max_gap:
+            runs.append([])
+        runs[-1].append(index)
+        previous = row
+    return runs
+
+
+def _similar(run: Sequence[int], widths: Sequence[int], held: Sequence[int]) -> list[list[int]]:
+    """Cut a run of rows where padding to one width would cost more than a quarter, or an empty row meets a filled one."""
+    groups: list[list[int]] = []
+    for i in run:
+        if groups:
+            group = [*groups[-1], i]
+            padded = max(widths[k] for k in group) * len(group)
+            if 4 * padded <= 5 * sum(widths[k] for k in group) and (held[i] == 0) == (held[group[0]] == 0):
+                groups[-1].append(i)
+                continue
+        groups.append([i])
+    return groups
 
 
 class _FlopCount:

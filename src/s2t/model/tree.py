@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from s2t.errors import ModelError
+
 
 def causal_mask(positions: Tensor, extent: int) -> Tensor:
     """Token at position p sees columns [0, p]; positions [n, T] -> bool [n, 1, T, extent]."""
@@ -16,15 +18,14 @@ def causal_mask(positions: Tensor, extent: int) -> Tensor:
     return (columns <= positions.unsqueeze(-1)).unsqueeze(1)
 
 
-def tree_mask(lengths: Tensor, num_candidates: int, extent: int) -> Tensor:
-    """Candidate k of a row sees that row's prefix [0, length) and itself, at column length + k.
+def tree_mask(lengths: Tensor, columns: Tensor, extent: int) -> Tensor:
+    """A candidate sees its row's prefix [0, length) and itself, at its own column.
 
-    lengths [n] -> bool [n, 1, K, extent]
+    lengths [n], columns [n, K] -> bool [n, 1, K, extent]
     """
-    columns = torch.arange(extent, device=lengths.device)
-    prefix = columns[None, None, :] < lengths[:, None, None]  # [n, 1, extent]
-    own = lengths[:, None] + torch.arange(num_candidates, device=lengths.device)  # [n, K]
-    return (prefix | (columns == own.unsqueeze(-1))).unsqueeze(1)
+    every = torch.arange(extent, device=lengths.device)
+    prefix = every[None, None, :] < lengths[:, None, None]  # [n, 1, extent]
+    return (prefix | (every == columns.unsqueeze(-1))).unsqueeze(1)
 
 
 def key_positions(extent: int, lengths: Tensor | None, like: Tensor) -> Tensor:
@@ -39,6 +40,10 @@ def layer_masks(config: PreTrainedConfig, mask: Tensor, query_positions: Tensor,
     `keys` [n, extent] are key positions; a sliding layer sees keys less than `sliding_window` behind. A model
     that has a window and lists no layer types slides in every layer, as in transformers.
     """
+    if config._attn_implementation not in ("sdpa", "eager"):
+        raise ModelError(
+            f"attention {config._attn_implementation!r} takes no tree mask; load the model with sdpa or eager to train on it."
+        )
     window = getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
     full = _as_attention_mask(config, mask, dtype)
