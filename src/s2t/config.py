@@ -365,31 +365,58 @@ class EvalConfig(DecodeConfig, TaskConfig, ModelConfig):
 
 @dataclass(frozen=True)
 class BenchConfig(ModelConfig):
-    """`s2t bench`."""
+    """`s2t bench`; a model may also be `random:` and a shape, such as random:qwen2.5-0.5b or random:qwen2.5-1.5b,layers=4."""
 
+    work: str = "decode"
+    """decode (against transformers and our greedy; with --llm drafted s2t too), collect (labelling by prefill against step by
+    step; needs --llm) or train (one optimizer step on shared prefixes)."""
     batch_size: int = 8
     """Sequences decoded at once."""
     prompt_tokens: int = 128
-    """Length of every prompt."""
+    """Length of every prompt, or of a training prefix."""
     max_new_tokens: int = 64
     """Tokens generated per sequence."""
-    trigger_rate: float = 0.02
-    """Share of steps at which s2t-local selects."""
+    trigger_rates: str = "0.02"
+    """Shares of steps at which s2t-local selects, comma-separated; the last one is that of collect and of s2t, too."""
     num_candidates: int = 8
     """K."""
     adapter_scope: str = "candidates"
     """candidates or always."""
-    repeats: int = 5
-    """Measured rounds; each runs every contestant once."""
+    with_transformers: bool = True
+    """Time greedy generate of transformers as well."""
+    groups: int = 1
+    """Selection groups of a training step, all on one prefix."""
+    task: str = "rg:gsm_symbolic,max_number=100"
+    """Problems to collect on."""
+    limit: int = 256
+    """Number of problems to collect on."""
+    repeats: int = 3
+    """Measured rounds after one to warm up; in each, all contestants run in turns."""
     seed: int = 0
-    """Seed of the prompts and of the trigger."""
+    """Seed of the prompts, of the trigger and of random weights."""
 
     def __post_init__(self) -> None:
         self.check_model()
+        _choice("work", self.work, ("decode", "collect", "train"))
         _choice("adapter_scope", self.adapter_scope, SCOPES)
-        for name in ("batch_size", "prompt_tokens", "max_new_tokens", "num_candidates", "repeats"):
+        _require(
+            self.work != "collect" or self.llm is not None, "bench of collect compares two models; pass --llm MODEL."
+        )
+        for name in ("batch_size", "prompt_tokens", "max_new_tokens", "num_candidates", "groups", "limit", "repeats"):
             check_range(name, getattr(self, name), low=1)
-        check_range("trigger_rate", self.trigger_rate, low=0, high=1)
+        for rate in self.rates:
+            check_range("trigger_rates", rate, low=0, high=1)
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        try:
+            rates = tuple(float(rate) for rate in self.trigger_rates.split(",") if rate.strip())
+        except ValueError:
+            rates = ()
+        _require(
+            bool(rates), f"trigger_rates must be numbers within 0..1, comma-separated; got {self.trigger_rates!r}."
+        )
+        return rates
 
 
 C = TypeVar("C")

@@ -57,7 +57,7 @@ def naive_states(adapter, trajectories, warmup_steps):
 
 
 def train_mode(trainer):
-    trainer._train_mode()
+    trainer.train_mode()
     trainer.adapter.act(True)
 
 

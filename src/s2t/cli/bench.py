@@ -11,14 +11,22 @@ from s2t.config import BenchConfig
 
 
 def show(result: Mapping[str, Any]) -> None:
-    rows = [(name, result["seconds"][name], speed) for name, speed in result["tokens_per_s"].items()]
-    print_table("decoding, medians", ("", "seconds", "tokens/s"), rows)
+    speeds = result.get("tokens_per_s") or result["groups_per_s"]
+    unit = "tokens/s" if "tokens_per_s" in result else "groups/s"
+    rows = [
+        (name, value, speeds.get(name) if isinstance(speeds, dict) else speeds)
+        for name, value in result["seconds"].items()
+    ]
+    print_table(f"{result['work']}, medians of {result['rounds']} rounds", ("", "seconds", unit), rows)
     print_facts("bench", {key: value for key, value in result.items() if not isinstance(value, dict)})
+    ratios = {key: value for key, value in result.items() if "_to_" in key and isinstance(value, dict)}
+    for key, values in ratios.items():
+        print_table(key, ("trigger rate", "ratio"), list(values.items()))
 
 
 @with_options(BenchConfig, show)
 def command(config: BenchConfig) -> Any:
-    """Time greedy decoding against transformers, and s2t-local against greedy."""
+    """Time decoding, collecting or training, each against a baseline of the same run."""
     from s2t.bench import bench
 
     return bench(config)

@@ -59,11 +59,10 @@ def _buckets(logits: Tensor, ids: Tensor) -> Tensor:
 
     The rest is summed from its own tokens: `1 - sum` in float32 would lose it below 1e-7, and its logarithm with it.
     """
-    logits = logits.float()
-    total = logits.logsumexp(-1, keepdim=True)
-    listed = logits.gather(-1, ids) - total
-    rest = logits.scatter(-1, ids, float("-inf")).logsumexp(-1, keepdim=True) - total
-    return torch.cat([listed, rest], dim=-1).exp()
+    probs = logits.float().softmax(-1)
+    listed = probs.gather(-1, ids)
+    rest = probs.scatter_(-1, ids, 0.0).sum(-1, keepdim=True)
+    return torch.cat([listed, rest], dim=-1)
 
 
 def _masked_divergence(llm_logits: Tensor, slm_logits: Tensor) -> Tensor:
@@ -78,8 +77,7 @@ def _masked_divergence(llm_logits: Tensor, slm_logits: Tensor) -> Tensor:
 
 def entropy(logits: Tensor) -> Tensor:
     """Entropy of the next-token distribution in nats; [..., V] -> [...], float32, >= 0."""
-    logprobs = logits.float().log_softmax(-1)
-    return -torch.where(logprobs > -80, logprobs.exp() * logprobs, torch.zeros_like(logprobs)).sum(-1).clamp_max(0.0)
+    return torch.special.entr(logits.float().softmax(-1)).sum(-1)
 
 
 def rank_of(logits: Tensor, ids: Tensor) -> Tensor:

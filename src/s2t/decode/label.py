@@ -19,8 +19,10 @@ from s2t.decode.state import log_softmax_at
 from s2t.model.engine import Engine
 from s2t.model.load import LoadedModel
 
-_LOGITS_AT_ONCE = 2**26  # floats per model, 256 MB
-_TOKENS_AT_ONCE = 2**14
+# Work stays near a CPU's caches in small chunks; a GPU wants large ones. Keyed by device type.
+_LOGITS_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}  # floats per model
+_TOKENS_AT_ONCE = {"cpu": 2**12, "cuda": 2**14}
+_STEPS_AT_ONCE = 64  # at least, so that the output embedding is not read for a few steps alone
 
 
 @dataclass(slots=True)
@@ -50,19 +52,20 @@ def label(
     """
     labels: dict[int, Labels] = {}
     k = min(num_candidates, slm.vocab_size)
-    for batch in _batches([len(p) + len(g) for p, g in zip(prompts, generated, strict=True)]):
+    limit = _TOKENS_AT_ONCE.get(slm.device.type, 2**13)
+    for batch in _batches([len(p) + len(g) for p, g in zip(prompts, generated, strict=True)], limit):
         reader = _PairReader(Engine(slm, len(batch)), Engine(llm, len(batch)), k, support_size, kind)
         found = reader.read([prompts[i] for i in batch], [generated[i] for i in batch])
         labels.update(zip(batch, found, strict=True))
     return [labels[i] for i in range(len(prompts))]
 
 
-def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Indices batched by length, at most _TOKENS_AT_ONCE padded tokens each."""
+def _batches(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
+    """Indices batched by length, at most `limit` padded tokens each."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     batch: list[int] = []
     for i in order:
-        if batch and (len(batch) + 1) * lengths[i] > _TOKENS_AT_ONCE:
+        if batch and (len(batch) + 1) * lengths[i] > limit:
             yield batch
             batch = []
         batch.append(i)
@@ -86,7 +89,7 @@ class _PairReader:
             torch.cat([hidden[len(p) - 1 :] for p, hidden in zip(prompts, engine.read(rows, texts), strict=True)])
             for engine in (self.slm, self.llm)
         )  # [N, H], [N, H']
-        size = max(1, _LOGITS_AT_ONCE // self.slm.vocab_size)
+        size = max(_STEPS_AT_ONCE, _LOGITS_AT_ONCE.get(self.slm.device.type, 2**24) // self.slm.vocab_size)
         parts = [
             self._compare(slm_hidden[i : i + size], llm_hidden[i : i + size]) for i in range(0, len(slm_hidden), size)
         ]

@@ -109,10 +109,10 @@ class Trainer:
         """Run all remaining steps."""
         self._resume()
         frozen = self._frozen_prefixes()
-        self._train_mode()
+        self.train_mode()
         with progress("train", self.num_steps, self.step) as advance:
             for chosen, batch in self._batches():
-                self.log.append(self._one_step(batch, frozen.take(chosen) if frozen is not None else None))
+                self.log.append(self.one_step(batch, frozen.take(chosen) if frozen is not None else None))
                 advance(1)
                 if self.step % self.config.checkpoint_steps == 0:
                     self._save()
@@ -129,7 +129,7 @@ class Trainer:
             return None
         return FrozenPrefixes(self.adapter, self.data.trajectories)
 
-    def _train_mode(self) -> None:
+    def train_mode(self) -> None:
         """Dropout inside the LoRA only; the base model stays in eval mode."""
         for name, module in self.adapter.base_model.named_modules():
             module.training = "lora_dropout" in name
@@ -151,7 +151,8 @@ class Trainer:
         plan = plan_batches(self.counts, self.config.batch_groups, self.config.seed, epoch)
         return (plan * 2)[: self.steps_per_epoch]  # every epoch has as many steps as the first
 
-    def _one_step(self, batch: Batch, frozen: Prefixes | None = None) -> dict[str, float]:
+    def one_step(self, batch: Batch, frozen: Prefixes | None = None) -> dict[str, float]:
+        """One optimizer step; returns the line of the log."""
         torch.manual_seed(self.config.seed * 1_000_003 + self.step)
         rate = self._learning_rate()
         for group in self.optimizer.param_groups:

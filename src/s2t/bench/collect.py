@@ -1,0 +1,71 @@
+"""Collecting: groups per second of labelling by prefill, against reading both models at every step of the same sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from s2t.bench.timing import Contestant
+from s2t.config import BenchConfig, DecodeConfig, TaskConfig
+from s2t.core.calibration import threshold_at
+from s2t.decode.label import label
+from s2t.decode.loop import Request
+from s2t.decode.session import Session
+from s2t.decode.strategies import build_strategy
+from s2t.decode.workload import open_task, requests_for
+
+_STORED = 16  # candidates of a group
+
+
+class CollectBench:
+    """Greedy trajectories of the SLM on problems of the train split, labelled in both ways; `groups` holds what each found."""
+
+    def __init__(self, config: BenchConfig) -> None:
+        self.config = config
+        self.session = Session.open(config, ["s2t"], None, config.batch_size)
+        task = open_task(TaskConfig(task=config.task), config.slm)
+        problems = task.problems("train", config.limit, config.seed)
+        self.requests: list[Request] = requests_for(self.session, task, problems)
+        self.groups: dict[str, list[tuple[int, int, tuple[int, ...]]]] = {}
+        self.threshold = 0.0
+        warm = self._by_prefill(self.requests[:64])
+        self.threshold, _ = threshold_at(np.concatenate([found for found, _ in warm]), 1 - config.rates[-1])
+
+    def contestants(self) -> dict[str, Contestant]:
+        """Name -> what runs it once."""
+        return {"step by step": self._run_steps, "prefill": self._run_prefill}
+
+    def _run_prefill(self) -> Iterator[object]:
+        self.groups["prefill"] = [
+            (row, int(step), tuple(ids[step].tolist()))
+            for row, (divergence, ids) in enumerate(self._by_prefill(self.requests))
+            for step in np.flatnonzero(divergence > self.threshold)
+        ]
+        yield
+
+    def _by_prefill(self, requests: list[Request]) -> list[tuple[np.ndarray, np.ndarray]]:
+        session = self.session
+        assert session.llm is not None
+        strategy = build_strategy("greedy", DecodeConfig(), {})
+        written = [s.token_ids for s in session.run(strategy, requests, self.config.max_new_tokens)]
+        found = label(session.slm, session.llm, [r.prompt_ids for r in requests], written, _STORED)
+        return [(labels.divergence, labels.candidate_ids) for labels in found]
+
+    def _run_steps(self) -> Iterator[object]:
+        """The loop itself with the LLM read at every token, divergence and candidates kept at each, and nothing selected."""
+        never = DecodeConfig(threshold=float("inf"), draft_tokens=1, num_candidates=_STORED)
+        strategy = build_strategy("s2t", never, {})
+        done = self.session.run(strategy, self.requests, self.config.max_new_tokens, keep_steps=True)
+        self.groups["step by step"] = [
+            (row, step.index, step.candidates.ids)
+            for row, sequence in enumerate(done)
+            for step in sequence.steps
+            if step.value is not None and step.candidates is not None and step.value > self.threshold
+        ]
+        yield
+
+    def facts(self) -> dict[str, Any]:
+        """Counts of the last round."""
+        return {"num_problems": len(self.requests), "num_groups": {name: len(g) for name, g in self.groups.items()}}

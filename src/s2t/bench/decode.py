@@ -1,0 +1,137 @@
+"""Decoding: `transformers` generate, our greedy, and s2t-local at exact trigger rates; with an LLM, drafted s2t as well.
+
+Random prompts of one length, stop ids ignored, prefill counted for all. An untrained adapter does: selection costs
+what it costs, whatever it selects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from s2t.bench.shapes import open_model
+from s2t.bench.timing import Contestant
+from s2t.config import BenchConfig
+from s2t.core.sampling import uniforms
+from s2t.decode.label import label
+from s2t.decode.loop import Decoder, Request
+from s2t.decode.selectors import LLMSelector, LocalSelector
+from s2t.decode.state import Reference
+from s2t.decode.strategies import Strategy
+from s2t.decode.triggers import Divergence, Never, Random
+from s2t.model.adapter import AdapterConfig, SelectorAdapter
+from s2t.model.engine import Engine
+from s2t.model.load import LoadedModel
+from s2t.records import Cost
+
+
+class DecodeBench:
+    """The models, the prompts and the contestants of one `s2t bench decode`."""
+
+    def __init__(self, config: BenchConfig) -> None:
+        self.config = config
+        self.base = self._open(config.slm)  # never sees an adapter
+        self.adapter = untrained_adapter(self._open(config.slm), config.adapter_scope)
+        self.llm = self._open(config.llm) if config.llm is not None else None
+        generator = torch.Generator().manual_seed(config.seed)
+        shape = (config.batch_size, config.prompt_tokens)
+        self.prompts = torch.randint(4, self.base.vocab_size, shape, generator=generator)
+        self.costs: dict[str, Cost] = {}
+        self.threshold = 0.0
+
+    def _open(self, name: str) -> LoadedModel:
+        config = self.config
+        loaded = open_model(name, config.dtype, config.device, config.trust_remote_code, config.seed)
+        return replace(loaded, stop_ids=frozenset())
+
+    def contestants(self) -> dict[str, Contestant]:
+        """Name -> what runs it once."""
+        runs: dict[str, Contestant] = {}
+        if self.config.with_transformers:
+            runs["transformers"] = self._generate
+        runs["greedy"] = lambda: self._decode("greedy", Strategy("greedy", Never()))
+        for rate in self.config.rates:
+            runs[local_name(rate)] = lambda rate=rate: self._local(rate)
+        if self.llm is not None:
+            self.threshold = self._threshold(self.llm)
+            for name, length in (("s2t step by step", 1), ("s2t drafted", 0)):
+                runs[name] = lambda name=name, length=length: self._s2t(name, length)
+        return runs
+
+    def _generate(self) -> Iterator[object]:
+        ids, length = self.prompts.to(self.base.device), self.config.max_new_tokens
+        model: Any = self.base.model
+        with torch.inference_mode():
+            yield model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                min_new_tokens=length,
+                max_new_tokens=length,
+            )
+
+    def _local(self, rate: float) -> Iterator[object]:
+        config = self.config
+        strategy = Strategy("s2t-local", Random(), rate, LocalSelector(), config.num_candidates, seed=config.seed)
+        return self._decode(local_name(rate), strategy, self.adapter, rate)
+
+    def _s2t(self, name: str, draft_tokens: int) -> Iterator[object]:
+        strategy = Strategy(
+            "s2t",
+            Divergence(),
+            self.threshold,
+            LLMSelector(),
+            self.config.num_candidates,
+            draft_tokens=draft_tokens,
+        )
+        return self._decode(name, strategy)
+
+    def _decode(
+        self, name: str, strategy: Strategy, adapter: SelectorAdapter | None = None, rate: float = 0.0
+    ) -> Iterator[object]:
+        config, rows = self.config, len(self.prompts)
+        engine = Engine(adapter.loaded if adapter is not None else self.base, rows, adapter)
+        reference = Reference(Engine(self.llm, rows)) if strategy.needs_llm and self.llm is not None else None
+        decoder = Decoder(engine, strategy, reference, config.max_new_tokens)
+        keys = exact_keys(rate, rows, config.max_new_tokens, strategy.warmup_steps, config.seed)
+        requests = [Request(i, ids, key) for (i, ids), key in zip(enumerate(self.prompts.tolist()), keys, strict=True)]
+        yield from decoder.run(requests)
+        self.costs[name] = sum(decoder.costs.values(), Cost())
+
+    def _threshold(self, llm: LoadedModel) -> float:
+        """The divergence that the wanted share of greedy steps exceeds."""
+        decoder = Decoder(Engine(self.base, len(self.prompts)), Strategy("greedy", Never()), None, 64)
+        prompts = self.prompts.tolist()
+        written: list[list[int]] = [[] for _ in prompts]
+        for step in decoder.run([Request(i, ids) for i, ids in enumerate(prompts)]):
+            written[step.request].append(step.token_id)
+        labels = label(self.base, llm, prompts, written, self.config.num_candidates)
+        values = np.concatenate([found.divergence[3:] for found in labels])
+        return float(np.quantile(values, 1 - self.config.rates[-1]))
+
+
+def local_name(rate: float) -> str:
+    return f"s2t-local {100 * rate:g} %"
+
+
+def untrained_adapter(loaded: LoadedModel, scope: str) -> SelectorAdapter:
+    """A new adapter on a model: it costs what a trained one costs."""
+    return SelectorAdapter(loaded, AdapterConfig(loaded.name, loaded.fingerprint, scope=scope))
+
+
+def exact_keys(rate: float, count: int, length: int, warmup_steps: int, seed: int) -> Sequence[str]:
+    """Keys under which the random trigger fires exactly round(rate * length) times in every row of `length` tokens."""
+    wanted = round(rate * length)
+    keys: list[str] = []
+    attempt = 0
+    while len(keys) < count:
+        key = f"{len(keys)}/{attempt}"
+        draws = uniforms(seed, key, length)[warmup_steps:]
+        attempt += 1
+        if int((draws < rate).sum()) == wanted:
+            keys.append(key)
+    return keys
