@@ -119,8 +119,11 @@ def local_name(rate: float) -> str:
 
 
 def untrained_adapter(loaded: LoadedModel, scope: str) -> SelectorAdapter:
-    """A new adapter on a model: it costs what a trained one costs."""
-    return SelectorAdapter(loaded, AdapterConfig(loaded.name, loaded.fingerprint, scope=scope))
+    """A new adapter on a model, ready for inference, always of the same weights: it costs what a trained one costs."""
+    torch.manual_seed(0)
+    adapter = SelectorAdapter(loaded, AdapterConfig(loaded.name, loaded.fingerprint, scope=scope))
+    adapter.selector.eval().requires_grad_(False)
+    return adapter
 
 
 def exact_keys(rate: float, count: int, length: int, warmup_steps: int, seed: int) -> Sequence[str]:

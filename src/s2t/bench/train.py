@@ -53,10 +53,9 @@ class TrainBench:
             lora_dropout=0.0,
             prefix_cache_gib=0,
         )
-        self._folder = tempfile.TemporaryDirectory()
-        self.trainer = Trainer(
-            settings, self.data, adapter, RunFolder.open(f"{self._folder.name}/run", "train", settings)
-        )
+        with tempfile.TemporaryDirectory() as folder:  # a step writes nothing
+            run = RunFolder.open(f"{folder}/run", "train", settings)
+            self.trainer = Trainer(settings, self.data, adapter, run)
         self.trainer.train_mode()
         self.batch = make_batch(self.data.trajectories, self.data.threshold, self.data.warmup_steps, loaded.device)
 

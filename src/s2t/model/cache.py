@@ -99,6 +99,11 @@ class SlotCache(Cache):
         self.segments: list[Segment] = []  # one list, shared by all layers
         super().__init__(layers=[SlotLayer(self.segments, max_rows) for _ in range(num_layers)])
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all layers' keys and values."""
+        return sum(store.numel() * store.itemsize for pair in self._stores() for store in pair)
+
     def copy_columns(self, rows: Tensor, source: Tensor, target: Tensor) -> None:
         """Keep a branch's winner: copy column source[i] of row rows[i] to target[i]; all [n]."""
         for keys, values in self._stores():

@@ -86,6 +86,11 @@ class Engine:
     def vocab_size(self) -> int:
         return self.loaded.vocab_size
 
+    @property
+    def cache_bytes(self) -> int:
+        """Memory the keys and values of all rows take."""
+        return self.cache.num_bytes
+
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits with reserved ids and padding rows masked; [..., H] -> [..., vocab_size], float32."""

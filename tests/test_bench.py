@@ -1,0 +1,169 @@
+"""The bench: what it runs does the work it says, the measuring is fair, and the slow references agree with the fast paths."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from s2t.bench import bench
+from s2t.bench.decode import DecodeBench, exact_keys, untrained_adapter
+from s2t.bench.shapes import SHAPES, open_model
+from s2t.bench.timing import in_turns, ratio
+from s2t.bench.train import TrainBench
+from s2t.cli.main import main
+from s2t.config import BenchConfig
+from s2t.core.sampling import uniforms
+from s2t.errors import ConfigError
+from s2t.model.engine import Engine
+
+CPU = torch.device("cpu")
+SMALL = {"batch_size": 2, "prompt_tokens": 12, "max_new_tokens": 20, "repeats": 1}
+
+
+@pytest.fixture(scope="module")
+def naive():
+    path = Path(__file__).parents[1] / "benchmarks" / "naive.py"
+    spec = importlib.util.spec_from_file_location("naive", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_contestants_advance_in_turns_and_the_warm_up_is_not_counted():
+    order = []
+
+    def contestant(name):
+        def run():
+            for number in range(4):
+                order.append((name, number))
+                yield
+
+        return run
+
+    seconds = in_turns({"a": contestant("a"), "b": contestant("b")}, CPU, rounds=2, warmup_rounds=1, chunk=2)
+    assert order[:8] == [(n, i) for part in ((0, 1), (2, 3)) for n in "ab" for i in part]
+    assert len(order) == 3 * 8
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 2, "b": 2}
+    assert ratio({"x": [2.0, 9.0, 4.0], "y": [1.0, 3.0, 1.0]}, "x", "y") == 3.0
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.02, 0.1])
+def test_the_random_trigger_fires_exactly_as_often_as_asked(rate):
+    keys = exact_keys(rate, 5, 100, 3, seed=1)
+    assert len(set(keys)) == 5
+    for key in keys:
+        assert int((uniforms(1, key, 100)[3:] < rate).sum()) == round(100 * rate)
+
+
+def test_decoding_is_timed_against_transformers_and_greedy():
+    config = BenchConfig(**SMALL, slm="tiny:slm-small", llm="tiny:llm", trigger_rates="0,0.1")
+    result = bench(config)
+    names = {"transformers", "greedy", "s2t-local 0 %", "s2t-local 10 %", "s2t step by step", "s2t drafted"}
+    assert set(result["seconds"]) == set(result["tokens_per_s"]) == names
+    assert all(value > 0 for value in result["seconds"].values())
+    assert set(result["local_time_to_greedy"]) == {"0", "0.1"}
+    forwards = result["slm_forwards_per_token"]
+    assert forwards["greedy"] == forwards["s2t-local 0 %"] == 1.0
+    assert forwards["s2t-local 10 %"] >= 1.0
+    llm = result["llm_forwards_per_token"]
+    assert llm["s2t drafted"] < llm["s2t step by step"] == 1.0
+    assert json.loads(json.dumps(result)) == result
+
+
+def test_greedy_of_the_bench_writes_what_transformers_writes():
+    work = DecodeBench(BenchConfig(**SMALL, slm="tiny:slm-small"))
+    runs = work.contestants()
+    [reference] = list(runs["transformers"]())
+    ours = [[], []]
+    for step in runs["greedy"]():
+        ours[step.request].append(step.token_id)
+    excluded = {1, *work.base.reserved.all}  # transformers suppresses the stop id here, and may emit reserved ids
+    for left, right in zip(ours, reference[:, 12:].tolist(), strict=True):
+        end = next((i for i, pair in enumerate(zip(left, right, strict=True)) if excluded & set(pair)), 20)
+        assert end > 5
+        assert left[:end] == right[:end]
+
+
+def test_collecting_by_prefill_finds_the_groups_of_step_by_step():
+    config = BenchConfig(
+        work="collect",
+        slm="tiny:slm-small",
+        llm="tiny:llm",
+        limit=6,
+        repeats=1,
+        max_new_tokens=48,
+        trigger_rates="0.05",
+    )
+    result = bench(config)
+    assert set(result["groups_per_s"]) == {"step by step", "prefill"}
+    counts = result["num_groups"]
+    assert counts["prefill"] == counts["step by step"] > 0
+
+
+def test_a_training_step_is_timed():
+    result = bench(
+        BenchConfig(work="train", slm="tiny:slm-small", prompt_tokens=40, groups=3, repeats=2, num_candidates=4)
+    )
+    assert result["groups_per_s"] == pytest.approx(3 / result["seconds"]["training step"])
+
+
+def test_the_naive_training_step_has_the_loss_of_ours(naive):
+    config = BenchConfig(
+        work="train", slm="tiny:slm-small", dtype="float32", prompt_tokens=40, num_candidates=4, adapter_scope="always"
+    )
+    ours, slow = TrainBench(config), TrainBench(config)
+    for _ in range(3):
+        [_] = list(ours.contestants()["training step"]())
+        assert naive.training_step(slow.trainer, slow.batch) == pytest.approx(ours.loss, rel=1e-4)
+    for name, parameter in ours.trainer.parameters.items():
+        assert (parameter - slow.trainer.parameters[name]).abs().mean() < 1e-5, (
+            name
+        )  # AdamW turns tiny gradients into signs
+
+
+def test_naive_scores_are_those_of_a_tree_step(naive):
+    loaded = open_model("tiny:slm-small", "float32", "cpu", False)
+    adapter = untrained_adapter(loaded, "always")
+    prompt = list(range(20, 50))
+    engine = Engine(loaded, 1, adapter)
+    logprobs, ids = engine.logits(engine.extend([0], [prompt])).log_softmax(-1).topk(5)
+    tree = adapter.scores(engine.branch([0], ids), logprobs)[0]
+    torch.testing.assert_close(
+        tree, naive.score_candidates(adapter, prompt, ids[0].tolist(), logprobs[0]), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_shape_is_that_of_the_real_model():
+    loaded = open_model("random:qwen2.5-0.5b,layers=1", "bfloat16", "cpu", False)
+    config = loaded.model.config
+    assert (config.hidden_size, config.num_hidden_layers, loaded.vocab_size) == (896, 1, 151643)
+    assert loaded.model.dtype == torch.bfloat16
+    assert SHAPES["qwen2.5-0.5b"]["num_hidden_layers"] == 24
+
+
+@pytest.mark.parametrize("name", ["random:gpt5", "random:qwen2.5-0.5b,layers=x", "random:qwen2.5-0.5b,width=3"])
+def test_an_unknown_shape_is_one_clear_line(name):
+    with pytest.raises(ConfigError) as caught:
+        open_model(name, "auto", "cpu", False)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--work", "sleep"], "decode, collect, train"),
+        (["--work", "collect"], "pass --llm"),
+        (["--trigger-rates", "often"], "comma-separated"),
+        (["--trigger-rates", "2"], "0..1"),
+    ],
+)
+def test_wrong_settings_are_one_line_and_exit_code_2(arguments, message, capsys):
+    assert main(["bench", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
