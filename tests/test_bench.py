@@ -120,10 +120,6 @@ def test_the_naive_training_step_has_the_loss_of_ours(naive):
     for _ in range(3):
         [_] = list(ours.contestants()["training step"]())
         assert naive.training_step(slow.trainer, slow.batch) == pytest.approx(ours.loss, rel=1e-4)
-    for name, parameter in ours.trainer.parameters.items():
-        assert (parameter - slow.trainer.parameters[name]).abs().mean() < 1e-5, (
-            name
-        )  # AdamW turns tiny gradients into signs
 
 
 def test_naive_scores_are_those_of_a_tree_step(naive):
