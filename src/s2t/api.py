@@ -22,7 +22,7 @@ from s2t.model.load import LoadedModel, check_pair, load_model
 from s2t.records import Cost, Step
 from s2t.tasks.graders import canonical_answer, extract_answer
 
-_LOAD_SETTINGS = frozenset({"llm", "adapter", "dtype", "device", "trust_remote_code"})
+_LOAD_SETTINGS = frozenset({"llm", "adapter", "dtype", "device", "trust_remote_code", "execution"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +50,11 @@ def load(
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
+    execution: str = "auto",
 ) -> Reasoner:
     """Load an SLM, with an LLM and an adapter where they are given; most strategies need neither.
+
+    `execution`: eager, static (CUDA graphs on a GPU), compile (torch.compile as well), or auto.
 
     Raises ModelError or ConfigError, one line, for what is missing, unsupported or does not fit together.
     """
@@ -61,6 +64,7 @@ def load(
         "dtype": dtype,
         "device": device,
         "trust_remote_code": trust_remote_code,
+        "execution": execution,
     }
     config = build_config(ModelConfig, flags=values)
     config.check_model()
@@ -212,7 +216,7 @@ class _Plan:
 
 
 def _load(name: str, config: ModelConfig) -> LoadedModel:
-    return load_model(name, config.dtype, config.device, config.trust_remote_code)
+    return load_model(name, **config.load_options)
 
 
 def _parted(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -19,6 +19,7 @@ STRATEGIES = ("greedy", "sample", "self-consistency", "llm", "takeover", "s2t", 
 TRIGGERS = ("never", "random", "entropy", "divergence", "criticality")
 SCOPES = ("candidates", "always")
 CRITICALITY_READINGS = ("head", "reserved")
+EXECUTIONS = ("auto", "eager", "static", "compile")
 DIVERGENCES = ("llm-slm", "slm-llm", "js", "released-code")
 
 NEEDS_LLM = frozenset({"llm", "takeover", "s2t"})
@@ -67,9 +68,19 @@ class ModelConfig:
     """auto (cuda if there is one, else cpu), cpu, cuda, cuda:1, mps."""
     trust_remote_code: bool = False
     """Run modelling code that comes with a checkpoint."""
+    execution: str = "auto"
+    """How steps run: eager, static (fixed shapes; CUDA graphs on a GPU), compile (torch.compile as well: minutes at the
+    start, for long jobs), or auto (static on a GPU, else eager)."""
 
     def check_model(self) -> None:
         _choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        _choice("execution", self.execution, EXECUTIONS)
+
+    @property
+    def load_options(self) -> dict[str, Any]:
+        """What `load_model` takes beside a name."""
+        names = ("dtype", "device", "trust_remote_code", "execution")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)

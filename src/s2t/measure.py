@@ -68,10 +68,10 @@ class _Measurer:
     """Rolls a shard out and labels it."""
 
     def __init__(self, config: MeasureConfig, task: Task | None) -> None:
-        slm = load_model(config.slm, config.dtype, config.device, config.trust_remote_code)
+        slm = load_model(config.slm, **config.load_options)
         if config.llm is None:
             raise DataError("measure compares two models; pass --llm MODEL.")
-        llm = load_model(config.llm, config.dtype, config.device, config.trust_remote_code)
+        llm = load_model(config.llm, **config.load_options)
         check_pair(slm, llm)
         self.config, self.task, self.llm = config, task or open_task(config, config.slm), llm
         self.session = Session(slm, llm, batch_size=config.batch_size)

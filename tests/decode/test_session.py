@@ -20,7 +20,7 @@ class Loads:
     new_model: object
     asked: list[str]
 
-    def __call__(self, name, *options):
+    def __call__(self, name, **options):
         self.asked.append(name)
         if name != "slm":
             raise ModelError(f"model {name} was not found")

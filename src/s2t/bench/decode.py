@@ -45,7 +45,7 @@ class DecodeBench:
 
     def _open(self, name: str) -> LoadedModel:
         config = self.config
-        loaded = open_model(name, config.dtype, config.device, config.trust_remote_code, config.seed)
+        loaded = open_model(name, **config.load_options, seed=config.seed)
         return replace(loaded, stop_ids=frozenset())
 
     def contestants(self) -> dict[str, Contestant]:

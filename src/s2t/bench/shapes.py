@@ -46,10 +46,17 @@ SHAPES: dict[str, dict[str, Any]] = {  # hidden, intermediate, layers, heads, ke
 _REAL_TOKENS = 151643  # of Qwen2.5's vocabulary; the rows past them are padding
 
 
-def open_model(name: str, dtype: str, device: str, trust_remote_code: bool, seed: int = 0) -> LoadedModel:
+def open_model(
+    name: str,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    execution: str = "auto",
+    seed: int = 0,
+) -> LoadedModel:
     """A checkpoint, or a random model by its shape; raises ConfigError for a shape that is not known."""
     if not name.startswith(PREFIX):
-        return load_model(name, dtype, device, trust_remote_code)
+        return load_model(name, dtype, device, trust_remote_code, execution)
     shape, _, rest = name.removeprefix(PREFIX).partition(",")
     if shape not in SHAPES:
         raise ConfigError(f"shape {shape!r} is unknown; expected one of {', '.join(SHAPES)}.")
@@ -68,4 +75,4 @@ def open_model(name: str, dtype: str, device: str, trust_remote_code: bool, seed
     finally:
         torch.set_default_dtype(before)
     tokenizer = AutoTokenizer.from_pretrained(str(embedded_path("tiny:slm")))
-    return replace(wrap_model(name, model, tokenizer), vocab_size=_REAL_TOKENS)
+    return replace(wrap_model(name, model, tokenizer), vocab_size=_REAL_TOKENS, execution=execution)

@@ -44,7 +44,7 @@ class TrainBench:
 
     def __init__(self, config: BenchConfig) -> None:
         self.config = config
-        loaded = open_model(config.slm, config.dtype, config.device, config.trust_remote_code, config.seed)
+        loaded = open_model(config.slm, **config.load_options, seed=config.seed)
         self.data = random_groups(loaded, config.prompt_tokens, config.num_candidates, config.groups, config.seed)
         adapter = untrained_adapter(loaded, config.adapter_scope)
         settings = TrainConfig(

@@ -20,9 +20,7 @@ def load_reasoner(config: GenerateConfig) -> Reasoner:
         config.slm,
         llm=config.llm if needs_llm else None,
         adapter=config.adapter,
-        dtype=config.dtype,
-        device=config.device,
-        trust_remote_code=config.trust_remote_code,
+        **config.load_options,
     )
 
 

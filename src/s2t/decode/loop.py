@@ -119,6 +119,8 @@ class Decoder:
     def run(self, requests: Iterable[Request]) -> Iterator[Step]:
         """Yield every request's steps, interleaved, each request's in order, until its stop id or the length limit."""
         waiting = deque(requests)
+        longest = max((len(request.prompt_ids) for request in waiting), default=0)
+        self.engine.reserve(longest + self.max_new_tokens + self.strategy.num_candidates + 1)
         while waiting or self.rows:
             yield from self._round(waiting)
 

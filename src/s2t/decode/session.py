@@ -51,12 +51,12 @@ class Session:
             raise ConfigError(f"strategy {names} needs the LLM; pass --llm MODEL.")
         if "s2t-local" in strategies and adapter is None:
             raise ConfigError("strategy s2t-local needs --adapter, a folder written by `s2t train`.")
-        slm = load_model(config.slm, config.dtype, config.device, config.trust_remote_code)
+        slm = load_model(config.slm, **config.load_options)
         loaded = load_adapter(adapter, slm) if adapter is not None and "s2t-local" in strategies else None
         llm = None
         if needs_llm:
             assert config.llm is not None
-            llm = load_model(config.llm, config.dtype, config.device, config.trust_remote_code)
+            llm = load_model(config.llm, **config.load_options)
             check_pair(slm, llm)
         return cls(slm, llm, loaded, batch_size)
 

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from s2t import __version__
 from s2t.core.bins import candidate_score, expected_bin
@@ -263,11 +264,15 @@ def _add_lora(first: int, num_tokens: int, layer: Any, args: tuple[Tensor, ...],
     """Add a plain LoRA layer's own term to the tokens from `first` on, as its forward would (no dropout: inference)."""
     if args[0].shape[-2] != num_tokens:
         raise ModelError("this model routes tokens to experts, so its LoRA cannot act on some alone; use scope always.")
-    states = args[0][..., first:, :]
+    states = args[0].flatten(0, -2)[first:]  # [n, H]
+    tail = output.view(num_tokens, -1)[first:]
     for name in layer.active_adapters:
-        down, up = layer.lora_A[name], layer.lora_B[name]
-        term = up(down(states.to(down.weight.dtype)) * layer.scaling[name])
-        output[..., first:, :].add_(term.to(output.dtype))
+        down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+        inner = F.linear(states.to(down.dtype), down)
+        if up.dtype == tail.dtype:
+            tail.addmm_(inner, up.T, alpha=layer.scaling[name])
+        else:
+            tail.add_((F.linear(inner, up) * layer.scaling[name]).to(tail.dtype))
 
 
 def _card(config: AdapterConfig) -> str:

@@ -36,6 +36,7 @@ class Segment:
     visible: Tensor | None = None  # bool [n, 1, T, extent]; None: everything, or causal
     is_causal: bool = False  # rows were empty: token t sees tokens 0..t
     prefix_lengths: Tensor | None = None  # [n], of a tree: columns past it stand at that very position
+    rows: Tensor | None = None  # [n], where the rows are no neighbours: they are gathered
     _windowed: dict[int, Tensor] = field(default_factory=dict)
 
     @property
@@ -58,12 +59,17 @@ class Segment:
         return causal_mask(self.positions, self.extent) if self.visible is None else self.visible
 
     def take(self, store: Tensor) -> Tensor:
-        """A view of this segment's rows and columns of a store."""
+        """This segment's rows and columns of a store, a view where the rows are neighbours."""
+        if self.rows is not None:
+            return store[self.rows, :, : self.extent]
         return store[self.first : self.first + len(self.positions), :, : self.extent]
 
     def write(self, store: Tensor, states: Tensor) -> None:
         """Put new keys or values [n, T, heads, D] into a store [rows, heads, columns, D]."""
         n, width = self.shape
+        if self.rows is not None:
+            store[self.rows[:, None], :, self.columns] = states
+            return
         rows = store[self.first : self.first + n]
         if self.start is not None:
             rows[:, :, self.start : self.start + width] = states.transpose(1, 2)

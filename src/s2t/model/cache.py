@@ -44,6 +44,7 @@ class SlotLayer(CacheLayerMixin):
         super().__init__()
         self.segments = segments
         self.max_rows = max_rows
+        self._reserved = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.keys = key_states.new_zeros(self._shape(key_states, 0))
@@ -53,12 +54,18 @@ class SlotLayer(CacheLayerMixin):
     def _shape(self, states: Tensor, capacity: int) -> tuple[int, int, int, int]:
         return self.max_rows, states.shape[1], capacity, states.shape[3]
 
+    def reserve(self, columns: int) -> None:
+        """Hold at least so many columns from now on, or from the first use on."""
+        self._reserved = columns
+        if self.is_initialized:
+            self._ensure(columns)
+
     def _ensure(self, extent: int) -> None:
         assert self.keys is not None and self.values is not None
         held = self.keys.shape[2]
         if extent <= held:
             return
-        capacity = -(-extent // GROWTH) * GROWTH
+        capacity = max(self._reserved, -(-extent // GROWTH) * GROWTH)
         for name in ("keys", "values"):
             old = getattr(self, name)
             new = old.new_zeros(self._shape(old, capacity))
@@ -97,12 +104,26 @@ class SlotCache(Cache):
 
     def __init__(self, num_layers: int, max_rows: int) -> None:
         self.segments: list[Segment] = []  # one list, shared by all layers
+        self._reserved = 0
         super().__init__(layers=[SlotLayer(self.segments, max_rows) for _ in range(num_layers)])
 
     @property
     def num_bytes(self) -> int:
         """Memory of all layers' keys and values."""
         return sum(store.numel() * store.itemsize for pair in self._stores() for store in pair)
+
+    @property
+    def capacity(self) -> int:
+        """Columns held, or to be held once there is a first layer's shape."""
+        stores = self._stores()
+        return max(stores[0][0].shape[2], self._reserved) if stores else self._reserved
+
+    def reserve(self, columns: int) -> None:
+        """Hold at least so many columns, so that the stores stay where they are until a row is longer."""
+        self._reserved = max(self._reserved, -(-columns // GROWTH) * GROWTH)
+        layers: list[Any] = list(self.layers)
+        for layer in layers:
+            layer.reserve(self._reserved)
 
     def copy_columns(self, rows: Tensor, source: Tensor, target: Tensor) -> None:
         """Keep a branch's winner: copy column source[i] of row rows[i] to target[i]; all [n]."""

@@ -19,6 +19,7 @@ from s2t.model.adapter import SelectorAdapter, attached_adapter
 from s2t.model.attention import Segment, slot_attention
 from s2t.model.cache import SlotCache
 from s2t.model.load import LoadedModel
+from s2t.model.static import StaticSteps
 from s2t.model.tree import causal_mask, tree_mask
 
 _FILLED_GAP = 4  # rows
@@ -57,10 +58,13 @@ class Engine:
     """B rows of one model, each with its own tokens; see the module docstring for the contract.
 
     `adapter` adds the selector: under scope `always` it acts on every token, under `candidates` on the
-    tokens of `branch` alone. `forbidden_ids` (the tokenizer's reserved ids) are never proposed.
+    tokens of `branch` alone. `forbidden_ids` (the tokenizer's reserved ids) are never proposed. `execution` says how steps
+    run: eager, static (fixed shapes, CUDA graphs on a GPU), compile (torch.compile as well), or auto (static on a GPU).
     """
 
-    def __init__(self, loaded: LoadedModel, max_rows: int, adapter: SelectorAdapter | None = None) -> None:
+    def __init__(
+        self, loaded: LoadedModel, max_rows: int, adapter: SelectorAdapter | None = None, execution: str | None = None
+    ) -> None:
         self.loaded = loaded
         self.adapter = adapter
         self.model = adapter.base_model if adapter is not None else loaded.model
@@ -81,6 +85,12 @@ class Engine:
         reserved = (adapter.reserved if adapter is not None else loaded.reserved).all
         self.forbidden_ids = torch.tensor([i for i in reserved if i < loaded.vocab_size], device=self.device).long()
         self._flops = _FlopCount(self.model, self.config)
+        self._static = self._static_steps(execution or loaded.execution)
+
+    def _static_steps(self, execution: str) -> StaticSteps | None:
+        if execution == "eager" or (execution == "auto" and self.device.type != "cuda"):
+            return None
+        return StaticSteps(self.decoder, self.config, self.cache, self.max_rows, self.device, execution == "compile")
 
     @property
     def vocab_size(self) -> int:
@@ -126,13 +136,14 @@ class Engine:
         Returns the last hidden states of `rows`, [n, H], and those of the candidates, [f, K, H]. Under scope
         `candidates` the adapter acts on the candidates alone.
         """
+        if self._static is not None and rows and self.cache.is_initialized and all(len(ids) == 1 for ids in tokens):
+            return self._static_step(self._static, rows, [ids[0] for ids in tokens], branch_rows, candidate_ids)
         layout = _Layout(self.device)
         starts = layout.add_tokens(rows, tokens, self.lengths)
         count = layout.num_tokens
         if candidate_ids is not None:
             layout.add_branches(branch_rows, candidate_ids, self.lengths)
-            self._branched.update((row, self.lengths[row]) for row in branch_rows)
-            self._count_branches(branch_rows, candidate_ids.shape[1], frozenset(rows))
+            self._note_branches(branch_rows, candidate_ids.shape[1], frozenset(rows))
         hidden = self._run(layout, branches_from=count)
         self._advance(rows, tokens)
         last = [at + len(ids) - 1 for at, ids in zip(starts, tokens, strict=True)]
@@ -140,6 +151,25 @@ class Engine:
         if last != list(range(count)):
             wanted = hidden[torch.tensor(last, device=self.device).long()]
         return wanted, hidden[count:].unflatten(0, (len(branch_rows), -1)) if branch_rows else hidden[count:]
+
+    def _static_step(
+        self,
+        static: StaticSteps,
+        rows: Sequence[int],
+        tokens: Sequence[int],
+        branch_rows: Sequence[int],
+        candidate_ids: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """A step of one token a row, as `step`; rows in between that add none run a token that is written again later."""
+        ids = [0] * (max(rows) + 1)
+        for row, token in zip(rows, tokens, strict=True):
+            ids[row] = token
+        hidden, branch = static.run(self.lengths, ids, branch_rows, candidate_ids, self._adapted)
+        if candidate_ids is not None:
+            self._note_branches(branch_rows, candidate_ids.shape[1], frozenset(rows))
+        self._advance(rows, [[token] for token in tokens])
+        is_whole = list(rows) == list(range(len(ids)))
+        return hidden if is_whole else hidden[torch.tensor(list(rows), device=self.device)], branch
 
     def branch(self, rows: Sequence[int], candidate_ids: Tensor) -> Tensor:
         """One forward over K candidates per row, all at the next position, each seeing the prefix and itself.
@@ -172,6 +202,11 @@ class Engine:
         self.cache.copy_rows(list(source), list(target), max(self.lengths[row] for row in source))
         for old, new in zip(source, target, strict=True):
             self.lengths[new] = self.lengths[old]
+
+    def reserve(self, columns: int) -> None:
+        """Make room for rows of so many tokens, where steps have fixed shapes; else the cache grows as rows do."""
+        if self._static is not None:
+            self.cache.reserve(columns)
 
     def reset(self, row: int) -> None:
         """Empty a slot for the next sequence."""
@@ -211,8 +246,9 @@ class Engine:
         for row, n in zip(rows, widths, strict=True):
             self.lengths[row] += n
 
-    def _count_branches(self, rows: Sequence[int], width: int, stepping: frozenset[int]) -> None:
+    def _note_branches(self, rows: Sequence[int], width: int, stepping: frozenset[int]) -> None:
         for row in rows:
+            self._branched[row] = self.lengths[row]
             work = self.work[row]
             work.forwards += row not in stepping  # else the same forward
             work.processed += width
@@ -300,16 +336,18 @@ class _Layout:
     def add_branches(self, rows: Sequence[int], candidate_ids: Tensor, lengths: Sequence[int]) -> None:
         """Candidates [n, K] of rows: at the next position, in the columns behind the one an ordinary token takes."""
         width = candidate_ids.shape[1]
-        for run in _runs(list(enumerate(rows)), max_gap=0):
-            held = [lengths[rows[i]] for i in run]
-            prefix = torch.tensor(held, device=self.device)
-            columns = prefix[:, None] + 1 + torch.arange(width, device=self.device)  # [n, K]
-            extent = max(held) + 1 + width
-            positions = prefix[:, None].expand(-1, width)
-            visible = tree_mask(prefix, columns, extent)
-            start = held[0] + 1 if min(held) == max(held) else None
-            segment = Segment(rows[run[0]], positions, columns, start, extent, visible, prefix_lengths=prefix)
-            self._add(candidate_ids[run[0] : run[-1] + 1].flatten(), segment)
+        held = [lengths[row] for row in rows]
+        prefix = torch.tensor(held, device=self.device)
+        columns = prefix[:, None] + 1 + torch.arange(width, device=self.device)  # [n, K]
+        extent = max(held) + 1 + width
+        positions = prefix[:, None].expand(-1, width)
+        visible = tree_mask(prefix, columns, extent)
+        segment = Segment(rows[0], positions, columns, None, extent, visible, prefix_lengths=prefix)
+        if list(rows) != list(range(rows[0], rows[0] + len(rows))):
+            segment.rows = torch.tensor(list(rows), device=self.device)
+        elif min(held) == max(held):
+            segment.start = held[0] + 1
+        self._add(candidate_ids.flatten(), segment)
 
     def _add(self, ids: Tensor, segment: Segment) -> None:
         self.segments.append(segment)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     vocab_size: int
     stop_ids: frozenset[int]
+    execution: str = "auto"  # of its engines: auto, eager, static or compile
 
     @property
     def device(self) -> torch.device:
@@ -62,8 +63,16 @@ class LoadedModel:
         return choose_reserved_ids(self.tokenizer.get_vocab(), rows, num_bins)
 
 
-def load_model(name: str, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False) -> LoadedModel:
+def load_model(
+    name: str,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    execution: str = "auto",
+) -> LoadedModel:
     """Load `name` for inference, in eval mode, with SDPA attention where the model has it.
+
+    `execution` is how the engines of this model run their steps: auto, eager, static or compile.
 
     Raises ModelError, one line, when the model is missing, gated, has no safetensors weights, needs remote
     code, or has a cache that cannot be branched.
@@ -82,7 +91,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", trust_remot
     if dtype == "float16":
         for parameter in model.parameters():
             parameter.data = parameter.data.half()
-    loaded = wrap_model(name, model.to(place), tokenizer)
+    loaded = replace(wrap_model(name, model.to(place), tokenizer), execution=execution)
     loaded.__dict__["fingerprint"] = identity
     return loaded
 

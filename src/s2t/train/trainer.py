@@ -40,7 +40,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     if run.is_complete:
         return read_json(run.file("train.json"))
     data = read_group_data(config.groups, config.num_candidates)
-    loaded = load_model(config.slm, config.dtype, config.device, config.trust_remote_code)
+    loaded = load_model(config.slm, **config.load_options)
     if not data.pair.startswith(loaded.fingerprint):
         raise ModelError(
             f"the groups were collected with {data.slm}, whose weights are not those of {config.slm}; use --slm {data.slm}."
