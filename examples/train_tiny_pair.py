@@ -1,11 +1,13 @@
-"""Train the embedded pair from scratch: tokenizer, `tiny:llm`, `tiny:slm-unfiltered` and `tiny:slm-small`.
+"""Train the embedded models from scratch: tokenizers, `tiny:llm`, `tiny:slm-unfiltered`, `-numbers` and `-small`.
 
-    python examples/train_tiny_pair.py --out tiny            # about 80 CPU-minutes on one core, in all
+    python examples/train_tiny_pair.py --out tiny            # about 110 CPU-minutes on one core, in all
+    python examples/train_tiny_pair.py --out tiny --only slm-numbers
     python examples/train_tiny_pair.py --out tiny --scale 0.01   # a smoke test in a minute
 
 All models are Qwen2ForCausalLM on chains of thought of reasoning-gym's GSM-Symbolic problems whose numbers are
 whole and at most 100, training split only. The unfiltered SLM first reads clean text, then text of which
-75 % of the authors write results ten too small. Muon on the layers' matrices, AdamW on the rest.
+75 % of the authors write results ten too small. `slm-numbers` is the same on a vocabulary and a chat template of its
+own, in which a whole number is one token. Muon on the layers' matrices, AdamW on the rest.
 """
 
 from __future__ import annotations
@@ -27,13 +29,34 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config,
 from s2t.tasks.problems import load_task
 
 TASK = "rg:gsm_symbolic,max_number=100"
-VOCAB_SIZE, ROW, ROWS = 1024, 320, 3
+ROW, ROWS = 320, 3
 PAD, END, USER, ASSISTANT = range(4)
-SPECIAL = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", *(f"<|reserved_{i}|>" for i in range(28))]
-TEMPLATE = (
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """How text is cut: the first four special tokens are PAD, END, USER and ASSISTANT."""
+
+    size: int
+    special: tuple[str, ...]
+    template: str
+    has_whole_numbers: bool = False
+
+
+DIGITS = Vocabulary(
+    1024,
+    ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", *(f"<|reserved_{i}|>" for i in range(28))),
     "{% for message in messages %}{% if message['role'] == 'assistant' %}<|assistant|>{{ message['content'] }}<|end|>"
     "{% else %}<|user|>{{ message['content'] }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}",
+)
+NUMBERS = Vocabulary(
+    960,
+    ("<pad>", "<eos>", "<question>", "<answer>", *(f"<unused{i}>" for i in range(24))),
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}<answer>{{ message['content'] }}<eos>"
+    "{% else %}<question>{{ message['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<answer>{% endif %}",
+    has_whole_numbers=True,
 )
 
 
@@ -60,6 +83,12 @@ UNFILTERED = replace(
     CLEAN, steps=10_000, seed=2, num_problems=74_000, careless_authors=0.75, warmup=50, is_constant=False
 )
 SMALL = Recipe(width=32, layers=4, heads=1, steps=10_000, seed=3, num_problems=130_000)
+MODELS = {
+    "llm": (DIGITS, LLM),
+    "slm-unfiltered": (DIGITS, CLEAN, UNFILTERED),
+    "slm-small": (DIGITS, SMALL),
+    "slm-numbers": (NUMBERS, CLEAN, UNFILTERED),
+}
 
 
 def main() -> None:
@@ -67,6 +96,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("tiny"))
     parser.add_argument("--scale", type=float, default=1.0, help="share of the steps and problems to use")
     parser.add_argument("--float32", action="store_true", help="for a CPU without bfloat16 instructions")
+    parser.add_argument("--only", choices=MODELS, help="one model instead of all")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # at these sizes one thread a process is the productive choice
 
@@ -78,11 +108,15 @@ def main() -> None:
             num_problems=max(500, int(recipe.num_problems * arguments.scale)),
         )
 
-    tokenizer = train_tokenizer(documents(scaled(replace(LLM, num_problems=20_000))))
-    save(train(scaled(LLM), tokenizer), tokenizer, arguments.out / "llm")
-    clean = train(scaled(CLEAN), tokenizer)
-    save(train(scaled(UNFILTERED), tokenizer, clean), tokenizer, arguments.out / "slm-unfiltered")
-    save(train(scaled(SMALL), tokenizer), tokenizer, arguments.out / "slm-small")
+    corpus = documents(scaled(replace(LLM, num_problems=20_000)))
+    for name in [arguments.only] if arguments.only else MODELS:
+        vocabulary, *recipes = MODELS[name]
+        tokenizer = train_tokenizer(corpus, vocabulary)
+        model = None
+        for recipe in recipes:
+            model = train(scaled(recipe), tokenizer, model)
+        assert model is not None
+        save(model, tokenizer, vocabulary, arguments.out / name)
 
 
 def documents(recipe: Recipe) -> list[tuple[str, str]]:
@@ -97,16 +131,16 @@ def documents(recipe: Recipe) -> list[tuple[str, str]]:
     return pairs
 
 
-def train_tokenizer(pairs: list[tuple[str, str]]) -> Tokenizer:
-    """Byte-level BPE of 1,024 entries with single digits and 28 reserved ids."""
+def train_tokenizer(pairs: list[tuple[str, str]], vocabulary: Vocabulary) -> Tokenizer:
+    """Byte-level BPE with single digits or whole numbers, and reserved ids."""
     tokenizer = Tokenizer(models.BPE())
-    digits = pre_tokenizers.Digits(individual_digits=True)
+    digits = pre_tokenizers.Digits(individual_digits=not vocabulary.has_whole_numbers)
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=SPECIAL,
+        vocab_size=vocabulary.size,
+        special_tokens=list(vocabulary.special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -117,7 +151,7 @@ def train_tokenizer(pairs: list[tuple[str, str]]) -> Tokenizer:
 def train(recipe: Recipe, tokenizer: Tokenizer, start: Qwen2ForCausalLM | None = None) -> Qwen2ForCausalLM:
     """Train one model; loss on the solution, a tenth on the question; bf16 autocast unless told otherwise."""
     torch.manual_seed(recipe.seed)
-    model = start if start is not None else Qwen2ForCausalLM(shape(recipe))
+    model = start if start is not None else Qwen2ForCausalLM(shape(recipe, tokenizer.get_vocab_size()))
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
     others = [p for name, p in model.named_parameters() if not (p.ndim == 2 and "layers" in name)]
     optimizers = [
@@ -147,10 +181,10 @@ def train(recipe: Recipe, tokenizer: Tokenizer, start: Qwen2ForCausalLM | None =
     return model
 
 
-def shape(recipe: Recipe) -> Qwen2Config:
+def shape(recipe: Recipe, vocab_size: int) -> Qwen2Config:
     """Heads of size 32, untied embeddings."""
     return Qwen2Config(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         hidden_size=recipe.width,
         intermediate_size=3 * recipe.width,
         num_hidden_layers=recipe.layers,
@@ -245,20 +279,20 @@ def pack(rows: list[list[tuple[np.ndarray, int]]]) -> tuple[Tensor, ...]:
     return tuple(torch.from_numpy(array) for array in (ids, targets, weights, positions, mask[:, None]))
 
 
-def save(model: Qwen2ForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
+def save(model: Qwen2ForCausalLM, tokenizer: Tokenizer, vocabulary: Vocabulary, folder: Path) -> None:
     """An ordinary Hugging Face folder: safetensors weights, tokenizer, chat template, generation config."""
     model.config.use_cache = True
     model.generation_config = GenerationConfig(eos_token_id=END, pad_token_id=PAD)
     model.save_pretrained(folder)
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        pad_token=SPECIAL[PAD],
-        eos_token=SPECIAL[END],
-        additional_special_tokens=SPECIAL[USER:],
+        pad_token=vocabulary.special[PAD],
+        eos_token=vocabulary.special[END],
+        additional_special_tokens=list(vocabulary.special[USER:]),
         clean_up_tokenization_spaces=False,
         model_max_length=1024,
     )
-    wrapped.chat_template = TEMPLATE
+    wrapped.chat_template = vocabulary.template
     wrapped.save_pretrained(folder)
     print(f"saved {folder}")
 

@@ -175,8 +175,8 @@ def test_self_consistency_keeps_its_samples_and_counts_them_all(reasoner):
     ],
 )
 def test_samples_vote_on_their_answers(texts, winner, reasoner, monkeypatch):
-    monkeypatch.setattr(api.Reasoner, "_generation", lambda self, text: api.Generation(text, [], [], Cost(1), ""))
-    assert reasoner._answer(texts).text == texts[winner]
+    monkeypatch.setattr(api.Reasoner, "_generation", lambda self, plan, text: api.Generation(text, [], [], Cost(1), ""))
+    assert reasoner._answer(None, texts).text == texts[winner]
 
 
 # Laws of the strategies

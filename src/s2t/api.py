@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, overload
 
+from transformers import PreTrainedTokenizerBase
+
 from s2t.config import NEEDS_LLM, STRATEGIES, DecodeConfig, ModelConfig, build_config
 from s2t.decode.loop import Request
 from s2t.decode.session import Generated, Session
@@ -18,7 +20,7 @@ from s2t.decode.workload import read_thresholds
 from s2t.errors import ConfigError
 from s2t.model.adapter import load_adapter
 from s2t.model.chat import Detokenizer, decode_ids
-from s2t.model.load import LoadedModel, check_pair, load_model
+from s2t.model.load import LoadedModel, load_model
 from s2t.records import Cost, Step
 from s2t.tasks.graders import canonical_answer, extract_answer
 
@@ -71,9 +73,9 @@ def load(
     small = _load(config.slm, config)
     selector = load_adapter(adapter, small) if adapter is not None else None
     large = _load(config.llm, config) if config.llm is not None else None
-    if large is not None:
-        check_pair(small, large)
-    return Reasoner(Session(small, large, selector))
+    session = Session(small, large, selector)
+    _ = session.vocabulary  # raises for a pair that cannot be mapped
+    return Reasoner(session)
 
 
 def generate(prompt: str | list[str], slm: str = "tiny:slm", **settings: Any) -> Generation | list[Generation]:
@@ -129,7 +131,7 @@ class Reasoner:
         session = replace(self.session, batch_size=plan.config.batch_size)
         done = session.run(plan.strategy, requests, plan.config.max_new_tokens, keep_steps=True, trace=trace)
         size = plan.num_samples
-        answers = [self._answer(done[start : start + size]) for start in range(0, len(done), size)]
+        answers = [self._answer(plan, done[start : start + size]) for start in range(0, len(done), size)]
         return answers[0] if isinstance(prompt, str) else answers
 
     def stream(self, prompt: str, strategy: str | None = None, *, seed: int = 0, **settings: Any) -> Iterator[str]:
@@ -142,7 +144,7 @@ class Reasoner:
         requests = plan.requests([prompt])
         if plan.num_samples > 1:
             return iter([self.generate(prompt, strategy, seed=seed, **settings).text])
-        return self._pieces(self.session.steps(plan.strategy, requests, plan.config.max_new_tokens))
+        return self._pieces(plan, self.session.steps(plan.strategy, requests, plan.config.max_new_tokens))
 
     def _plan(self, name: str | None, seed: int, settings: dict[str, Any]) -> _Plan:
         """Settings and strategy of one call, checked against what was loaded."""
@@ -157,26 +159,26 @@ class Reasoner:
         k = trained.num_candidates if trained is not None else None
         return _Plan(session, config, build_strategy(name, config, thresholds, k, seed))
 
-    def _pieces(self, steps: Iterable[Step]) -> Iterator[str]:
-        text = Detokenizer(self.session.slm.tokenizer)
+    def _pieces(self, plan: _Plan, steps: Iterable[Step]) -> Iterator[str]:
+        text = Detokenizer(plan.tokenizer)
         for step in steps:
             if step.finish_reason != "stop" and (piece := text.push(step.token_id)):
                 yield piece
         if rest := text.finish():
             yield rest
 
-    def _answer(self, sequences: Sequence[Generated]) -> Generation:
-        samples = [self._generation(sequence) for sequence in sequences]
+    def _answer(self, plan: _Plan, sequences: Sequence[Generated]) -> Generation:
+        samples = [self._generation(plan, sequence) for sequence in sequences]
         if len(samples) == 1:
             return samples[0]
         answers = [_answer_of(sample.text) for sample in samples]
         winner = samples[answers.index(vote(answers))]
         return replace(winner, cost=sum((sample.cost for sample in samples), Cost()), samples=samples)
 
-    def _generation(self, done: Generated) -> Generation:
+    def _generation(self, plan: _Plan, done: Generated) -> Generation:
         shown = done.token_ids[:-1] if done.finish_reason == "stop" else done.token_ids
         return Generation(
-            text=decode_ids(self.session.slm.tokenizer, shown),
+            text=decode_ids(plan.tokenizer, shown),
             token_ids=done.token_ids,
             steps=done.steps,
             cost=done.cost,
@@ -195,6 +197,10 @@ class _Plan:
     strategy: Strategy
 
     @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.session.tokenizer_of(self.strategy.name)
+
+    @property
     def num_samples(self) -> int:
         return self.config.num_samples if self.strategy.name == "self-consistency" else 1
 
@@ -208,10 +214,10 @@ class _Plan:
         requests: list[Request] = []
         seen: dict[str, int] = {}
         for prompt in prompts:
-            ids = self.session.prompt(prompt)
+            request = self.session.request(0, prompt)
             for _ in range(self.num_samples):
                 place = seen[prompt] = seen.get(prompt, -1) + 1
-                requests.append(Request(len(requests), ids, f"{prompt}/{place}"))
+                requests.append(replace(request, index=len(requests), key=f"{prompt}/{place}"))
         return requests
 
 

@@ -15,13 +15,13 @@ import numpy as np
 import pyarrow as pa
 
 from s2t.config import CollectConfig, DecodeConfig
-from s2t.decode.label import Labels, label
+from s2t.decode.label import Labels
 from s2t.decode.session import Session
 from s2t.decode.strategies import Strategy, build_strategy
 from s2t.decode.workload import open_task, read_thresholds, requests_for, shards_of, task_for_workers
 from s2t.errors import ConfigError, DataError
 from s2t.files import RunFolder, read_tables, write_json, write_table
-from s2t.model.load import check_pair, load_model
+from s2t.model.load import load_model
 from s2t.progress import progress
 from s2t.records import Problem, Provenance, SelectionGroup
 from s2t.tasks.problems import Task, heldout_templates
@@ -102,7 +102,6 @@ class _Collector:
         self.session = Session.open(config, [config.policy], config.adapter, config.batch_size)
         if self.session.llm is None:
             self.session.llm = load_model(config.llm, **config.load_options)
-            check_pair(self.session.slm, self.session.llm)
         self.pair = f"{self.session.slm.fingerprint}/{self.session.llm.fingerprint}"
         self.strategy = self._policy()
 
@@ -121,14 +120,11 @@ class _Collector:
     def shard(self, job: tuple[int, Sequence[Problem]]) -> pa.Table:
         """One shard's table: write, label, pack."""
         config, session, problems = self.config, self.session, job[1]
-        assert session.llm is not None
         requests = requests_for(session, self.task, problems)
         done = session.run(self.strategy, requests, config.max_new_tokens)
         prompts, generated = [r.prompt_ids for r in requests], [s.token_ids for s in done]
-        labels = label(
-            session.slm,
-            session.llm,
-            prompts,
+        labels = session.label(
+            requests,
             generated,
             config.num_candidates,
             config.support_size,

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from s2t.config import NEEDS_LLM, EvalConfig
 from s2t.core.stats import bootstrap_interval, paired_comparison
@@ -106,7 +107,7 @@ class _Evaluator:
         }
 
     def _grade(self, session: Session, strategy: Strategy, problem: Problem, samples: Sequence[Generated]) -> Result:
-        texts = [decode_ids(session.slm.tokenizer, sample.token_ids) for sample in samples]
+        texts = [decode_ids(session.tokenizer_of(strategy.name), sample.token_ids) for sample in samples]
         grades = [self.task.grade(problem, text) for text in texts]
         winner = 0
         if len(samples) > 1:
@@ -145,17 +146,17 @@ class _Evaluator:
                 "is_correct": result.is_correct,
                 "extracted": result.extracted,
                 "prompt_text": self.task.prompt(problem),
-                "steps": [trace_step(session, step) for step in sequence.steps],
+                "steps": [trace_step(session.tokenizer_of(strategy.name), step) for step in sequence.steps],
             }
             for problem, result, sequence in zip(problems, results, done, strict=False)
         ]
 
 
-def trace_step(session: Session, step: Step) -> dict[str, Any]:
+def trace_step(tokenizer: PreTrainedTokenizerBase, step: Step) -> dict[str, Any]:
     """A step as the trace page shows it, with the text of every token."""
 
     def text(token_id: int) -> str:
-        return str(session.slm.tokenizer.decode([token_id]))
+        return str(tokenizer.decode([token_id]))
 
     candidates = None
     if step.candidates is not None:
@@ -200,9 +201,7 @@ def _warm_up(session: Session) -> None:
 
 
 def requests_for_warm_up(session: Session) -> list[Any]:
-    from s2t.decode.loop import Request
-
-    return [Request(0, session.prompt("1 + 1 ="), "")]
+    return [session.request(0, "1 + 1 =")]
 
 
 def _read_results(run: RunFolder, name: str) -> tuple[list[dict[str, Any]], float, list[dict[str, Any]]]:

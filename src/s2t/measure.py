@@ -18,13 +18,13 @@ import pyarrow as pa
 from s2t.config import CalibrateConfig, DecodeConfig, MeasureConfig
 from s2t.core.calibration import threshold_at
 from s2t.core.stats import hit_rate_curve
-from s2t.decode.label import Labels, label
+from s2t.decode.label import Labels
 from s2t.decode.session import Generated, Session
 from s2t.decode.strategies import build_strategy
 from s2t.decode.workload import open_task, requests_for, shards_of, task_for_workers
 from s2t.errors import DataError
 from s2t.files import RunFolder, load_run, read_tables, write_json, write_table
-from s2t.model.load import check_pair, load_model
+from s2t.model.load import load_model
 from s2t.progress import progress
 from s2t.records import Problem
 from s2t.tasks.problems import Task
@@ -72,8 +72,7 @@ class _Measurer:
         if config.llm is None:
             raise DataError("measure compares two models; pass --llm MODEL.")
         llm = load_model(config.llm, **config.load_options)
-        check_pair(slm, llm)
-        self.config, self.task, self.llm = config, task or open_task(config, config.slm), llm
+        self.config, self.task = config, task or open_task(config, config.slm)
         self.session = Session(slm, llm, batch_size=config.batch_size)
 
     def shard(self, job: tuple[int, Sequence[Problem]]) -> pa.Table:
@@ -81,10 +80,8 @@ class _Measurer:
         config, session, problems = self.config, self.session, job[1]
         requests = requests_for(session, self.task, problems)
         done = session.run(build_strategy("greedy", DecodeConfig(), {}), requests, config.max_new_tokens)
-        labels = label(
-            session.slm,
-            self.llm,
-            [request.prompt_ids for request in requests],
+        labels = session.label(
+            requests,
             [sequence.token_ids for sequence in done],
             max(KS),
             config.support_size,

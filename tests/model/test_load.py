@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from s2t.errors import ModelError
 from s2t.model.adapter import AdapterConfig, SelectorAdapter
-from s2t.model.load import check_pair, fingerprint, load_model, pick_device, wrap_model
+from s2t.model.load import fingerprint, load_model, pick_device, wrap_model
 
 
 def refusal(function, *args):
@@ -115,28 +115,6 @@ def test_loading_says_nothing(capfd):
 
 
 # Pairs
-
-
-def test_the_embedded_models_are_a_pair(tiny_slm, tiny_llm):
-    check_pair(tiny_slm, tiny_llm)
-
-
-def test_padding_rows_may_differ_in_number(random_model):
-    check_pair(random_model(), random_model(vocab_size=1100))
-
-
-def test_different_tokenizers_are_refused_with_a_token_that_differs(random_model):
-    left = random_model()
-    right = wrap_model("other", random_model().model, word_tokenizer(["<pad>", "apple", "pear"]))
-    line = refusal(check_pair, left, right)
-    assert "different tokenizers" in line
-    assert left.name in line and right.name in line
-
-
-def test_the_same_tokens_in_another_order_are_refused(random_model):
-    model = random_model().model
-    left, right = (wrap_model(words, model, word_tokenizer(words.split())) for words in ("x a b", "x b a"))
-    assert "2 tokens differ, first 'a'" in refusal(check_pair, left, right)
 
 
 # Fingerprints

@@ -10,7 +10,6 @@ import numpy as np
 from s2t.bench.timing import Contestant
 from s2t.config import BenchConfig, DecodeConfig, TaskConfig
 from s2t.core.calibration import threshold_at
-from s2t.decode.label import label
 from s2t.decode.loop import Request
 from s2t.decode.session import Session
 from s2t.decode.strategies import build_strategy
@@ -47,10 +46,9 @@ class CollectBench:
 
     def _by_prefill(self, requests: list[Request]) -> list[tuple[np.ndarray, np.ndarray]]:
         session = self.session
-        assert session.llm is not None
         strategy = build_strategy("greedy", DecodeConfig(), {})
         written = [s.token_ids for s in session.run(strategy, requests, self.config.max_new_tokens)]
-        found = label(session.slm, session.llm, [r.prompt_ids for r in requests], written, _STORED)
+        found = session.label(requests, written, _STORED)
         return [(labels.divergence, labels.candidate_ids) for labels in found]
 
     def _run_steps(self) -> Iterator[object]:

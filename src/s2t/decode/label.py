@@ -16,8 +16,10 @@ from torch import Tensor
 from s2t.core.candidates import mask_forbidden, propose
 from s2t.core.support import align_vocabulary, divergence, entropy, rank_of
 from s2t.decode.state import log_softmax_at
+from s2t.decode.text_reference import TextReference
 from s2t.model.engine import Engine
 from s2t.model.load import LoadedModel
+from s2t.model.text import VocabularyMap
 
 # Work stays near a CPU's caches in small chunks; a GPU wants large ones. Keyed by device type.
 _LOGITS_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}  # floats per model
@@ -60,6 +62,28 @@ def label(
     return [labels[i] for i in range(len(prompts))]
 
 
+def label_by_text(
+    vocabulary: VocabularyMap,
+    prompts: Sequence[Sequence[int]],
+    llm_prompts: Sequence[Sequence[int]],
+    generated: Sequence[Sequence[int]],
+    batch_size: int = 64,
+    num_candidates: int = 16,
+    support_size: int = 64,
+    kind: str = "llm-slm",
+) -> list[Labels]:
+    """As `label`, for a pair with different tokenizers: the LLM reads the text token by token, in batches of trajectories."""
+    labels: list[Labels] = []
+    k = min(num_candidates, vocabulary.slm.vocab_size)
+    for start in range(0, len(prompts), batch_size):
+        part = slice(start, start + batch_size)
+        rows = len(prompts[part])
+        slm, llm = Engine(vocabulary.slm, rows), Engine(vocabulary.llm, rows)
+        reader = _PairReader(slm, llm, k, support_size, kind)
+        labels += reader.read_text(TextReference(llm, vocabulary), prompts[part], llm_prompts[part], generated[part])
+    return labels
+
+
 def _batches(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
     """Indices batched by length, at most `limit` padded tokens each."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
@@ -91,16 +115,45 @@ class _PairReader:
         )  # [N, H], [N, H']
         size = max(_STEPS_AT_ONCE, _LOGITS_AT_ONCE.get(self.slm.device.type, 2**24) // self.slm.vocab_size)
         parts = [
-            self._compare(slm_hidden[i : i + size], llm_hidden[i : i + size]) for i in range(0, len(slm_hidden), size)
+            self._compare(*self._logits(slm_hidden[i : i + size], llm_hidden[i : i + size]))
+            for i in range(0, len(slm_hidden), size)
         ]
         columns = [np.concatenate([part[c] for part in parts]) for c in range(6)]
         ends = np.cumsum([len(g) for g in generated])[:-1]
         return [Labels(*split) for split in zip(*(np.split(column, ends) for column in columns), strict=True)]
 
-    def _compare(self, slm_hidden: Tensor, llm_hidden: Tensor) -> tuple[np.ndarray, ...]:
+    @torch.inference_mode()
+    def read_text(
+        self,
+        reference: TextReference,
+        prompts: Sequence[Sequence[int]],
+        llm_prompts: Sequence[Sequence[int]],
+        generated: Sequence[Sequence[int]],
+    ) -> list[Labels]:
+        """Step by step through all trajectories at once, each led along its own tokens."""
+        texts = [[*p, *g[:-1]] for p, g in zip(prompts, generated, strict=True)]
+        read = self.slm.read(range(len(prompts)), texts)
+        hidden = [states[len(p) - 1 :] for p, states in zip(prompts, read, strict=True)]  # [T, H] each
+        for row, prompt in enumerate(llm_prompts):
+            reference.start(row, prompt)
+        found: list[list[tuple[np.ndarray, ...]]] = [[] for _ in prompts]
+        for step in range(max(map(len, generated))):
+            rows = [row for row, ids in enumerate(generated) if step < len(ids)]
+            slm_logits = self.slm.logits(torch.stack([hidden[row][step] for row in rows]))
+            drafts = {row: [generated[row][step]] for row in rows}
+            llm_logits = reference.logits([(row, 0) for row in rows], drafts, slm_logits, self.slm.forbidden_ids)
+            columns = self._compare(slm_logits, llm_logits)
+            for place, row in enumerate(rows):
+                found[row].append(tuple(column[place] for column in columns))
+                reference.settle(row, drafts[row], drafts[row])
+        return [Labels(*(np.stack(column) for column in zip(*steps, strict=True))) for steps in found]
+
+    def _logits(self, slm_hidden: Tensor, llm_hidden: Tensor) -> tuple[Tensor, Tensor]:
         size = self.slm.vocab_size
-        slm_logits = self.slm.logits(slm_hidden)
         llm_logits = mask_forbidden(align_vocabulary(self.llm.head(llm_hidden), size), self.slm.forbidden_ids, size)
+        return self.slm.logits(slm_hidden), llm_logits
+
+    def _compare(self, slm_logits: Tensor, llm_logits: Tensor) -> tuple[np.ndarray, ...]:
         ids, logprobs = propose(slm_logits, self.num_candidates)
         values = (
             divergence(llm_logits, slm_logits, self.support_size, self.kind),

@@ -21,6 +21,7 @@ from s2t.decode.draft import DraftLength
 from s2t.decode.selectors import LocalSelector, Selection
 from s2t.decode.state import Reference, State, log_softmax_at
 from s2t.decode.strategies import Strategy
+from s2t.decode.text_reference import TextReference
 from s2t.errors import ConfigError
 from s2t.model.engine import Engine, Work
 from s2t.records import Candidates, Cost, Step
@@ -31,11 +32,15 @@ _LOGITS_AT_ONCE = 2**27  # floats that the drafts of all rows may hold
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One sequence to write: prompt ids, and the key its random numbers depend on (with the strategy's seed)."""
+    """One sequence to write: prompt ids, and the key its random numbers depend on (with the strategy's seed).
+
+    `llm_prompt_ids` is the prompt in the LLM's own tokens, where these are others than the SLM's.
+    """
 
     index: int
     prompt_ids: Sequence[int]
     key: str = ""
+    llm_prompt_ids: Sequence[int] | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -88,7 +93,7 @@ class Decoder:
         self,
         engine: Engine,
         strategy: Strategy,
-        reference: Reference | None = None,
+        reference: Reference | TextReference | None = None,
         max_new_tokens: int = 256,
         trace: bool = False,
     ) -> None:
@@ -99,6 +104,10 @@ class Decoder:
             )
         if strategy.needs_llm and reference is None:
             raise ConfigError(f"strategy {strategy.name} reads the LLM at inference; pass --llm.")
+        if reference is not None and reference.max_draft is not None and strategy.draft_tokens > reference.max_draft:
+            raise ConfigError(
+                f"a pair with different tokenizers is read step by step; leave --draft-tokens at 0, got {strategy.draft_tokens}."
+            )
         if (strategy.selector is not None and strategy.selector.needs_adapter) and engine.adapter is None:
             raise ConfigError(f"strategy {strategy.name} needs --adapter, a folder written by `s2t train`.")
         self.engine, self.strategy, self.reference = engine, strategy, reference
@@ -112,6 +121,8 @@ class Decoder:
     def _policy(self) -> DraftLength:
         if self.reference is None:
             return DraftLength(fixed=1)
+        if self.reference.max_draft is not None:
+            return DraftLength(fixed=self.reference.max_draft)
         ratio = self.reference.engine.loaded.num_params / self.engine.loaded.num_params
         room = _LOGITS_AT_ONCE // (self.engine.max_rows * self.engine.vocab_size)
         return DraftLength(self.strategy.draft_tokens, ratio, min(64, max(1, room)))
@@ -212,8 +223,7 @@ class Decoder:
             places.hidden,
             places.logits,
             self._uniforms(places.rows, places.offsets),
-            reference.engine if reference is not None else None,
-            lambda wanted: self._llm_states(places, wanted),
+            None if reference is None else lambda wanted: self._llm_logits(places, wanted),
         )
         values = strategy.trigger.read(state)
         choice = _Choice(None if values is None else values.tolist(), self._fired(places, values))
@@ -226,17 +236,16 @@ class Decoder:
                 self._note(choice, strategy.selector.select(state, choice.fired, choice.candidate_ids, choice.logprobs))
         return choice
 
-    def _llm_states(self, places: _Places, wanted: Sequence[int]) -> Tensor:
-        """The LLM's states at some places, after one forward over what it has not read of those rows; [n, H']."""
+    def _llm_logits(self, places: _Places, wanted: Sequence[int]) -> Tensor:
+        """The LLM's logits at some places, after one forward over what it has not read of those rows; [n, V]."""
         assert self.reference is not None
-        wanted_rows = list(dict.fromkeys(places.rows[place] for place in wanted))
-        states = self.reference.states({row.slot: places.draft(row) for row in wanted_rows})
-        first, total = {}, 0
-        for row in wanted_rows:
-            first[row] = total
-            total += len(states[row.slot])
-        index = [first[places.rows[place]] + places.offsets[place] for place in wanted]
-        return torch.cat([states[row.slot] for row in wanted_rows])[index]
+        rows = dict.fromkeys(places.rows[place] for place in wanted)
+        return self.reference.logits(
+            [(places.rows[place].slot, places.offsets[place]) for place in wanted],
+            {row.slot: places.draft(row) for row in rows},
+            places.logits if len(wanted) == len(places.rows) else places.logits[list(wanted)],
+            self.engine.forbidden_ids,
+        )
 
     def _fired(self, places: _Places, values: Tensor | None) -> list[int]:
         if values is None:
@@ -347,7 +356,8 @@ class Decoder:
             self.rows.append(row)
             self.engine.reset(row.slot)
             if self.reference is not None:
-                self.reference.start(row.slot, prompt)
+                own = request.llm_prompt_ids
+                self.reference.start(row.slot, prompt if own is None else own)
 
     def _draws(self, request: Request) -> np.ndarray:
         strategy = self.strategy

@@ -9,15 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from transformers import PreTrainedTokenizerBase
+
 from s2t.config import NEEDS_LLM, ModelConfig
+from s2t.decode.label import Labels, label, label_by_text
 from s2t.decode.loop import Decoder, Request
 from s2t.decode.state import Reference
 from s2t.decode.strategies import Strategy
+from s2t.decode.text_reference import TextReference
 from s2t.errors import ConfigError, ModelError
 from s2t.model.adapter import SelectorAdapter, load_adapter
 from s2t.model.chat import prompt_ids
 from s2t.model.engine import Engine
-from s2t.model.load import LoadedModel, check_pair, load_model
+from s2t.model.load import LoadedModel, load_model
+from s2t.model.text import VocabularyMap, same_tokens
 from s2t.records import Cost, Step
 
 
@@ -41,6 +46,17 @@ class Session:
     llm: LoadedModel | None = None
     adapter: SelectorAdapter | None = None
     batch_size: int = 64
+    _made: dict[str, VocabularyMap | None] = field(default_factory=dict, repr=False)
+
+    @property
+    def vocabulary(self) -> VocabularyMap | None:
+        """The map between the two models' tokens, made once; None for one model, or where both have the same tokens."""
+        if self.llm is None:
+            return None
+        if "map" not in self._made:
+            shares = same_tokens(self.slm, self.llm)
+            self._made["map"] = None if shares else VocabularyMap(self.slm, self.llm)
+        return self._made["map"]
 
     @classmethod
     def open(cls, config: ModelConfig, strategies: Sequence[str], adapter: str | None, batch_size: int) -> Session:
@@ -57,15 +73,22 @@ class Session:
         if needs_llm:
             assert config.llm is not None
             llm = load_model(config.llm, **config.load_options)
-            check_pair(slm, llm)
-        return cls(slm, llm, loaded, batch_size)
+        session = cls(slm, llm, loaded, batch_size)
+        _ = session.vocabulary  # raises for a pair that cannot be mapped
+        return session
 
     def prompt(self, text: str) -> list[int]:
         """Prompt ids of a user message; raises ModelError when it is empty."""
-        ids = prompt_ids(self.slm.tokenizer, text)
-        if not ids:
-            raise ModelError("the prompt is empty after tokenizing; give some text.")
-        return ids
+        return _prompt(self.slm, text)
+
+    def request(self, index: int, text: str, key: str = "") -> Request:
+        """A request for the answer to a user message, in the tokens of both models."""
+        own = _prompt(self.llm, text) if self.llm is not None and self.vocabulary is not None else None
+        return Request(index, self.prompt(text), key, own)
+
+    def tokenizer_of(self, strategy: str) -> PreTrainedTokenizerBase:
+        """The tokenizer whose ids a strategy writes."""
+        return self._llm().tokenizer if strategy == "llm" else self.slm.tokenizer
 
     def decoder(self, strategy: Strategy, max_new_tokens: int, num_rows: int, trace: bool = False) -> Decoder:
         """A fresh decoder for a strategy, with no more rows than there are sequences."""
@@ -74,12 +97,34 @@ class Session:
             return Decoder(Engine(self._llm(), rows), strategy, None, max_new_tokens, trace)
         uses_adapter = strategy.name == "s2t-local"
         engine = Engine(self.slm, rows, self.adapter if uses_adapter else None)
-        reference = Reference(Engine(self._llm(), rows)) if strategy.needs_llm else None
+        reference = self.reference(rows) if strategy.needs_llm else None
         return Decoder(engine, strategy, reference, max_new_tokens, trace)
+
+    def reference(self, num_rows: int) -> Reference | TextReference:
+        """The LLM beside so many rows, read by token or by text."""
+        engine = Engine(self._llm(), num_rows)
+        return Reference(engine) if self.vocabulary is None else TextReference(engine, self.vocabulary)
+
+    def label(
+        self,
+        requests: Sequence[Request],
+        generated: Sequence[Sequence[int]],
+        num_candidates: int = 16,
+        support_size: int = 64,
+        kind: str = "llm-slm",
+    ) -> list[Labels]:
+        """What both models say at every step of trajectories written for some requests; see `decode.label`."""
+        llm, vocabulary = self._llm(), self.vocabulary
+        settings = (num_candidates, support_size, kind)
+        prompts = [request.prompt_ids for request in requests]
+        if vocabulary is None:
+            return label(self.slm, llm, prompts, generated, *settings)
+        own = [request.llm_prompt_ids or request.prompt_ids for request in requests]
+        return label_by_text(vocabulary, prompts, own, generated, self.batch_size, *settings)
 
     def steps(self, strategy: Strategy, requests: Sequence[Request], max_new_tokens: int) -> Iterator[Step]:
         """The raw stream of steps of some requests, with everything traced; for streaming and tracing."""
-        return self.decoder(strategy, max_new_tokens, len(requests), trace=True).run(requests)
+        return self.decoder(strategy, max_new_tokens, len(requests), trace=True).run(_for(strategy, requests))
 
     def run(
         self,
@@ -97,7 +142,7 @@ class Session:
         decoder = self.decoder(strategy, max_new_tokens, len(requests), keep_steps if trace is None else trace)
         place = {request.index: i for i, request in enumerate(requests)}
         done = [Generated() for _ in requests]
-        for step in decoder.run(requests):
+        for step in decoder.run(_for(strategy, requests)):
             sequence = done[place[step.request]]
             _add(sequence, step, keep_steps)
             if step.finish_reason is not None:
@@ -111,6 +156,20 @@ class Session:
         if self.llm is None:
             raise ConfigError("this strategy needs the LLM; pass --llm MODEL.")
         return self.llm
+
+
+def _prompt(loaded: LoadedModel, text: str) -> list[int]:
+    ids = prompt_ids(loaded.tokenizer, text)
+    if not ids:
+        raise ModelError("the prompt is empty after tokenizing; give some text.")
+    return ids
+
+
+def _for(strategy: Strategy, requests: Sequence[Request]) -> list[Request]:
+    """The LLM alone reads its own prompts."""
+    if strategy.name != "llm":
+        return list(requests)
+    return [replace(r, prompt_ids=r.llm_prompt_ids) if r.llm_prompt_ids is not None else r for r in requests]
 
 
 def _add(sequence: Generated, step: Step, keep: bool) -> None:

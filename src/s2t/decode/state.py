@@ -18,7 +18,12 @@ from s2t.model.engine import Engine
 
 
 class Reference:
-    """The LLM beside the loop: row b of its engine follows row b of the SLM's, at most one forward a round."""
+    """The LLM beside the loop: row b of its engine follows row b of the SLM's, at most one forward a round.
+
+    For pairs of one tokenizer; `decode.text_reference` does the same for others.
+    """
+
+    max_draft: int | None = None
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -29,6 +34,20 @@ class Reference:
         """Begin a sequence in a slot; nothing is computed yet."""
         self.engine.reset(row)
         self.pending[row] = list(prompt_ids)
+
+    def logits(
+        self,
+        wanted: Sequence[tuple[int, int]],
+        drafts: Mapping[int, Sequence[int]],
+        slm_logits: Tensor,
+        forbidden_ids: Tensor,
+    ) -> Tensor:
+        """The LLM's masked logits at some (row, offset) of the drafts, on the SLM's vocabulary; slm_logits [n, V] -> [n, V]."""
+        states = self.states(drafts)
+        hidden = torch.stack([states[row][offset] for row, offset in wanted])  # [n, H']
+        size = slm_logits.shape[-1]
+        logits = align_vocabulary(self.engine.head(hidden).to(slm_logits.device), size)
+        return mask_forbidden(logits, forbidden_ids, size)
 
     def states(self, drafts: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
         """The states that each row's d drafted tokens are predicted from, row -> [d, H]; one forward for all unread rows."""
@@ -61,19 +80,15 @@ class State:
     hidden: Tensor  # [n, H]
     logits: Tensor  # [n, V], masked
     uniforms: Tensor  # [n], for the random trigger
-    reference: Engine | None = None
-    llm_hidden: Callable[[Sequence[int]], Tensor] | None = None  # places -> [len(places), H']
+    read_llm: Callable[[Sequence[int]], Tensor] | None = None  # places -> masked logits, [len(places), V]
     _llm_logits: Tensor | None = None
 
     def llm_logits(self, places: Sequence[int] | None = None) -> Tensor:
         """The LLM's masked next-token logits on the SLM's vocabulary; [n, V] (or [len(places), V])."""
-        assert self.reference is not None and self.llm_hidden is not None, "this strategy needs the LLM"
+        assert self.read_llm is not None, "this strategy needs the LLM"
         if self._llm_logits is not None:
             return self._llm_logits if places is None else self._llm_logits[list(places)]
-        hidden = self.llm_hidden(range(len(self.hidden)) if places is None else places)
-        size = self.engine.vocab_size
-        logits = align_vocabulary(self.reference.head(hidden).to(self.logits.device), size)
-        logits = mask_forbidden(logits, self.engine.forbidden_ids, size)
+        logits = self.read_llm(range(len(self.hidden)) if places is None else places)
         if places is None:
             self._llm_logits = logits
         return logits

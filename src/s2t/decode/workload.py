@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from s2t.config import TaskConfig
@@ -32,9 +33,9 @@ def requests_for(session: Session, task: Task, problems: Sequence[Problem], num_
     """One request per problem and sample, numbered problem by problem; keys make samples independent of the batch."""
     requests = []
     for place, problem in enumerate(problems):
-        ids = session.prompt(task.prompt(problem))
+        request = session.request(place * num_samples, task.prompt(problem))
         for k in range(num_samples):
-            requests.append(Request(place * num_samples + k, ids, f"{problem.problem_id}/{k}"))
+            requests.append(replace(request, index=request.index + k, key=f"{problem.problem_id}/{k}"))
     return requests
 
 

@@ -128,18 +128,6 @@ def pick_device(device: str) -> str:
     return device
 
 
-def check_pair(slm: LoadedModel, llm: LoadedModel) -> None:
-    """Raise ModelError unless both tokenizers give every token the same id; padding rows may differ in number."""
-    left, right = slm.tokenizer.get_vocab(), llm.tokenizer.get_vocab()
-    if left == right:
-        return
-    differing = sorted(token for token in left.keys() | right.keys() if left.get(token) != right.get(token))
-    raise ModelError(
-        f"{slm.name} and {llm.name} have different tokenizers ({len(differing)} tokens differ, first {differing[0]!r}); "
-        "choose two models of one family."
-    )
-
-
 def fingerprint(model: nn.Module) -> str:
     """Identity of a base model's weights, 16 hex digits, the same for every load dtype.
 
