@@ -104,6 +104,10 @@ def wrap_model(name: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> Loa
             f"{model.config.model_type} carries a state instead of a cache that can be branched or cropped; "
             "use a model with plain attention layers."
         )
+    if any(name.endswith(".sinks") for name, _ in model.named_parameters()):
+        raise ModelError(
+            f"{model.config.model_type} has attention sinks, which the tree step cannot read; use a plain-attention model."
+        )
     takes_positions = "position_ids" in inspect.signature(model.get_decoder().forward).parameters
     if not takes_positions or getattr(model.config, "alibi", False):
         raise ModelError(
