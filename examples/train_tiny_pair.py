@@ -24,7 +24,14 @@ import torch
 from careless import careless
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from s2t.tasks.problems import load_task
 
@@ -41,6 +48,7 @@ class Vocabulary:
     special: tuple[str, ...]
     template: str
     has_whole_numbers: bool = False
+    is_llama: bool = False  # transformers gives every Qwen2 checkpoint Qwen2's own cut, which has single digits
 
 
 DIGITS = Vocabulary(
@@ -57,6 +65,7 @@ NUMBERS = Vocabulary(
     "{% else %}<question>{{ message['content'] }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<answer>{% endif %}",
     has_whole_numbers=True,
+    is_llama=True,
 )
 
 
@@ -116,7 +125,7 @@ def main() -> None:
         for recipe in recipes:
             model = train(scaled(recipe), tokenizer, model)
         assert model is not None
-        save(model, tokenizer, vocabulary, arguments.out / name)
+        save(as_llama(model) if vocabulary.is_llama else model, tokenizer, vocabulary, arguments.out / name)
 
 
 def documents(recipe: Recipe) -> list[tuple[str, str]]:
@@ -279,7 +288,22 @@ def pack(rows: list[list[tuple[np.ndarray, int]]]) -> tuple[Tensor, ...]:
     return tuple(torch.from_numpy(array) for array in (ids, targets, weights, positions, mask[:, None]))
 
 
-def save(model: Qwen2ForCausalLM, tokenizer: Tokenizer, vocabulary: Vocabulary, folder: Path) -> None:
+def as_llama(model: Qwen2ForCausalLM) -> LlamaForCausalLM:
+    """The same function as a Llama, whose output projection has a bias as well: zero."""
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names += ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_parameters")
+    names += ("pad_token_id", "eos_token_id", "bos_token_id", "tie_word_embeddings")
+    llama = LlamaForCausalLM(LlamaConfig(attention_bias=True, **{name: getattr(model.config, name) for name in names}))
+    missing, unexpected = llama.load_state_dict(model.state_dict(), strict=False)
+    assert not unexpected and all(name.endswith("o_proj.bias") for name in missing)
+    for name in missing:
+        torch.nn.init.zeros_(llama.get_parameter(name))
+    return llama
+
+
+def save(
+    model: Qwen2ForCausalLM | LlamaForCausalLM, tokenizer: Tokenizer, vocabulary: Vocabulary, folder: Path
+) -> None:
     """An ordinary Hugging Face folder: safetensors weights, tokenizer, chat template, generation config."""
     model.config.use_cache = True
     model.generation_config = GenerationConfig(eos_token_id=END, pad_token_id=PAD)

@@ -59,7 +59,7 @@ class ModelConfig:
     """Which models, and how they are loaded; shared by every command."""
 
     slm: str = "tiny:slm"
-    """Hub id, folder, or `tiny:slm`, `tiny:slm-unfiltered`, `tiny:slm-small`."""
+    """Hub id, folder, or `tiny:slm`, `tiny:slm-numbers` (another tokenizer), `tiny:slm-small`."""
     llm: str | None = None
     """Hub id, folder, or `tiny:llm`; None where the LLM is not needed."""
     dtype: str = "auto"

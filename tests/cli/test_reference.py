@@ -1,17 +1,29 @@
-"""docs/cli.md says what the commands are now."""
+"""The generated pages of docs/ say what the commands and the Python interface are now."""
 
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 
-DOCS = Path(__file__).parents[2] / "docs"
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
 
 
-def test_the_reference_page_is_up_to_date():
-    spec = importlib.util.spec_from_file_location("make_cli", DOCS / "make_cli.py")
+@pytest.mark.parametrize("name", ["cli", "api"])
+def test_the_reference_page_is_up_to_date(name):
+    spec = importlib.util.spec_from_file_location(f"make_{name}", DOCS / f"make_{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert (DOCS / "cli.md").read_text(encoding="utf-8") == module.reference(), "run python docs/make_cli.py"
+    page = (DOCS / f"{name}.md").read_text(encoding="utf-8")
+    assert page == module.reference(), f"run python docs/make_{name}.py"
+
+
+@pytest.mark.parametrize("page", sorted([*DOCS.glob("*.md"), ROOT / "README.md"]), ids=lambda path: path.name)
+def test_links_between_pages_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"

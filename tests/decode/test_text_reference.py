@@ -12,6 +12,7 @@ from s2t.decode.session import Session
 from s2t.decode.strategies import build_strategy
 from s2t.decode.text_reference import TextReference
 from s2t.errors import ConfigError
+from s2t.model.chat import decode_ids
 from s2t.model.engine import Engine
 from s2t.model.load import load_model, wrap_model
 from s2t.model.text import VocabularyMap
@@ -184,3 +185,20 @@ def test_drafts_of_a_fixed_length_need_one_tokenizer(numbers, digits):
         session.run(
             build_strategy("s2t", DecodeConfig(threshold=0.2, draft_tokens=4), {}), [session.request(0, "1")], 4
         )
+
+
+def test_s2t_mends_an_slm_with_another_tokenizer():
+    """tiny:slm-numbers writes a number as one token, tiny:llm digit by digit."""
+    session = Session(load_model("tiny:slm-numbers"), load_model("tiny:llm"))
+    task = load_task("rg:gsm_symbolic,max_number=100")
+    problems = task.problems("calibration", 40, 0)
+    requests = [session.request(i, problem.question) for i, problem in enumerate(problems)]
+
+    def correct(name):
+        strategy = build_strategy(name, DecodeConfig(threshold=0.01), {})
+        done = session.run(strategy, requests, 200)
+        texts = [decode_ids(session.tokenizer_of(name), s.token_ids) for s in done]
+        return sum(task.grade(problem, text).is_correct for problem, text in zip(problems, texts, strict=True))
+
+    right = {name: correct(name) for name in ("greedy", "s2t", "llm")}
+    assert right["greedy"] + 10 <= right["s2t"] <= right["llm"] + 2

@@ -1,4 +1,4 @@
-"""The embedded pair: two small Qwen2 checkpoints and an alternative SLM, shipped with the package.
+"""The embedded models: an SLM and an LLM that make a pair, and two alternative SLMs, shipped with the package.
 
 `tiny:slm` is the default small model, `tiny:llm` the reference; see the model card beside the weights for
 how each was made. Works offline; nothing here touches the network.
@@ -13,7 +13,7 @@ from s2t.errors import ModelError
 
 PREFIX = "tiny:"
 ALIASES = {"slm": "slm-unfiltered"}
-NAMES = ("slm", "slm-unfiltered", "slm-small", "llm")
+NAMES = ("slm", "slm-unfiltered", "slm-numbers", "slm-small", "llm")
 
 
 def is_embedded(name: str) -> bool:
