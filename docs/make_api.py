@@ -16,8 +16,8 @@ HEAD = """# Python
 
 Written by `python docs/make_api.py` from the docstrings themselves; do not edit.
 
-`import s2t` is instant; torch is imported with the first call. Every error that a user can cause is an `s2t.errors.S2TError` with one
-line of text. Settings that are passed as keywords are those of the command line: [cli.md](cli.md).
+`import s2t` is instant; torch is imported with the first call. Every error that a user can cause is an `s2t.errors.S2TError` of
+one line. Settings that are passed as keywords are those of the command line: [cli.md](cli.md).
 """
 FUNCTIONS = [name for name in s2t.__all__ if callable(getattr(s2t, name))]
 WORKFLOWS = ("measure", "calibrate", "collect", "train", "evaluate")
