@@ -6,6 +6,7 @@ forget. Speaks text; everything below it speaks token ids.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, overload
@@ -18,11 +19,11 @@ from s2t.decode.workload import read_thresholds
 from s2t.errors import ConfigError
 from s2t.model.adapter import load_adapter
 from s2t.model.chat import Detokenizer, decode_ids
-from s2t.model.load import LoadedModel, check_pair, load_model
+from s2t.model.load import check_pair, load_model
 from s2t.records import Cost, Step
 from s2t.tasks.graders import canonical_answer, extract_answer
 
-_LOAD_SETTINGS = frozenset({"llm", "adapter", "dtype", "device", "trust_remote_code", "execution"})
+_LOAD_SETTINGS = frozenset({item.name for item in fields(ModelConfig)} - {"slm"} | {"adapter"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,30 +48,25 @@ def load(
     *,
     llm: str | None = None,
     adapter: str | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    execution: str = "auto",
+    quantization: str | dict[str, Any] | None = None,
+    llm_quantization: str | dict[str, Any] | None = None,
+    **settings: Any,
 ) -> Reasoner:
     """Load an SLM, with an LLM and an adapter where they are given; most strategies need neither.
 
-    `execution`: eager, static (CUDA graphs on a GPU), compile (torch.compile as well), or auto.
+    `slm` and `llm` are hub ids, folders, embedded models, or PEFT adapters (merged into their bases); `adapter` is what
+    `s2t train` wrote. A quantization is a name such as bitsandbytes-4bit, or a dict with a `quant_method`. The other
+    settings are the fields of `ModelConfig`: dtype, device, device_map, revision, llm_revision, trust_remote_code and
+    execution (eager, static: CUDA graphs on a GPU, compile: torch.compile as well, or auto).
 
     Raises ModelError or ConfigError, one line, for what is missing, unsupported or does not fit together.
     """
-    values = {
-        "slm": slm,
-        "llm": llm,
-        "dtype": dtype,
-        "device": device,
-        "trust_remote_code": trust_remote_code,
-        "execution": execution,
-    }
-    config = build_config(ModelConfig, flags=values)
+    texts = {"quantization": _as_text(quantization), "llm_quantization": _as_text(llm_quantization)}
+    config = build_config(ModelConfig, flags={"slm": slm, "llm": llm, **texts, **settings})
     config.check_model()
-    small = _load(config.slm, config)
+    small = load_model(config.slm, **config.load_options)
     selector = load_adapter(adapter, small) if adapter is not None else None
-    large = _load(config.llm, config) if config.llm is not None else None
+    large = load_model(config.llm, **config.llm_load_options) if config.llm is not None else None
     if large is not None:
         check_pair(small, large)
     return Reasoner(Session(small, large, selector))
@@ -215,8 +211,8 @@ class _Plan:
         return requests
 
 
-def _load(name: str, config: ModelConfig) -> LoadedModel:
-    return load_model(name, **config.load_options)
+def _as_text(quantization: str | dict[str, Any] | None) -> str | None:
+    return json.dumps(quantization) if isinstance(quantization, dict) else quantization
 
 
 def _parted(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -59,13 +59,23 @@ class ModelConfig:
     """Which models, and how they are loaded; shared by every command."""
 
     slm: str = "tiny:slm"
-    """Hub id, folder, or `tiny:slm`, `tiny:slm-unfiltered`, `tiny:slm-small`."""
+    """Hub id, folder, PEFT adapter (merged into its base), or `tiny:slm`, `tiny:slm-unfiltered`, `tiny:slm-small`."""
     llm: str | None = None
-    """Hub id, folder, or `tiny:llm`; None where the LLM is not needed."""
+    """Hub id, folder, PEFT adapter, or `tiny:llm`; None where the LLM is not needed."""
+    revision: str | None = None
+    """Branch, tag or commit of the SLM on the hub."""
+    llm_revision: str | None = None
+    """Branch, tag or commit of the LLM on the hub."""
     dtype: str = "auto"
     """auto, float32, bfloat16 or float16; auto keeps the checkpoint's dtype."""
     device: str = "auto"
     """auto (cuda if there is one, else cpu), cpu, cuda, cuda:1, mps."""
+    device_map: str | None = None
+    """In place of a device: auto, sequential, balanced or a device, as transformers takes it; a model has to fit one device."""
+    quantization: str | None = None
+    """Of the SLM: bitsandbytes-4bit, bitsandbytes-8bit, or a JSON object or file with a quant_method that transformers knows."""
+    llm_quantization: str | None = None
+    """Of the LLM, likewise."""
     trust_remote_code: bool = False
     """Run modelling code that comes with a checkpoint."""
     execution: str = "auto"
@@ -78,9 +88,14 @@ class ModelConfig:
 
     @property
     def load_options(self) -> dict[str, Any]:
-        """What `load_model` takes beside a name."""
-        names = ("dtype", "device", "trust_remote_code", "execution")
+        """What `load_model` takes beside the SLM's name."""
+        names = ("dtype", "device", "trust_remote_code", "execution", "revision", "quantization", "device_map")
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def llm_load_options(self) -> dict[str, Any]:
+        """What `load_model` takes beside the LLM's name."""
+        return self.load_options | {"revision": self.llm_revision, "quantization": self.llm_quantization}
 
 
 @dataclass(frozen=True)

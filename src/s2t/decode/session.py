@@ -56,7 +56,7 @@ class Session:
         llm = None
         if needs_llm:
             assert config.llm is not None
-            llm = load_model(config.llm, **config.load_options)
+            llm = load_model(config.llm, **config.llm_load_options)
             check_pair(slm, llm)
         return cls(slm, llm, loaded, batch_size)
 
