@@ -255,25 +255,31 @@ def _plain_name(name: str) -> str:
 
 
 def _why_not_loaded(name: str, error: Exception, revision: str | None = None, quantization: str | None = None) -> str:
-    text = " ".join(str(error).split())
-    is_folder = Path(name).exists()
-    if "trust_remote_code" in text:
-        return f"model {name} needs its own code; review it, then pass --trust-remote-code."
     if quantization is not None and isinstance(error, ImportError):
         return missing_package(quantization, error)
-    if "gated" in text or "401" in text or "403" in text:
-        return f"model {name} is gated or private; accept its terms on the hub, then run: hf auth login."
-    if "not a valid git identifier" in text:
-        return f"model {name} has no revision {revision}; pass a branch, a tag or a commit of its repository."
-    if "safetensors" in text and is_folder:
-        return f"model {name} has no safetensors weights; convert it first (pickled weights are not loaded)."
-    if not is_folder and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
-        return f"model folder {name} does not exist; pass an existing folder or a hub id such as Qwen/Qwen2.5-0.5B-Instruct."
-    if "couldn't connect" in text:
-        return f"model {name} is not in the cache and the hub cannot be reached; connect once, or pass a folder."
-    if is_folder or "/" in name or "connection" in text.lower():
-        return f"model {name} cannot be loaded: {text[:200]}"
-    return f"model {name} was not found: give a hub id (owner/name), a folder, or tiny:slm / tiny:llm."
+    text = " ".join(str(error).split())
+    is_folder = Path(name).exists()
+    is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1
+    reasons = {
+        "needs its own code; review it, then pass --trust-remote-code.": "trust_remote_code" in text,
+        "is gated or private; accept its terms on the hub, then run: hf auth login.": any(
+            sign in text for sign in ("gated", "401", "403")
+        ),
+        f"has no revision {revision}; pass a branch, a tag or a commit of its repository.": (
+            "not a valid git identifier" in text
+        ),
+        "has no safetensors weights; convert it first (pickled weights are not loaded).": (
+            is_folder and "safetensors" in text
+        ),
+        "is a folder that does not exist; pass an existing folder or a hub id such as Qwen/Qwen2.5-0.5B-Instruct.": (
+            is_path and not is_folder
+        ),
+        "is not in the cache and the hub cannot be reached; connect once, or pass a folder.": "couldn't connect"
+        in text,
+        f"cannot be loaded: {text[:200]}": is_folder or "/" in name or "connection" in text.lower(),
+        "was not found: give a hub id (owner/name), a folder, or tiny:slm / tiny:llm.": True,
+    }
+    return f"model {name} {next(reason for reason, applies in reasons.items() if applies)}"
 
 
 class _quiet:
