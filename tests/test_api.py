@@ -175,7 +175,7 @@ def test_self_consistency_keeps_its_samples_and_counts_them_all(reasoner):
     ],
 )
 def test_samples_vote_on_their_answers(texts, winner, reasoner, monkeypatch):
-    monkeypatch.setattr(api.Reasoner, "_generation", lambda self, text: api.Generation(text, [], [], Cost(1), ""))
+    monkeypatch.setattr(api.Reasoner, "_generation", lambda self, text, stop: api.Generation(text, [], [], Cost(1), ""))
     assert reasoner._answer(texts).text == texts[winner]
 
 

@@ -18,11 +18,13 @@ from s2t.decode.strategies import Strategy, build_strategy, vote
 from s2t.decode.workload import read_thresholds
 from s2t.errors import ConfigError
 from s2t.model.adapter import load_adapter
-from s2t.model.chat import Detokenizer, decode_ids
 from s2t.model.load import check_pair, load_model
+from s2t.model.stops import StoppingText
 from s2t.records import Cost, Step
 from s2t.tasks.graders import canonical_answer, extract_answer
 
+Prompt = str | list[dict[str, str]]
+Prompts = list[str] | list[list[dict[str, str]]]
 _LOAD_SETTINGS = frozenset({item.name for item in fields(ModelConfig)} - {"slm"} | {"adapter"})
 
 
@@ -72,13 +74,13 @@ def load(
     return Reasoner(Session(small, large, selector))
 
 
-def generate(prompt: str | list[str], slm: str = "tiny:slm", **settings: Any) -> Generation | list[Generation]:
+def generate(prompt: Prompt | Prompts, slm: str = "tiny:slm", **settings: Any) -> Generation | list[Generation]:
     """Load, answer and forget; takes the keywords of `load` and of `Reasoner.generate` together."""
     loading, rest = _parted(settings)
     return load(slm, **loading).generate(prompt, **rest)
 
 
-def stream(prompt: str, slm: str = "tiny:slm", **settings: Any) -> Iterator[str]:
+def stream(prompt: Prompt, slm: str = "tiny:slm", **settings: Any) -> Iterator[str]:
     """Load and stream one answer; takes the keywords of `load` and of `Reasoner.stream` together."""
     loading, rest = _parted(settings)
     return load(slm, **loading).stream(prompt, **rest)
@@ -92,21 +94,15 @@ class Reasoner:
 
     @overload
     def generate(
-        self, prompt: str, strategy: str | None = ..., *, seed: int = ..., trace: bool = ..., **settings: Any
+        self, prompt: Prompt, strategy: str | None = ..., *, seed: int = ..., trace: bool = ..., **settings: Any
     ) -> Generation: ...
     @overload
     def generate(
-        self,
-        prompt: list[str],
-        strategy: str | None = ...,
-        *,
-        seed: int = ...,
-        trace: bool = ...,
-        **settings: Any,
+        self, prompt: Prompts, strategy: str | None = ..., *, seed: int = ..., trace: bool = ..., **settings: Any
     ) -> list[Generation]: ...
     def generate(
         self,
-        prompt: str | list[str],
+        prompt: Prompt | Prompts,
         strategy: str | None = None,
         *,
         seed: int = 0,
@@ -115,30 +111,57 @@ class Reasoner:
     ) -> Generation | list[Generation]:
         """Answer a prompt, or a list of them in one batch; no answer depends on the other prompts.
 
-        `strategy` is `s2t-local` where an adapter was loaded, else `greedy`. `trace` keeps the candidates of
-        every step instead of those of triggered steps alone. Raises ConfigError for settings that are
-        unknown, out of range or need a model that was not loaded.
+        A prompt is a text (one user message), or a list of messages: dicts of a role and a content. `strategy` is
+        `s2t-local` where an adapter was loaded, else `greedy`. `system` is a system prompt; `stop`, a text or several,
+        ends an answer and is left out of it. `trace` keeps the candidates of every step instead of those of triggered
+        steps alone. Raises ConfigError for settings that are unknown, out of range or need a model that was not loaded.
         """
-        prompts = [prompt] if isinstance(prompt, str) else prompt
+        prompts, is_one = _as_prompts(prompt)
         plan = self._plan(strategy, seed, settings)
-        requests = plan.requests(prompts)
-        session = replace(self.session, batch_size=plan.config.batch_size)
-        done = session.run(plan.strategy, requests, plan.config.max_new_tokens, keep_steps=True, trace=trace)
-        size = plan.num_samples
-        answers = [self._answer(done[start : start + size]) for start in range(0, len(done), size)]
-        return answers[0] if isinstance(prompt, str) else answers
+        answers = self._answers(plan, plan.requests(prompts), trace)
+        return answers[0] if is_one else answers
 
-    def stream(self, prompt: str, strategy: str | None = None, *, seed: int = 0, **settings: Any) -> Iterator[str]:
+    def complete(
+        self,
+        prompts: Sequence[Sequence[int]],
+        strategy: str | None = None,
+        *,
+        seed: int = 0,
+        trace: bool = False,
+        **settings: Any,
+    ) -> list[Generation]:
+        """As `generate`, for prompts given as token ids, which are used as they are: no chat template, no BOS."""
+        plan = self._plan(strategy, seed, settings)
+        return self._answers(plan, plan.requests_of_ids([(list(ids), str(list(ids))) for ids in prompts]), trace)
+
+    def stream(self, prompt: Prompt, strategy: str | None = None, *, seed: int = 0, **settings: Any) -> Iterator[str]:
         """The answer to one prompt in pieces, as it is written; pieces joined are the text of `generate`.
 
         Self-consistency has nothing to show before the vote: its answer comes in one piece. Raises as
         `generate` does, before the first piece.
         """
         plan = self._plan(strategy, seed, settings)
-        requests = plan.requests([prompt])
+        prompts, is_one = _as_prompts(prompt)
+        if not is_one:
+            raise ConfigError("stream answers one prompt; pass a list of prompts to generate.")
+        requests = plan.requests(prompts)
         if plan.num_samples > 1:
-            return iter([self.generate(prompt, strategy, seed=seed, **settings).text])
-        return self._pieces(self.session.steps(plan.strategy, requests, plan.config.max_new_tokens))
+            return iter([answer.text for answer in self._answers(plan, requests, trace=False)])
+        steps = self.session.steps(plan.strategy, requests, plan.config.max_new_tokens, plan.config.stop)
+        return self._pieces(steps, plan.config.stop)
+
+    def _answers(self, plan: _Plan, requests: Sequence[Request], trace: bool) -> list[Generation]:
+        session = replace(self.session, batch_size=plan.config.batch_size)
+        done = session.run(
+            plan.strategy,
+            requests,
+            plan.config.max_new_tokens,
+            keep_steps=True,
+            trace=trace,
+            stop=plan.config.stop,
+        )
+        size, stop = plan.num_samples, plan.config.stop
+        return [self._answer(done[start : start + size], stop) for start in range(0, len(done), size)]
 
     def _plan(self, name: str | None, seed: int, settings: dict[str, Any]) -> _Plan:
         """Settings and strategy of one call, checked against what was loaded."""
@@ -153,26 +176,26 @@ class Reasoner:
         k = trained.num_candidates if trained is not None else None
         return _Plan(session, config, build_strategy(name, config, thresholds, k, seed))
 
-    def _pieces(self, steps: Iterable[Step]) -> Iterator[str]:
-        text = Detokenizer(self.session.slm.tokenizer)
+    def _pieces(self, steps: Iterable[Step], stop: Sequence[str]) -> Iterator[str]:
+        text = StoppingText(self.session.slm.tokenizer, stop)
         for step in steps:
-            if step.finish_reason != "stop" and (piece := text.push(step.token_id)):
+            is_stop_id = step.finish_reason == "stop" and step.token_id in self.session.stop_ids
+            if not is_stop_id and (piece := text.push(step.token_id)):
                 yield piece
         if rest := text.finish():
             yield rest
 
-    def _answer(self, sequences: Sequence[Generated]) -> Generation:
-        samples = [self._generation(sequence) for sequence in sequences]
+    def _answer(self, sequences: Sequence[Generated], stop: Sequence[str] = ()) -> Generation:
+        samples = [self._generation(sequence, stop) for sequence in sequences]
         if len(samples) == 1:
             return samples[0]
         answers = [_answer_of(sample.text) for sample in samples]
         winner = samples[answers.index(vote(answers))]
         return replace(winner, cost=sum((sample.cost for sample in samples), Cost()), samples=samples)
 
-    def _generation(self, done: Generated) -> Generation:
-        shown = done.token_ids[:-1] if done.finish_reason == "stop" else done.token_ids
+    def _generation(self, done: Generated, stop: Sequence[str]) -> Generation:
         return Generation(
-            text=decode_ids(self.session.slm.tokenizer, shown),
+            text=self.session.text(done, stop),
             token_ids=done.token_ids,
             steps=done.steps,
             cost=done.cost,
@@ -194,21 +217,39 @@ class _Plan:
     def num_samples(self) -> int:
         return self.config.num_samples if self.strategy.name == "self-consistency" else 1
 
-    def requests(self, prompts: list[str]) -> list[Request]:
-        """One request per prompt and sample; random numbers depend on the prompt's own text.
+    def requests(self, prompts: Sequence[Prompt]) -> list[Request]:
+        """One request per prompt and sample; random numbers depend on the prompt's own text."""
+        system = self.config.system
+        return self.requests_of_ids([(self.session.prompt(prompt, system), _key(prompt, system)) for prompt in prompts])
 
-        The same prompt twice in one list gets other random numbers the second time.
-        """
-        if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
-            raise ConfigError(f"prompt must be text or a list of texts; got {str(prompts)[:60]!r}.")
+    def requests_of_ids(self, prompts: Sequence[tuple[list[int], str]]) -> list[Request]:
+        """Requests of prompt ids and keys; a key that comes again gets other random numbers the second time."""
         requests: list[Request] = []
         seen: dict[str, int] = {}
-        for prompt in prompts:
-            ids = self.session.prompt(prompt)
+        for ids, key in prompts:
+            self.session.checked(ids)
             for _ in range(self.num_samples):
-                place = seen[prompt] = seen.get(prompt, -1) + 1
-                requests.append(Request(len(requests), ids, f"{prompt}/{place}"))
+                place = seen[key] = seen.get(key, -1) + 1
+                requests.append(Request(len(requests), ids, f"{key}/{place}"))
         return requests
+
+
+def _as_prompts(prompt: Any) -> tuple[list[Prompt], bool]:
+    """A prompt or a list of them as a list, and whether it was one; raises ConfigError for anything else."""
+    if isinstance(prompt, str) or _is_messages(prompt):
+        return [prompt], True
+    if isinstance(prompt, list) and all(isinstance(item, str) or _is_messages(item) for item in prompt):
+        return prompt, False
+    raise ConfigError(f"prompt must be text, a list of messages, or a list of these; got {str(prompt)[:60]!r}.")
+
+
+def _is_messages(prompt: Any) -> bool:
+    return isinstance(prompt, list) and bool(prompt) and all(isinstance(turn, dict) for turn in prompt)
+
+
+def _key(prompt: Prompt, system: str | None) -> str:
+    """What the random numbers of a prompt depend on."""
+    return prompt if isinstance(prompt, str) and system is None else json.dumps([system, prompt])
 
 
 def _as_text(quantization: str | dict[str, Any] | None) -> str | None:

@@ -15,9 +15,10 @@ from s2t.decode.state import Reference
 from s2t.decode.strategies import Strategy
 from s2t.errors import ConfigError, ModelError
 from s2t.model.adapter import SelectorAdapter, load_adapter
-from s2t.model.chat import prompt_ids
+from s2t.model.chat import decode_ids, prompt_ids
 from s2t.model.engine import Engine
 from s2t.model.load import LoadedModel, check_pair, load_model
+from s2t.model.stops import Stops, cut
 from s2t.records import Cost, Step
 
 
@@ -60,26 +61,54 @@ class Session:
             check_pair(slm, llm)
         return cls(slm, llm, loaded, batch_size)
 
-    def prompt(self, text: str) -> list[int]:
-        """Prompt ids of a user message; raises ModelError when it is empty."""
-        ids = prompt_ids(self.slm.tokenizer, text)
+    def prompt(self, messages: str | Sequence[dict[str, str]], system: str | None = None) -> list[int]:
+        """Prompt ids of a user message, or of a list of messages; raises ModelError for what cannot be a prompt."""
+        return self.checked(prompt_ids(self.slm.tokenizer, messages, system))
+
+    def checked(self, ids: list[int]) -> list[int]:
+        """The ids of a prompt; raises ModelError where there are none, or one that the model has no row for."""
         if not ids:
             raise ModelError("the prompt is empty after tokenizing; give some text.")
+        if max(ids) >= self.slm.vocab_size:
+            token = self.slm.tokenizer.convert_ids_to_tokens(max(ids))
+            raise ModelError(f"the prompt holds {token}, which {self.slm.name} has no embedding for; take it out.")
         return ids
 
-    def decoder(self, strategy: Strategy, max_new_tokens: int, num_rows: int, trace: bool = False) -> Decoder:
-        """A fresh decoder for a strategy, with no more rows than there are sequences."""
+    def text(self, sequence: Generated, stop: Sequence[str] = ()) -> str:
+        """Text of a finished sequence, without the stop id or the stop string that ended it."""
+        ids = sequence.token_ids
+        if sequence.finish_reason == "stop" and ids[-1] in self.stop_ids:
+            ids = ids[:-1]
+        return cut(decode_ids(self.slm.tokenizer, ids), stop)
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Ids that end a sequence of either model."""
+        return self.slm.stop_ids | (self.llm.stop_ids if self.llm is not None else frozenset())
+
+    def decoder(
+        self,
+        strategy: Strategy,
+        max_new_tokens: int,
+        num_rows: int,
+        trace: bool = False,
+        stop: Sequence[str] = (),
+    ) -> Decoder:
+        """A fresh decoder for a strategy, with no more rows than there are sequences; `stop` are stop strings."""
         rows = max(1, min(self.batch_size, num_rows))
+        ends = Stops(self.slm.tokenizer, stop).ends if stop else None
         if strategy.name == "llm":
-            return Decoder(Engine(self._llm(), rows), strategy, None, max_new_tokens, trace)
+            return Decoder(Engine(self._llm(), rows), strategy, None, max_new_tokens, trace, ends)
         uses_adapter = strategy.name == "s2t-local"
         engine = Engine(self.slm, rows, self.adapter if uses_adapter else None)
         reference = Reference(Engine(self._llm(), rows)) if strategy.needs_llm else None
-        return Decoder(engine, strategy, reference, max_new_tokens, trace)
+        return Decoder(engine, strategy, reference, max_new_tokens, trace, ends)
 
-    def steps(self, strategy: Strategy, requests: Sequence[Request], max_new_tokens: int) -> Iterator[Step]:
+    def steps(
+        self, strategy: Strategy, requests: Sequence[Request], max_new_tokens: int, stop: Sequence[str] = ()
+    ) -> Iterator[Step]:
         """The raw stream of steps of some requests, with everything traced; for streaming and tracing."""
-        return self.decoder(strategy, max_new_tokens, len(requests), trace=True).run(requests)
+        return self.decoder(strategy, max_new_tokens, len(requests), trace=True, stop=stop).run(requests)
 
     def run(
         self,
@@ -89,12 +118,15 @@ class Session:
         keep_steps: bool = False,
         on_finish: Callable[[], None] | None = None,
         trace: bool | None = None,
+        stop: Sequence[str] = (),
     ) -> list[Generated]:
         """Write all requests and return their sequences in order; `on_finish` is called once per finished one.
 
+        A sequence ends with the token that completes a stop string in its text, as it does with a stop id.
         `trace` (as `keep_steps` unless given) has the kept steps carry candidates where nothing fired, too.
         """
-        decoder = self.decoder(strategy, max_new_tokens, len(requests), keep_steps if trace is None else trace)
+        is_traced = keep_steps if trace is None else trace
+        decoder = self.decoder(strategy, max_new_tokens, len(requests), is_traced, stop)
         place = {request.index: i for i, request in enumerate(requests)}
         done = [Generated() for _ in requests]
         for step in decoder.run(requests):
