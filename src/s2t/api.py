@@ -134,6 +134,10 @@ class Reasoner:
         plan = self._plan(strategy, seed, settings)
         return self._answers(plan, plan.requests_of_ids([(list(ids), str(list(ids))) for ids in prompts]), trace)
 
+    def check(self, strategy: str | None = None, **settings: Any) -> None:
+        """Raise as `generate` would for these settings, before there is a prompt."""
+        self._plan(strategy, 0, settings)
+
     def stream(self, prompt: Prompt, strategy: str | None = None, *, seed: int = 0, **settings: Any) -> Iterator[str]:
         """The answer to one prompt in pieces, as it is written; pieces joined are the text of `generate`.
 
