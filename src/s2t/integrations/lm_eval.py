@@ -28,6 +28,7 @@ from s2t.model.chat import chat_text
 from s2t.model.encode import encode
 
 NAME = "s2t"
+_Base: Any = HFLM  # its decorator is untyped
 _SAMPLED = ("sample", "self-consistency")
 _FILTERS = ("temperature", "top_p", "top_k", "min_p")
 _PASSED_ON = (
@@ -42,7 +43,7 @@ _DEFAULT_ROWS = 64
 _BATCHES_AT_ONCE = 16  # between two updates of the progress bar and of lm-eval's cache
 
 
-class S2TLM(HFLM):
+class S2TLM(_Base):
     """A model of `lm_eval --model s2t`; model arguments are the settings of `s2t.load` and `Reasoner.generate`.
 
     `loglikelihood` and `loglikelihood_rolling` are HFLM's own, on the base model (an adapter is off there).
@@ -75,7 +76,7 @@ class S2TLM(HFLM):
         self.reasoner.check(self.strategy, **self.settings)
         super().__init__(
             pretrained=session.slm.model,
-            tokenizer=session.slm.tokenizer,  # type: ignore[arg-type]
+            tokenizer=session.slm.tokenizer,
             batch_size=batch_size,
             max_batch_size=max_batch_size or _DEFAULT_ROWS,
             **passed_on,

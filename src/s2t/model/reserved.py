@@ -1,7 +1,8 @@
 """Choice of reserved (never-used) vocabulary ids, one table keyed by how a tokenizer family names its spare tokens.
 
-Families without spare tokens (Qwen, Phi-3) have padding rows instead. Returned ids are masked out of generation; where a tokenizer has too few spare tokens, rows past its last id
-are taken, and where the embedding has none either, rows that a merge would add.
+Families without spare tokens (Qwen, Phi-3) have padding rows instead. Returned ids are masked out of generation; where a
+tokenizer has too few spare tokens, rows past its last id are taken, and where the embedding has none either, rows that a
+merge would add.
 """
 
 from __future__ import annotations
