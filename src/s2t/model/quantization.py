@@ -47,6 +47,7 @@ def missing_package(asked: str, error: Exception) -> str:
     found = _INSTALL.search(str(error))
     package = "bitsandbytes" if asked in NAMED else getattr(error, "name", None)
     command = found[0].strip(" '\"") if found else f"pip install -U {package}" if package else ""
+    command = re.sub(r"(?<!')\b(\S+[<>]\S+)(?!')", r"'\1'", command)  # for the shell
     if command:
         return f"quantization {asked[:80]} needs a package that is not installed; run: {command}."
     return f"quantization {asked[:80]} needs a package that is not installed: {_line(error)[:200]}"
