@@ -285,7 +285,7 @@ def test_a_quantization_is_passed_on_as_transformers_own_config(base_folder, mon
 def test_a_quantization_without_its_package_says_how_to_install_it(base_folder):
     for asked in ("bitsandbytes-4bit", "bitsandbytes-8bit"):
         line = refusal(load_model, base_folder, quantization=asked)
-        assert asked in line and "pip install -U bitsandbytes" in line
+        assert asked in line and "pip install -U 'bitsandbytes" in line
 
 
 @pytest.mark.parametrize("asked", ["int3", '{"nbits": 3}', '{"quant_method": "magic"}', "{", "[1]"])

@@ -141,7 +141,7 @@ class S2TLM(_Base):
         """Ids of a context; the BOS a tokenizer adds is added to plain text, and to nothing that has one or a template."""
         bos = self.tokenizer.bos_token
         adds = self.add_bos_token is not False and not (self._is_templated or (bos and context.startswith(bos)))
-        return encode(self.tokenizer, context, add_special_tokens=adds)
+        return encode(self.tokenizer, context, add_special_tokens=adds) or [self.prefix_token_id]
 
     def _settings_of(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """A task's generation arguments as settings of `Reasoner.complete`."""
