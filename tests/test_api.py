@@ -140,6 +140,86 @@ def test_a_trace_has_candidates_at_every_step(reasoner):
     assert plain.num_flips == sum(step.fired and step.flip for step in plain.steps)
 
 
+# Stop strings
+
+
+def stopping(name, reasoner, local):
+    """Who answers under a strategy, and with which settings."""
+    settings = settings_of(name) | {"max_new_tokens": 48}
+    return (local if name == "s2t-local" else reasoner), settings
+
+
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "self-consistency"])
+@pytest.mark.parametrize("draft_tokens", [0, 1, 7])
+def test_an_answer_ends_before_a_stop_string_and_is_otherwise_the_same(name, draft_tokens, reasoner, local):
+    speaker, settings = stopping(name, reasoner, local)
+    settings["draft_tokens"] = draft_tokens
+    whole = speaker.generate(PROMPTS, name, **settings)
+    stops = [answer.text[len(answer.text) // 2 :][:3] for answer in whole[:2]]
+    for answer, full in zip(speaker.generate(PROMPTS, name, stop=stops, **settings), whole, strict=True):
+        places = [at for stop in stops if (at := full.text.find(stop)) >= 0]
+        assert answer.text == full.text[: min(places, default=None)]
+        assert answer.token_ids == full.token_ids[: len(answer.token_ids)]
+        assert answer.cost.generated == len(answer.token_ids)
+        if places:
+            assert answer.finish_reason == "stop"
+            assert len(answer.token_ids) <= len(full.token_ids)
+
+
+@pytest.mark.parametrize("name", ["greedy", "sample", "s2t", "s2t-local", "self-consistency"])
+def test_streaming_shows_no_piece_of_a_stop_string(name, reasoner, local):
+    speaker, settings = stopping(name, reasoner, local)
+    full = speaker.generate(PROMPT, name, **settings).text
+    stop = full[len(full) // 2 :][:4]
+    pieces = list(speaker.stream(PROMPT, name, stop=[stop], **settings))
+    assert "".join(pieces) == speaker.generate(PROMPT, name, stop=stop, **settings).text
+    if name != "self-consistency":
+        assert "".join(pieces) == full[: full.find(stop)]
+
+
+def test_a_stop_string_saves_the_work_behind_it(reasoner):
+    whole = reasoner.generate(PROMPT, "greedy", max_new_tokens=64)
+    early = reasoner.generate(PROMPT, "greedy", max_new_tokens=64, stop=whole.text[:6])
+    assert early.text == ""
+    assert early.cost.slm_forwards < whole.cost.slm_forwards / 2
+
+
+# Chat
+
+
+def test_a_list_of_messages_is_one_prompt(reasoner):
+    messages = [{"role": "user", "content": PROMPT}]
+    expected = reasoner.generate(PROMPT, "greedy", **SHORT)
+    assert reasoner.generate(messages, "greedy", **SHORT).text == expected.text
+    assert [done.text for done in reasoner.generate([messages, PROMPT], "greedy", **SHORT)] == [expected.text] * 2
+    assert "".join(reasoner.stream(messages, "greedy", **SHORT)) == expected.text
+    longer = [*messages, {"role": "assistant", "content": "7"}, {"role": "user", "content": PROMPTS[1]}]
+    assert reasoner.generate(longer, "greedy", **SHORT).text != expected.text
+
+
+def test_a_system_prompt_is_read(reasoner):
+    spoken = reasoner.generate(PROMPTS, "greedy", system="Tom has 5 fewer toys.", **SHORT)
+    assert [a.text for a in spoken] != [a.text for a in reasoner.generate(PROMPTS, "greedy", **SHORT)]
+    messages = [{"role": "system", "content": "Tom has 5 fewer toys."}, {"role": "user", "content": PROMPT}]
+    assert reasoner.generate(messages, "greedy", **SHORT).text == spoken[0].text
+
+
+def test_prompts_may_be_given_as_ids(reasoner, tiny_slm):
+    ids = [prompt_ids(tiny_slm.tokenizer, prompt) for prompt in PROMPTS]
+    answers = reasoner.generate(PROMPTS, "greedy", **SHORT)
+    assert [a.token_ids for a in reasoner.complete(ids, "greedy", **SHORT)] == [a.token_ids for a in answers]
+
+
+def test_a_token_that_the_model_has_no_row_for_is_refused(reasoner):
+    with pytest.raises(S2TError, match="endoftext"):
+        reasoner.generate("see <|endoftext|>", "greedy")
+
+
+def test_reserved_tokens_spelled_in_a_prompt_are_text(reasoner, tiny_slm):
+    ids = tiny_slm.reserved.all
+    assert not set(reasoner.session.prompt("the <|reserved_27|> and <|reserved_20|>")) & set(ids)
+
+
 # Randomness
 
 
@@ -285,6 +365,9 @@ def test_a_calibration_file_gives_the_threshold(reasoner, tmp_path):
         ({"strategy": "s2t-local"}, "adapter"),
         ({"adapter": "runs/train/adapter"}, r"s2t\.load\(adapter=\.\.\.\)"),
         ({"slm": "tiny:slm"}, r"s2t\.load\(slm=\.\.\.\)"),
+        ({"stop": ""}, "stop"),
+        ({"stop": [3]}, "stop"),
+        ({"system": 3}, "system"),
     ],
 )
 @pytest.mark.parametrize("method", ["generate", "stream"])

@@ -19,7 +19,7 @@ FLOORS = (
     {"decode"},
     {"measure", "collect", "train", "evaluate", "report", "serve"},
     {"api", "demo", "bench"},
-    {"cli"},
+    {"cli", "integrations"},
 )
 WORKFLOWS = FLOORS[4]
 ENTRIES = {"__init__", "__main__"}  # they re-export and start what is above everything

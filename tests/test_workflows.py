@@ -316,6 +316,17 @@ def test_seen_and_unseen_templates_split_the_test_problems(chain):
     assert all({"strategies", "paired"} <= part.keys() for part in parts)
 
 
+def test_eval_reads_the_system_prompt_and_ends_answers_at_stop_strings(chain, tmp_path):
+    plain = replace(chain.configs["eval"], strategies="greedy", limit=4)
+    texts = []
+    for name, changes in (("plain", {}), ("stop", {"stop": [" "]}), ("system", {"system": "Leo has 5 fewer apples."})):
+        evaluate(replace(plain, out=str(tmp_path / name), **changes))
+        texts.append([row["text"] for row in read_jsonl(tmp_path / name / "results.jsonl")])
+    whole, stopped, spoken = texts
+    assert stopped == [text.split(" ")[0] for text in whole]
+    assert spoken != whole
+
+
 def test_results_are_one_line_a_problem_and_strategy(chain):
     lines = read_jsonl(chain.path("eval") / "results.jsonl")
     assert [line["strategy"] for line in lines] == [name for name in NAMES for _ in range(NUM_PROBLEMS)]

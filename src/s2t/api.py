@@ -6,6 +6,7 @@ forget. Speaks text; everything below it speaks token ids.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, overload
@@ -19,12 +20,14 @@ from s2t.decode.strategies import Strategy, build_strategy, vote
 from s2t.decode.workload import read_thresholds
 from s2t.errors import ConfigError
 from s2t.model.adapter import load_adapter
-from s2t.model.chat import Detokenizer, decode_ids
-from s2t.model.load import LoadedModel, load_model
+from s2t.model.load import load_model
+from s2t.model.stops import StoppingText
 from s2t.records import Cost, Step
 from s2t.tasks.graders import canonical_answer, extract_answer
 
-_LOAD_SETTINGS = frozenset({"llm", "adapter", "dtype", "device", "trust_remote_code", "execution"})
+Prompt = str | list[dict[str, str]]
+Prompts = list[str] | list[list[dict[str, str]]]
+_LOAD_SETTINGS = frozenset({item.name for item in fields(ModelConfig)} - {"slm"} | {"adapter"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,42 +52,37 @@ def load(
     *,
     llm: str | None = None,
     adapter: str | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    execution: str = "auto",
+    quantization: str | dict[str, Any] | None = None,
+    llm_quantization: str | dict[str, Any] | None = None,
+    **settings: Any,
 ) -> Reasoner:
     """Load an SLM, with an LLM and an adapter where they are given; most strategies need neither.
 
-    `execution`: eager, static (CUDA graphs on a GPU), compile (torch.compile as well), or auto.
+    `slm` and `llm` are hub ids, folders, embedded models, or PEFT adapters (merged into their bases); `adapter` is what
+    `s2t train` wrote. A quantization is a name such as bitsandbytes-4bit, or a dict with a `quant_method`. The other
+    settings are the fields of `ModelConfig`: dtype, device, device_map, revision, llm_revision, trust_remote_code and
+    execution (eager, static: CUDA graphs on a GPU, compile: torch.compile as well, or auto).
 
     Raises ModelError or ConfigError, one line, for what is missing, unsupported or does not fit together.
     """
-    values = {
-        "slm": slm,
-        "llm": llm,
-        "dtype": dtype,
-        "device": device,
-        "trust_remote_code": trust_remote_code,
-        "execution": execution,
-    }
-    config = build_config(ModelConfig, flags=values)
+    texts = {"quantization": _as_text(quantization), "llm_quantization": _as_text(llm_quantization)}
+    config = build_config(ModelConfig, flags={"slm": slm, "llm": llm, **texts, **settings})
     config.check_model()
-    small = _load(config.slm, config)
+    small = load_model(config.slm, **config.load_options)
     selector = load_adapter(adapter, small) if adapter is not None else None
-    large = _load(config.llm, config) if config.llm is not None else None
+    large = load_model(config.llm, **config.llm_load_options) if config.llm is not None else None
     session = Session(small, large, selector)
     _ = session.vocabulary  # raises for a pair that cannot be mapped
     return Reasoner(session)
 
 
-def generate(prompt: str | list[str], slm: str = "tiny:slm", **settings: Any) -> Generation | list[Generation]:
+def generate(prompt: Prompt | Prompts, slm: str = "tiny:slm", **settings: Any) -> Generation | list[Generation]:
     """Load, answer and forget; takes the keywords of `load` and of `Reasoner.generate` together."""
     loading, rest = _parted(settings)
     return load(slm, **loading).generate(prompt, **rest)
 
 
-def stream(prompt: str, slm: str = "tiny:slm", **settings: Any) -> Iterator[str]:
+def stream(prompt: Prompt, slm: str = "tiny:slm", **settings: Any) -> Iterator[str]:
     """Load and stream one answer; takes the keywords of `load` and of `Reasoner.stream` together."""
     loading, rest = _parted(settings)
     return load(slm, **loading).stream(prompt, **rest)
@@ -98,21 +96,15 @@ class Reasoner:
 
     @overload
     def generate(
-        self, prompt: str, strategy: str | None = ..., *, seed: int = ..., trace: bool = ..., **settings: Any
+        self, prompt: Prompt, strategy: str | None = ..., *, seed: int = ..., trace: bool = ..., **settings: Any
     ) -> Generation: ...
     @overload
     def generate(
-        self,
-        prompt: list[str],
-        strategy: str | None = ...,
-        *,
-        seed: int = ...,
-        trace: bool = ...,
-        **settings: Any,
+        self, prompt: Prompts, strategy: str | None = ..., *, seed: int = ..., trace: bool = ..., **settings: Any
     ) -> list[Generation]: ...
     def generate(
         self,
-        prompt: str | list[str],
+        prompt: Prompt | Prompts,
         strategy: str | None = None,
         *,
         seed: int = 0,
@@ -121,30 +113,62 @@ class Reasoner:
     ) -> Generation | list[Generation]:
         """Answer a prompt, or a list of them in one batch; no answer depends on the other prompts.
 
-        `strategy` is `s2t-local` where an adapter was loaded, else `greedy`. `trace` keeps the candidates of
-        every step instead of those of triggered steps alone. Raises ConfigError for settings that are
-        unknown, out of range or need a model that was not loaded.
+        A prompt is a text (one user message), or a list of messages: dicts of a role and a content. `strategy` is
+        `s2t-local` where an adapter was loaded, else `greedy`. `system` is a system prompt; `stop`, a text or several,
+        ends an answer and is left out of it. `trace` keeps the candidates of every step instead of those of triggered
+        steps alone. Raises ConfigError for settings that are unknown, out of range or need a model that was not loaded.
         """
-        prompts = [prompt] if isinstance(prompt, str) else prompt
+        prompts, is_one = _as_prompts(prompt)
         plan = self._plan(strategy, seed, settings)
-        requests = plan.requests(prompts)
-        session = replace(self.session, batch_size=plan.config.batch_size)
-        done = session.run(plan.strategy, requests, plan.config.max_new_tokens, keep_steps=True, trace=trace)
-        size = plan.num_samples
-        answers = [self._answer(plan, done[start : start + size]) for start in range(0, len(done), size)]
-        return answers[0] if isinstance(prompt, str) else answers
+        answers = self._answers(plan, plan.requests(prompts), trace)
+        return answers[0] if is_one else answers
 
-    def stream(self, prompt: str, strategy: str | None = None, *, seed: int = 0, **settings: Any) -> Iterator[str]:
+    def complete(
+        self,
+        prompts: Sequence[Sequence[int]],
+        strategy: str | None = None,
+        *,
+        seed: int = 0,
+        trace: bool = False,
+        **settings: Any,
+    ) -> list[Generation]:
+        """As `generate`, for prompts given as token ids, which are used as they are: no chat template, no BOS."""
+        plan = self._plan(strategy, seed, settings)
+        requests = [(self.session.request_of_ids(0, list(ids)), str(list(ids))) for ids in prompts]
+        return self._answers(plan, plan.numbered(requests), trace)
+
+    def check(self, strategy: str | None = None, **settings: Any) -> None:
+        """Raise as `generate` would for these settings, before there is a prompt."""
+        self._plan(strategy, 0, settings)
+
+    def stream(self, prompt: Prompt, strategy: str | None = None, *, seed: int = 0, **settings: Any) -> Iterator[str]:
         """The answer to one prompt in pieces, as it is written; pieces joined are the text of `generate`.
 
         Self-consistency has nothing to show before the vote: its answer comes in one piece. Raises as
         `generate` does, before the first piece.
         """
         plan = self._plan(strategy, seed, settings)
-        requests = plan.requests([prompt])
+        prompts, is_one = _as_prompts(prompt)
+        if not is_one:
+            raise ConfigError("stream answers one prompt; pass a list of prompts to generate.")
+        requests = plan.requests(prompts)
         if plan.num_samples > 1:
-            return iter([self.generate(prompt, strategy, seed=seed, **settings).text])
-        return self._pieces(plan, self.session.steps(plan.strategy, requests, plan.config.max_new_tokens))
+            return iter([answer.text for answer in self._answers(plan, requests, trace=False)])
+        steps = self.session.steps(plan.strategy, requests, plan.config.max_new_tokens, plan.config.stop)
+        return self._pieces(plan, steps)
+
+    def _answers(self, plan: _Plan, requests: Sequence[Request], trace: bool) -> list[Generation]:
+        session = replace(self.session, batch_size=plan.config.batch_size)
+        done = session.run(
+            plan.strategy,
+            requests,
+            plan.config.max_new_tokens,
+            keep_steps=True,
+            trace=trace,
+            stop=plan.config.stop,
+        )
+        size = plan.num_samples
+        return [self._answer(plan, done[start : start + size]) for start in range(0, len(done), size)]
 
     def _plan(self, name: str | None, seed: int, settings: dict[str, Any]) -> _Plan:
         """Settings and strategy of one call, checked against what was loaded."""
@@ -160,9 +184,10 @@ class Reasoner:
         return _Plan(session, config, build_strategy(name, config, thresholds, k, seed))
 
     def _pieces(self, plan: _Plan, steps: Iterable[Step]) -> Iterator[str]:
-        text = Detokenizer(plan.tokenizer)
+        text = StoppingText(plan.tokenizer, plan.config.stop)
         for step in steps:
-            if step.finish_reason != "stop" and (piece := text.push(step.token_id)):
+            is_stop_id = step.finish_reason == "stop" and step.token_id in self.session.stop_ids
+            if not is_stop_id and (piece := text.push(step.token_id)):
                 yield piece
         if rest := text.finish():
             yield rest
@@ -176,9 +201,8 @@ class Reasoner:
         return replace(winner, cost=sum((sample.cost for sample in samples), Cost()), samples=samples)
 
     def _generation(self, plan: _Plan, done: Generated) -> Generation:
-        shown = done.token_ids[:-1] if done.finish_reason == "stop" else done.token_ids
         return Generation(
-            text=decode_ids(plan.tokenizer, shown),
+            text=self.session.text(done, plan.config.stop, plan.strategy.name),
             token_ids=done.token_ids,
             steps=done.steps,
             cost=done.cost,
@@ -204,25 +228,42 @@ class _Plan:
     def num_samples(self) -> int:
         return self.config.num_samples if self.strategy.name == "self-consistency" else 1
 
-    def requests(self, prompts: list[str]) -> list[Request]:
-        """One request per prompt and sample; random numbers depend on the prompt's own text.
+    def requests(self, prompts: Sequence[Prompt]) -> list[Request]:
+        """One request per prompt and sample; random numbers depend on the prompt's own text."""
+        system = self.config.system
+        return self.numbered([(self.session.request(0, p, system=system), _key(p, system)) for p in prompts])
 
-        The same prompt twice in one list gets other random numbers the second time.
-        """
-        if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
-            raise ConfigError(f"prompt must be text or a list of texts; got {str(prompts)[:60]!r}.")
+    def numbered(self, prompts: Sequence[tuple[Request, str]]) -> list[Request]:
+        """One request per prompt and sample; a key that comes again gets other random numbers the second time."""
         requests: list[Request] = []
         seen: dict[str, int] = {}
-        for prompt in prompts:
-            request = self.session.request(0, prompt)
+        for request, key in prompts:
             for _ in range(self.num_samples):
-                place = seen[prompt] = seen.get(prompt, -1) + 1
-                requests.append(replace(request, index=len(requests), key=f"{prompt}/{place}"))
+                place = seen[key] = seen.get(key, -1) + 1
+                requests.append(replace(request, index=len(requests), key=f"{key}/{place}"))
         return requests
 
 
-def _load(name: str, config: ModelConfig) -> LoadedModel:
-    return load_model(name, **config.load_options)
+def _as_prompts(prompt: Any) -> tuple[list[Prompt], bool]:
+    """A prompt or a list of them as a list, and whether it was one; raises ConfigError for anything else."""
+    if isinstance(prompt, str) or _is_messages(prompt):
+        return [prompt], True
+    if isinstance(prompt, list) and all(isinstance(item, str) or _is_messages(item) for item in prompt):
+        return prompt, False
+    raise ConfigError(f"prompt must be text, a list of messages, or a list of these; got {str(prompt)[:60]!r}.")
+
+
+def _is_messages(prompt: Any) -> bool:
+    return isinstance(prompt, list) and bool(prompt) and all(isinstance(turn, dict) for turn in prompt)
+
+
+def _key(prompt: Prompt, system: str | None) -> str:
+    """What the random numbers of a prompt depend on."""
+    return prompt if isinstance(prompt, str) and system is None else json.dumps([system, prompt])
+
+
+def _as_text(quantization: str | dict[str, Any] | None) -> str | None:
+    return json.dumps(quantization) if isinstance(quantization, dict) else quantization
 
 
 def _parted(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

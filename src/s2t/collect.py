@@ -101,7 +101,7 @@ class _Collector:
         self.config, self.task, self.threshold = config, task or open_task(config, config.slm), threshold
         self.session = Session.open(config, [config.policy], config.adapter, config.batch_size)
         if self.session.llm is None:
-            self.session.llm = load_model(config.llm, **config.load_options)
+            self.session.llm = load_model(config.llm, **config.llm_load_options)
         self.pair = f"{self.session.slm.fingerprint}/{self.session.llm.fingerprint}"
         self.strategy = self._policy()
 

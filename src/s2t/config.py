@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from s2t.errors import ConfigError
 
@@ -59,13 +59,23 @@ class ModelConfig:
     """Which models, and how they are loaded; shared by every command."""
 
     slm: str = "tiny:slm"
-    """Hub id, folder, or `tiny:slm`, `tiny:slm-numbers` (another tokenizer), `tiny:slm-small`."""
+    """Hub id, folder, PEFT adapter (merged into its base), or `tiny:slm`, `tiny:slm-numbers` (other tokens), `tiny:slm-small`."""
     llm: str | None = None
-    """Hub id, folder, or `tiny:llm`; None where the LLM is not needed."""
+    """Hub id, folder, PEFT adapter, or `tiny:llm`; None where the LLM is not needed."""
+    revision: str | None = None
+    """Branch, tag or commit of the SLM on the hub."""
+    llm_revision: str | None = None
+    """Branch, tag or commit of the LLM on the hub."""
     dtype: str = "auto"
     """auto, float32, bfloat16 or float16; auto keeps the checkpoint's dtype."""
     device: str = "auto"
     """auto (cuda if there is one, else cpu), cpu, cuda, cuda:1, mps."""
+    device_map: str | None = None
+    """In place of a device: auto, sequential, balanced or a device, as transformers takes it; a model has to fit one device."""
+    quantization: str | None = None
+    """Of the SLM: bitsandbytes-4bit, bitsandbytes-8bit, or a JSON object or file with a quant_method that transformers knows."""
+    llm_quantization: str | None = None
+    """Of the LLM, likewise."""
     trust_remote_code: bool = False
     """Run modelling code that comes with a checkpoint."""
     execution: str = "auto"
@@ -78,9 +88,14 @@ class ModelConfig:
 
     @property
     def load_options(self) -> dict[str, Any]:
-        """What `load_model` takes beside a name."""
-        names = ("dtype", "device", "trust_remote_code", "execution")
+        """What `load_model` takes beside the SLM's name."""
+        names = ("dtype", "device", "trust_remote_code", "execution", "revision", "quantization", "device_map")
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def llm_load_options(self) -> dict[str, Any]:
+        """What `load_model` takes beside the LLM's name."""
+        return self.load_options | {"revision": self.llm_revision, "quantization": self.llm_quantization}
 
 
 @dataclass(frozen=True)
@@ -153,6 +168,10 @@ class DecodeConfig(StepConfig):
     draft_tokens: int = 0
     """Of takeover and s2t: tokens drafted per LLM forward, with the same output; 0 adapts to the rate of flips, 1 is step
     by step."""
+    system: str | None = None
+    """System prompt; goes into the user message where the model's chat template takes none."""
+    stop: list[str] = field(default_factory=list)
+    """Text at which an answer ends; it is left out of the answer. May be given several times."""
 
     def check_decode(self) -> None:
         self.check_steps()
@@ -164,6 +183,7 @@ class DecodeConfig(StepConfig):
         _require(0 < self.top_p <= 1, f"top_p must be within (0, 1]; got {self.top_p}.")
         _at_least(0, top_k=self.top_k, draft_tokens=self.draft_tokens)
         _between("min_p", self.min_p, 0, 1)
+        _require(all(self.stop), "stop must be text; an empty stop string would end every answer at once.")
 
 
 @dataclass(frozen=True)
@@ -440,7 +460,7 @@ def build_config(cls: type[C], file: str | Path | None = None, flags: Mapping[st
     file, an unknown key, a value of the wrong type, or one out of range.
     """
     values = _read_config_file(Path(file)) if file is not None else {}
-    values |= {key: value for key, value in (flags or {}).items() if value is not None}
+    values |= {key: value for key, value in (flags or {}).items() if value is not None and value != []}
     known = {item.name for item in fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(set(values) - known)
     _require(not unknown, f"unknown setting {', '.join(unknown)}; known: {', '.join(sorted(known))}.")
@@ -455,6 +475,11 @@ def config_dict(config: Any) -> dict[str, Any]:
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
     """The value as its field has it (a whole number may stand for a float); ConfigError for another kind."""
+    if get_origin(hint) is list:
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+            raise ConfigError(f"{name} must be text or a list of texts; got {value!r}.")
+        return list(texts)
     kinds = get_args(hint) or (hint,)
     if float in kinds and type(value) is int:
         value = float(value)

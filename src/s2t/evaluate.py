@@ -23,7 +23,6 @@ from s2t.decode.strategies import Strategy, build_strategy, vote
 from s2t.decode.workload import open_task, read_thresholds, requests_for, shards_of, task_for_workers
 from s2t.files import RunFolder, read_json, write_json, write_text
 from s2t.model.adapter import AdapterConfig, read_adapter_config, train_problem_hashes
-from s2t.model.chat import decode_ids
 from s2t.progress import progress
 from s2t.records import Cost, Problem, Result, Step
 from s2t.tasks.problems import Task, check_disjoint, heldout_templates
@@ -90,9 +89,9 @@ class _Evaluator:
         strategy, index, problems = job
         session = self.session
         samples = self.config.num_samples if strategy.name == "self-consistency" else 1
-        requests = requests_for(session, self.task, problems, samples)
+        requests = requests_for(session, self.task, problems, samples, self.config.system)
         start = time.perf_counter()
-        done = session.run(strategy, requests, self.config.max_new_tokens)
+        done = session.run(strategy, requests, self.config.max_new_tokens, stop=self.config.stop)
         seconds = time.perf_counter() - start
         results = [
             self._grade(session, strategy, problem, done[i * samples : (i + 1) * samples])
@@ -107,7 +106,7 @@ class _Evaluator:
         }
 
     def _grade(self, session: Session, strategy: Strategy, problem: Problem, samples: Sequence[Generated]) -> Result:
-        texts = [decode_ids(session.tokenizer_of(strategy.name), sample.token_ids) for sample in samples]
+        texts = [session.text(sample, self.config.stop, strategy.name) for sample in samples]
         grades = [self.task.grade(problem, text) for text in texts]
         winner = 0
         if len(samples) > 1:
@@ -135,8 +134,9 @@ class _Evaluator:
     ) -> list[dict[str, Any]]:
         if not problems:
             return []
-        requests = requests_for(session, self.task, problems)
-        done = session.run(strategy, requests, self.config.max_new_tokens, keep_steps=True)
+        config = self.config
+        requests = requests_for(session, self.task, problems, system=config.system)
+        done = session.run(strategy, requests, config.max_new_tokens, keep_steps=True, stop=config.stop)
         return [
             {
                 "problem_id": problem.problem_id,

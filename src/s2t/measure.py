@@ -71,7 +71,7 @@ class _Measurer:
         slm = load_model(config.slm, **config.load_options)
         if config.llm is None:
             raise DataError("measure compares two models; pass --llm MODEL.")
-        llm = load_model(config.llm, **config.load_options)
+        llm = load_model(config.llm, **config.llm_load_options)
         self.config, self.task = config, task or open_task(config, config.slm)
         self.session = Session(slm, llm, batch_size=config.batch_size)
 

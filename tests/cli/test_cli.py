@@ -86,12 +86,12 @@ class FakeReasoner:
 
     def stream(self, prompt, **settings):
         self.seen.append((prompt, settings))
-        return iter([f"{word} " for word in prompt.upper().split()])
+        return iter([f"{word} " for word in str(prompt).upper().split()])
 
     def generate(self, prompt, **settings):
         self.seen.append((prompt, settings))
         steps = [Step(0, 0, 5, 5), Step(0, 1, 7, 6, fired=True, finish_reason="stop")]
-        return FakeGeneration(prompt.upper(), steps, Cost(generated=2), "stop")
+        return FakeGeneration(str(prompt).upper(), steps, Cost(generated=2), "stop")
 
 
 @pytest.fixture
@@ -368,7 +368,21 @@ def test_chat_asks_each_question_afresh_until_exit(reasoner, capsys, monkeypatch
 def test_chat_with_history_repeats_earlier_turns(reasoner, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n"))
     assert cli.main(["chat", "--history"]) == 0
-    assert [prompt for prompt, _ in reasoner.asked] == ["one", "one\nONE\n\ntwo"]
+    first, second = [prompt for prompt, _ in reasoner.asked]
+    assert first == "one"
+    assert [(turn["role"], turn["content"]) for turn in second] == [
+        ("user", "one"),
+        ("assistant", "ONE"),
+        ("user", "two"),
+    ]
+
+
+def test_system_and_stop_reach_the_reasoner(reasoner):
+    assert cli.main(["generate", "hello", "--system", "Be brief.", "--stop", ".", "--stop", "\n\n"]) == 0
+    assert cli.main(["generate", "hello"]) == 0
+    given, plain = [settings for _, settings in reasoner.asked]
+    assert (given["system"], given["stop"]) == ("Be brief.", [".", "\n\n"])
+    assert (plain["system"], plain["stop"]) == (None, [])
 
 
 def test_chat_json_is_one_document_at_the_end(reasoner, capsys, monkeypatch):

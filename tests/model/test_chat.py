@@ -11,7 +11,8 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from s2t.model.chat import Detokenizer, decode_ids, prompt_ids, stop_ids
+from s2t.errors import ConfigError, ModelError
+from s2t.model.chat import Detokenizer, chat_text, decode_ids, prompt_ids, stop_ids
 
 TEXTS = ["hello world", "héllo 🙂🙃 日本語", "a\n\n  b\t", "👩‍👩‍👧 family", "", "½ × 3 = 1½"]
 BOS_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }} {% endfor %}"
@@ -110,7 +111,89 @@ def test_without_a_template_messages_are_joined(bos_tokenizer):
     assert prompt_ids(bos_tokenizer, turns) == [0, 3, 4]
 
 
+@pytest.mark.parametrize("text", ["<s> one", "<s>one"])
+def test_a_bos_that_the_text_brings_is_not_doubled(text, bos_tokenizer):
+    assert prompt_ids(bos_tokenizer, text)[:2].count(0) == 1
+    bos_tokenizer.chat_template = BOS_TEMPLATE
+    assert prompt_ids(bos_tokenizer, "<s> one").count(0) <= 2  # of the template, and as part of the message
+    assert prompt_ids(bos_tokenizer, "<s> one")[:2] != [0, 0]
+
+
+# System prompts
+
+REFUSES_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}<model>"
+)
+IGNORES_SYSTEM = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}<{{ message['role'] }}>{{ message['content'] }}"
+    "{% endif %}{% endfor %}<model>"
+)
+TAKES_SYSTEM = "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] | trim }}{% endfor %}<model>"
+
+
+def rendered(tokenizer, template, turns):
+    tokenizer.chat_template = template
+    return chat_text(tokenizer, turns)
+
+
+SYSTEM, USER = {"role": "system", "content": " Be brief.\n"}, {"role": "user", "content": "two"}
+
+
+def test_a_system_message_goes_where_the_template_puts_it(bos_tokenizer):
+    assert rendered(bos_tokenizer, TAKES_SYSTEM, [SYSTEM, USER]) == "<system>Be brief.<user>two<model>"
+
+
+@pytest.mark.parametrize("template", [REFUSES_SYSTEM, IGNORES_SYSTEM])
+def test_a_template_without_a_system_role_gets_it_before_the_first_user_message(template, bos_tokenizer):
+    expected = "<user> Be brief.\n\n\ntwo<model>"
+    assert rendered(bos_tokenizer, template, [SYSTEM, USER]) == expected
+    later = [SYSTEM, USER, {"role": "assistant", "content": "2"}, USER]
+    assert rendered(bos_tokenizer, template, later) == expected.replace("<model>", "<assistant>2<user>two<model>")
+
+
+def test_a_system_prompt_is_a_first_message(tokenizer):
+    by_keyword = prompt_ids(tokenizer, "hi", system="Be brief.")
+    assert by_keyword == prompt_ids(
+        tokenizer, [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
+    )
+    assert decode_ids(tokenizer, by_keyword) == "Be brief.hi"
+    with pytest.raises(ConfigError, match="system message already"):
+        prompt_ids(tokenizer, [SYSTEM, USER], system="Be brief.")
+
+
+def test_without_a_template_a_system_prompt_is_text_before_the_message(bos_tokenizer):
+    assert prompt_ids(bos_tokenizer, "two", system="one") == [0, 3, 4]
+
+
+def test_what_a_template_refuses_is_one_line(bos_tokenizer):
+    with pytest.raises(ModelError, match="refuses the roles system, assistant"):
+        rendered(bos_tokenizer, REFUSES_SYSTEM, [SYSTEM, {"role": "assistant", "content": "2"}])
+
+
+@pytest.mark.parametrize(
+    "messages", [[], ["hi"], [{"role": "user"}], [{"role": "user", "content": 3}], [{"content": "hi"}]]
+)
+def test_what_are_no_messages_is_refused(messages, tokenizer):
+    with pytest.raises(ConfigError, match="message"):
+        prompt_ids(tokenizer, messages)
+
+
 # Stop ids
+
+
+@pytest.mark.parametrize("token", ["<|im_end|>", "<|eot_id|>", "<end_of_turn>"])
+def test_what_ends_a_turn_of_the_chat_ends_a_sequence(token, bos_tokenizer):
+    bos_tokenizer.add_special_tokens({"additional_special_tokens": [token, "<|other|>"]})
+    ends = bos_tokenizer.convert_tokens_to_ids(token)
+    assert stop_ids(bos_tokenizer, None) == {1}
+    bos_tokenizer.chat_template = "{{ messages[0]['content'] }}" + token
+    assert stop_ids(bos_tokenizer, [7]) == {1, 7, ends}
+
+
+def test_an_end_of_turn_that_is_no_token_is_none(bos_tokenizer):
+    bos_tokenizer.chat_template = "{{ messages[0]['content'] }}<|im_end|>"
+    assert stop_ids(bos_tokenizer, None) == {1}
 
 
 @pytest.mark.parametrize(("eos", "expected"), [(None, {1}), (1, {1}), (7, {1, 7}), ([1, 7, 9], {1, 7, 9})])

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from s2t.model.adapter import AdapterConfig, SelectorAdapter
 from s2t.model.engine import Engine
-from s2t.model.reserved import choose_reserved_ids
+from s2t.model.reserved import choose_reserved_ids, spare_tokens_in
 
 WORDS = {f"word{i}": i for i in range(100)}
 FAMILIES = {
@@ -16,6 +17,10 @@ FAMILIES = {
     "gemma": "<unused{}>",
     "llama-3": "<|reserved_special_token_{}|>",
     "mistral": "[control_{}]",
+    "mistral-tekken": "<SPECIAL_{}>",
+    "phi": "<|dummy_{}|>",
+    "falcon": ">>UNUSED_{}<<",
+    "deepseek": "<｜place▁holder▁no▁{}｜>",
 }
 
 
@@ -83,3 +88,27 @@ def test_reserved_ids_have_no_probability(tiny_slm):
     probs = engine.logits(engine.extend([0], [[5, 6, 7]])).softmax(-1)
     assert probs[0, list(tiny_slm.reserved.all)].sum() == 0
     torch.testing.assert_close(probs.sum(), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize("rows", [1024, 1200])
+def test_tied_or_not_reserved_ids_are_never_written_and_a_selector_leaves_the_embeddings(is_tied, rows, random_model):
+    loaded = random_model("llama", vocab_size=rows, tie_word_embeddings=is_tied)
+    embeddings = [loaded.model.get_input_embeddings().weight, loaded.model.get_output_embeddings().weight]
+    assert (embeddings[0] is embeddings[1]) == is_tied
+    before = [weight.clone() for weight in embeddings]
+    adapter = SelectorAdapter(loaded, AdapterConfig("x", loaded.fingerprint, scope="always"))
+    engine = Engine(loaded, 1, adapter)
+    logits = engine.logits(engine.extend([0], [[5, 6, 700]]))
+    assert logits[0, list(loaded.reserved.all)].max() == float("-inf")
+    assert logits.shape[-1] == loaded.vocab_size
+    assert all(torch.equal(old, new) for old, new in zip(before, embeddings, strict=True))
+
+
+def test_spellings_of_spare_tokens_are_found_within_text():
+    assert spare_tokens_in("see <unused7>, [control_12] and <|reserved_special_token_5|>") == {
+        "<unused7>",
+        "[control_12]",
+        "<|reserved_special_token_5|>",
+    }
+    assert not spare_tokens_in("<unused>, [control_x] and <reserved_5>")

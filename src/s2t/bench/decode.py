@@ -36,16 +36,16 @@ class DecodeBench:
         self.config = config
         self.base = self._open(config.slm)  # never sees an adapter
         self.adapter = untrained_adapter(self._open(config.slm), config.adapter_scope)
-        self.llm = self._open(config.llm) if config.llm is not None else None
+        self.llm = self._open(config.llm, config.llm_load_options) if config.llm is not None else None
         generator = torch.Generator().manual_seed(config.seed)
         shape = (config.batch_size, config.prompt_tokens)
         self.prompts = torch.randint(4, self.base.vocab_size, shape, generator=generator)
         self.costs: dict[str, Cost] = {}
         self.threshold = 0.0
 
-    def _open(self, name: str) -> LoadedModel:
+    def _open(self, name: str, options: dict[str, Any] | None = None) -> LoadedModel:
         config = self.config
-        loaded = open_model(name, **config.load_options, seed=config.seed)
+        loaded = open_model(name, **(options or config.load_options), seed=config.seed)
         return replace(loaded, stop_ids=frozenset())
 
     def contestants(self) -> dict[str, Contestant]:

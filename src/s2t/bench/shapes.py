@@ -53,10 +53,16 @@ def open_model(
     trust_remote_code: bool = False,
     execution: str = "auto",
     seed: int = 0,
+    **of_checkpoints: Any,
 ) -> LoadedModel:
-    """A checkpoint, or a random model by its shape; raises ConfigError for a shape that is not known."""
+    """A checkpoint, or a random model by its shape; raises ConfigError for a shape that is not known.
+
+    `of_checkpoints` are the settings of `load_model` that a random model has no use for.
+    """
     if not name.startswith(PREFIX):
-        return load_model(name, dtype, device, trust_remote_code, execution)
+        return load_model(name, dtype, device, trust_remote_code, execution, **of_checkpoints)
+    if given := sorted(key for key, value in of_checkpoints.items() if value is not None):
+        raise ConfigError(f"{', '.join(given)} is of checkpoints; {name} has random weights.")
     shape, _, rest = name.removeprefix(PREFIX).partition(",")
     if shape not in SHAPES:
         raise ConfigError(f"shape {shape!r} is unknown; expected one of {', '.join(SHAPES)}.")

@@ -24,7 +24,7 @@ def command(
     reasoner = load_reasoner(config)
     turns: list[dict[str, str]] = []
     for question in _questions():
-        prompt = _with_history(turns, question) if history else question
+        prompt = _with_history(turns, question) if history and turns else question
         pieces = []
         for piece in reasoner.stream(prompt, **decode_settings(config)):
             pieces.append(piece)
@@ -47,7 +47,10 @@ def _questions() -> Iterator[str]:
             yield line
 
 
-def _with_history(turns: list[dict[str, str]], question: str) -> str:
-    """Earlier turns as plain text before the question; the model sees them within one user message."""
-    earlier = [f"{turn['question']}\n{turn['text'].strip()}" for turn in turns]
-    return "\n\n".join([*earlier, question])
+def _with_history(turns: list[dict[str, str]], question: str) -> list[dict[str, str]]:
+    """Earlier turns as messages before the question."""
+    messages = []
+    for turn in turns:
+        messages.append({"role": "user", "content": turn["question"]})
+        messages.append({"role": "assistant", "content": turn["text"].strip()})
+    return [*messages, {"role": "user", "content": question}]

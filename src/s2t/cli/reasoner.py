@@ -20,6 +20,8 @@ def load_reasoner(config: GenerateConfig) -> Reasoner:
         config.slm,
         llm=config.llm if needs_llm else None,
         adapter=config.adapter,
+        llm_revision=config.llm_revision,
+        llm_quantization=config.llm_quantization,
         **config.load_options,
     )
 

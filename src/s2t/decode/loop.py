@@ -8,7 +8,7 @@ new rows, and the candidates of triggered rows side by side. Token ids only, nev
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -87,7 +87,10 @@ class _Choice:
 
 
 class Decoder:
-    """Runs requests through one strategy; `costs` holds what each finished request cost, by request index."""
+    """Runs requests through one strategy; `costs` holds what each finished request cost, by request index.
+
+    `ends(request, token)` is asked after every accepted token, in order, whether the request's sequence is over.
+    """
 
     def __init__(
         self,
@@ -96,6 +99,7 @@ class Decoder:
         reference: Reference | TextReference | None = None,
         max_new_tokens: int = 256,
         trace: bool = False,
+        ends: Callable[[int, int], bool] | None = None,
     ) -> None:
         if strategy.num_candidates > engine.vocab_size:
             raise ConfigError(
@@ -111,7 +115,7 @@ class Decoder:
         if (strategy.selector is not None and strategy.selector.needs_adapter) and engine.adapter is None:
             raise ConfigError(f"strategy {strategy.name} needs --adapter, a folder written by `s2t train`.")
         self.engine, self.strategy, self.reference = engine, strategy, reference
-        self.max_new_tokens, self.trace = max_new_tokens, trace
+        self.max_new_tokens, self.trace, self.ends = max_new_tokens, trace, ends
         self.costs: dict[int, Cost] = {}
         self.rows: list[_Row] = []
         self.hidden: Tensor | None = None  # [max_rows, H]
@@ -305,7 +309,7 @@ class Decoder:
         row.steps += 1
         row.flips += place in choice.chosen and token != places.greedy[place]
         reason = None
-        if token in self.engine.loaded.stop_ids:
+        if token in self.engine.loaded.stop_ids or (self.ends is not None and self.ends(row.request.index, token)):
             reason = "stop"
         elif row.steps >= self.max_new_tokens:
             reason = "length"

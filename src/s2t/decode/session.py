@@ -19,9 +19,10 @@ from s2t.decode.strategies import Strategy
 from s2t.decode.text_reference import TextReference
 from s2t.errors import ConfigError, ModelError
 from s2t.model.adapter import SelectorAdapter, load_adapter
-from s2t.model.chat import prompt_ids
+from s2t.model.chat import decode_ids, prompt_ids
 from s2t.model.engine import Engine
 from s2t.model.load import LoadedModel, load_model
+from s2t.model.stops import Stops, cut
 from s2t.model.text import VocabularyMap, same_tokens
 from s2t.records import Cost, Step
 
@@ -72,33 +73,65 @@ class Session:
         llm = None
         if needs_llm:
             assert config.llm is not None
-            llm = load_model(config.llm, **config.load_options)
+            llm = load_model(config.llm, **config.llm_load_options)
         session = cls(slm, llm, loaded, batch_size)
         _ = session.vocabulary  # raises for a pair that cannot be mapped
         return session
 
-    def prompt(self, text: str) -> list[int]:
-        """Prompt ids of a user message; raises ModelError when it is empty."""
-        return _prompt(self.slm, text)
+    def prompt(self, messages: str | Sequence[dict[str, str]], system: str | None = None) -> list[int]:
+        """Prompt ids of a user message, or of a list of messages; raises ModelError for what cannot be a prompt."""
+        return _checked(self.slm, prompt_ids(self.slm.tokenizer, messages, system))
 
-    def request(self, index: int, text: str, key: str = "") -> Request:
-        """A request for the answer to a user message, in the tokens of both models."""
-        own = _prompt(self.llm, text) if self.llm is not None and self.vocabulary is not None else None
-        return Request(index, self.prompt(text), key, own)
+    def request(
+        self, index: int, messages: str | Sequence[dict[str, str]], key: str = "", system: str | None = None
+    ) -> Request:
+        """A request for the answer to a user message, or to a list of messages, in the tokens of both models."""
+        own = None
+        if self.llm is not None and self.vocabulary is not None:
+            own = _checked(self.llm, prompt_ids(self.llm.tokenizer, messages, system))
+        return Request(index, self.prompt(messages, system), key, own)
+
+    def request_of_ids(self, index: int, ids: list[int], key: str = "") -> Request:
+        """A request for the continuation of prompt ids; an LLM with other tokens reads their text."""
+        own, vocabulary = None, self.vocabulary
+        if self.llm is not None and vocabulary is not None:
+            [found] = vocabulary.llm_codec.encode([vocabulary.slm_codec.join(ids)])
+            own = _checked(self.llm, found)
+        return Request(index, _checked(self.slm, ids), key, own)
 
     def tokenizer_of(self, strategy: str) -> PreTrainedTokenizerBase:
         """The tokenizer whose ids a strategy writes."""
         return self._llm().tokenizer if strategy == "llm" else self.slm.tokenizer
 
-    def decoder(self, strategy: Strategy, max_new_tokens: int, num_rows: int, trace: bool = False) -> Decoder:
-        """A fresh decoder for a strategy, with no more rows than there are sequences."""
+    def text(self, sequence: Generated, stop: Sequence[str] = (), strategy: str = "") -> str:
+        """Text of a finished sequence, without the stop id or the stop string that ended it."""
+        ids = sequence.token_ids
+        if sequence.finish_reason == "stop" and ids[-1] in self.stop_ids:
+            ids = ids[:-1]
+        return cut(decode_ids(self.tokenizer_of(strategy), ids), stop)
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Ids that end a sequence of either model."""
+        return self.slm.stop_ids | (self.llm.stop_ids if self.llm is not None else frozenset())
+
+    def decoder(
+        self,
+        strategy: Strategy,
+        max_new_tokens: int,
+        num_rows: int,
+        trace: bool = False,
+        stop: Sequence[str] = (),
+    ) -> Decoder:
+        """A fresh decoder for a strategy, with no more rows than there are sequences; `stop` are stop strings."""
         rows = max(1, min(self.batch_size, num_rows))
+        ends = Stops(self.tokenizer_of(strategy.name), stop).ends if stop else None
         if strategy.name == "llm":
-            return Decoder(Engine(self._llm(), rows), strategy, None, max_new_tokens, trace)
+            return Decoder(Engine(self._llm(), rows), strategy, None, max_new_tokens, trace, ends)
         uses_adapter = strategy.name == "s2t-local"
         engine = Engine(self.slm, rows, self.adapter if uses_adapter else None)
         reference = self.reference(rows) if strategy.needs_llm else None
-        return Decoder(engine, strategy, reference, max_new_tokens, trace)
+        return Decoder(engine, strategy, reference, max_new_tokens, trace, ends)
 
     def reference(self, num_rows: int) -> Reference | TextReference:
         """The LLM beside so many rows, read by token or by text."""
@@ -122,9 +155,12 @@ class Session:
         own = [request.llm_prompt_ids or request.prompt_ids for request in requests]
         return label_by_text(vocabulary, prompts, own, generated, self.batch_size, *settings)
 
-    def steps(self, strategy: Strategy, requests: Sequence[Request], max_new_tokens: int) -> Iterator[Step]:
+    def steps(
+        self, strategy: Strategy, requests: Sequence[Request], max_new_tokens: int, stop: Sequence[str] = ()
+    ) -> Iterator[Step]:
         """The raw stream of steps of some requests, with everything traced; for streaming and tracing."""
-        return self.decoder(strategy, max_new_tokens, len(requests), trace=True).run(_for(strategy, requests))
+        decoder = self.decoder(strategy, max_new_tokens, len(requests), trace=True, stop=stop)
+        return decoder.run(_for(strategy, requests))
 
     def run(
         self,
@@ -134,12 +170,15 @@ class Session:
         keep_steps: bool = False,
         on_finish: Callable[[], None] | None = None,
         trace: bool | None = None,
+        stop: Sequence[str] = (),
     ) -> list[Generated]:
         """Write all requests and return their sequences in order; `on_finish` is called once per finished one.
 
+        A sequence ends with the token that completes a stop string in its text, as it does with a stop id.
         `trace` (as `keep_steps` unless given) has the kept steps carry candidates where nothing fired, too.
         """
-        decoder = self.decoder(strategy, max_new_tokens, len(requests), keep_steps if trace is None else trace)
+        is_traced = keep_steps if trace is None else trace
+        decoder = self.decoder(strategy, max_new_tokens, len(requests), is_traced, stop)
         place = {request.index: i for i, request in enumerate(requests)}
         done = [Generated() for _ in requests]
         for step in decoder.run(_for(strategy, requests)):
@@ -158,10 +197,13 @@ class Session:
         return self.llm
 
 
-def _prompt(loaded: LoadedModel, text: str) -> list[int]:
-    ids = prompt_ids(loaded.tokenizer, text)
+def _checked(loaded: LoadedModel, ids: list[int]) -> list[int]:
+    """The ids of a prompt; raises ModelError where there are none, or one that the model has no row for."""
     if not ids:
         raise ModelError("the prompt is empty after tokenizing; give some text.")
+    if max(ids) >= loaded.vocab_size:
+        token = loaded.tokenizer.convert_ids_to_tokens(max(ids))
+        raise ModelError(f"the prompt holds {token}, which {loaded.name} has no embedding for; take it out.")
     return ids
 
 

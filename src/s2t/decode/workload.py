@@ -29,11 +29,13 @@ def task_for_workers(task: Task, config: TaskConfig) -> Task | None:
     return task if config.workers == 1 else None
 
 
-def requests_for(session: Session, task: Task, problems: Sequence[Problem], num_samples: int = 1) -> list[Request]:
+def requests_for(
+    session: Session, task: Task, problems: Sequence[Problem], num_samples: int = 1, system: str | None = None
+) -> list[Request]:
     """One request per problem and sample, numbered problem by problem; keys make samples independent of the batch."""
     requests = []
     for place, problem in enumerate(problems):
-        request = session.request(place * num_samples, task.prompt(problem))
+        request = session.request(place * num_samples, task.prompt(problem), system=system)
         for k in range(num_samples):
             requests.append(replace(request, index=request.index + k, key=f"{problem.problem_id}/{k}"))
     return requests

@@ -5,27 +5,97 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from s2t.errors import ConfigError, ModelError
+from s2t.model.encode import encode
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: str | Sequence[dict[str, str]]) -> list[int]:
+END_OF_TURN = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|eot|>",
+    "<end_of_turn>",
+    "<|end_of_turn|>",
+    "<|END_OF_TURN_TOKEN|>",
+)
+_CONTEXT = 16  # tokens that are decoded again with every new one
+
+
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: str | Sequence[dict[str, str]], system: str | None = None
+) -> list[int]:
     """Token ids of a user message (or a list of messages) under the tokenizer's chat template.
 
-    Without a template the text is encoded as it stands, with whatever BOS the tokenizer adds; a template
-    brings its own, so none is added twice.
+    `system` goes before them; a template that takes no system message gets it at the start of the first user message.
+    Without a template the text is encoded as it stands, with whatever BOS the tokenizer adds; a template brings its own,
+    so there are never two. No text becomes a reserved token. Raises ConfigError for what are no messages, ModelError
+    for messages that the template refuses.
     """
     turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+    check_messages(turns)
+    if system is not None:
+        if any(turn["role"] == "system" for turn in turns):
+            raise ConfigError("the messages begin with a system message already; pass no system beside it.")
+        turns = [{"role": "system", "content": system}, *turns]
     if tokenizer.chat_template is None:
-        return list(tokenizer("\n\n".join(turn["content"] for turn in turns))["input_ids"])
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(str(text), add_special_tokens=False)["input_ids"])
+        return encode(tokenizer, "\n\n".join(turn["content"] for turn in turns), add_special_tokens=True)
+    return encode(tokenizer, chat_text(tokenizer, turns), add_special_tokens=False)
+
+
+def chat_text(tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, str]], **options: Any) -> str:
+    """Messages as the chat template writes them, with the start of an answer; `options` go to the template.
+
+    Where the template refuses the system message, or leaves it out, it is put before the first user message.
+    """
+    options = {"add_generation_prompt": True} | options
+    try:
+        try:
+            text = str(tokenizer.apply_chat_template(list(turns), tokenize=False, **options))
+        except TemplateError:
+            if (folded := _folded(turns)) is None:
+                raise
+            return str(tokenizer.apply_chat_template(folded, tokenize=False, **options))
+        folded = _folded(turns)
+        if folded is not None and turns[0]["content"].strip() not in text:
+            return str(tokenizer.apply_chat_template(folded, tokenize=False, **options))
+    except TemplateError as error:
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise ModelError(f"the chat template of this model refuses the roles {roles}: {error}.") from error
+    return text
+
+
+def check_messages(turns: Sequence[Any]) -> None:
+    """Raise ConfigError unless these are messages: dicts of a role and a content, both text."""
+    for turn in turns:
+        if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ("role", "content")):
+            raise ConfigError(
+                f'a message must be {{"role": "user", "content": "..."}}, with text for both; got {str(turn)[:60]!r}.'
+            )
+    if not turns:
+        raise ConfigError("the list of messages is empty; give at least one user message.")
+
+
+def _folded(turns: Sequence[dict[str, str]]) -> list[dict[str, str]] | None:
+    """The turns with a leading system message put before the first user message; None where that cannot be done."""
+    if len(turns) < 2 or turns[0]["role"] != "system" or turns[1]["role"] != "user":
+        return None
+    return [{"role": "user", "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}, *turns[2:]]
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, generation_eos: int | list[int] | None) -> frozenset[int]:
-    """All ids that end a sequence: the tokenizer's EOS and those of the generation config."""
+    """All ids that end a sequence: the tokenizer's EOS, those of the generation config, and what ends a turn of the chat."""
     found: list[Any] = [tokenizer.eos_token_id]
     found += generation_eos if isinstance(generation_eos, list) else [generation_eos]
+    template = str(tokenizer.chat_template or "")
+    found += [_id_of(tokenizer, token) for token in END_OF_TURN if token in template]
     return frozenset(int(i) for i in found if i is not None)
+
+
+def _id_of(tokenizer: PreTrainedTokenizerBase, token: str) -> int | None:
+    found: Any = tokenizer.convert_tokens_to_ids(token)
+    return found if found is not None and tokenizer.convert_ids_to_tokens(found) == token else None
 
 
 def decode_ids(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
@@ -34,24 +104,36 @@ def decode_ids(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 
 class Detokenizer:
-    """Ids in, text pieces out, never half a character: text is held back while it ends in a replacement mark."""
+    """Ids in, text pieces out, never half a character: text is held back while it ends in a replacement mark.
+
+    Each token is decoded together with a few before it, so the work per token does not grow with the text.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self.ids: list[int] = []
-        self.emitted = ""
+        self._ids: list[int] = []  # the last tokens
+        self._shown = ""  # of their text
 
     def push(self, token_id: int) -> str:
         """The text that became certain with this token; may be empty."""
-        self.ids.append(token_id)
-        text = decode_ids(self.tokenizer, self.ids)
+        self._ids.append(token_id)
+        text = decode_ids(self.tokenizer, self._ids)
         if text.endswith("\ufffd"):
             return ""
-        piece, self.emitted = text[len(self.emitted) :], text
+        piece, self._shown = text[len(self._shown) :], text
+        if len(self._ids) >= 2 * _CONTEXT:
+            self._forget()
         return piece
 
     def finish(self) -> str:
         """Whatever was held back."""
-        text = decode_ids(self.tokenizer, self.ids)
-        piece, self.emitted = text[len(self.emitted) :], text
+        text = decode_ids(self.tokenizer, self._ids)
+        piece, self._shown = text[len(self._shown) :], text
         return piece
+
+    def _forget(self) -> None:
+        """Drop the older tokens, if the text of the others stays as it is without them."""
+        kept = self._ids[-_CONTEXT:]
+        text = decode_ids(self.tokenizer, kept)
+        if text and self._shown.endswith(text):
+            self._ids, self._shown = kept, text

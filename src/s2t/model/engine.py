@@ -18,7 +18,7 @@ from s2t.errors import ModelError
 from s2t.model.adapter import SelectorAdapter, attached_adapter
 from s2t.model.attention import Segment, slot_attention
 from s2t.model.cache import SlotCache
-from s2t.model.load import LoadedModel
+from s2t.model.load import LoadedModel, count_params
 from s2t.model.static import StaticSteps
 from s2t.model.tree import causal_mask, tree_mask
 
@@ -392,7 +392,7 @@ class _FlopCount:
     """2 x parameters x tokens (input embedding left out, output embedding in) + 4 x layers x width x attended tokens."""
 
     def __init__(self, model: nn.Module, config: Any) -> None:
-        total = sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name)
+        total = count_params(model)
         embedding = model.get_input_embeddings().weight  # type: ignore[operator]
         tied = embedding is model.get_output_embeddings().weight  # type: ignore[operator]
         self.per_token = 2.0 * (total if tied else total - embedding.numel())

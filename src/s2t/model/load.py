@@ -1,4 +1,4 @@
-"""Model and tokenizer from a hub id, a folder, or the embedded pair; checks that two models can work as a pair.
+"""Model and tokenizer from a hub id, a folder, an adapter on a base, or the embedded pair; checks that two can pair.
 
 Weights load from safetensors only and remote code stays off unless asked for. Every failure is one line.
 """
@@ -16,16 +16,19 @@ import torch
 from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from s2t.errors import ModelError
+from s2t.errors import ConfigError, ModelError
 from s2t.model.cache import check_cacheable
 from s2t.model.chat import stop_ids
+from s2t.model.lora import Lora, find_lora, merge_lora
+from s2t.model.quantization import missing_package, quantization_config
 from s2t.model.reserved import ReservedIds, choose_reserved_ids
 from s2t.model.tiny import embedded_path, is_embedded
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_LOAD_ERRORS = (OSError, ValueError, TypeError, ImportError, KeyError, RuntimeError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class LoadedModel:
 
     @cached_property
     def num_params(self) -> int:
-        return sum(p.numel() for name, p in self.model.named_parameters() if "lora_" not in name)
+        return count_params(self.model)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -69,31 +72,110 @@ def load_model(
     device: str = "auto",
     trust_remote_code: bool = False,
     execution: str = "auto",
+    revision: str | None = None,
+    quantization: str | None = None,
+    device_map: str | None = None,
 ) -> LoadedModel:
     """Load `name` for inference, in eval mode, with SDPA attention where the model has it.
 
-    `execution` is how the engines of this model run their steps: auto, eager, static or compile.
+    `name` is a hub id, a folder, an embedded model, or a PEFT adapter (folder or hub id), which is merged into the base
+    it names. `execution` is how the engines of this model run their steps: auto, eager, static or compile.
+    `quantization` is a name, a JSON object or a JSON file; `device_map` is transformers' own and takes the place of
+    `device`; the whole model has to end up on one device.
 
-    Raises ModelError, one line, when the model is missing, gated, has no safetensors weights, needs remote
-    code, or has a cache that cannot be branched.
+    Raises ModelError or ConfigError, one line, when the model is missing, gated, has no safetensors weights, needs
+    remote code or a package that is not installed, does not fit one device, or has a cache that cannot be branched.
     """
-    place = torch.device(pick_device(device))
-    source = str(embedded_path(name)) if is_embedded(name) else name
-    kind = "auto" if dtype == "float16" else _DTYPES.get(dtype, "auto")
-    options = {"trust_remote_code": trust_remote_code}
+    if device_map is not None and device != "auto":
+        raise ConfigError(f"device {device} and device_map {device_map} were both given; pass one of them.")
+    place = torch.device(pick_device(device)) if device_map is None else None
+    reading = _Reading(name, dtype, place, device_map, quantization, {"trust_remote_code": trust_remote_code})
     with _quiet():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=kind, use_safetensors=True, **options)
-        except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
-            raise ModelError(_why_not_loaded(name, error)) from error
-    identity = fingerprint(model)  # before float16, which cannot hold every bfloat16 value
-    if dtype == "float16":
-        for parameter in model.parameters():
-            parameter.data = parameter.data.half()
-    loaded = replace(wrap_model(name, model.to(place), tokenizer), execution=execution)
+            lora = None if is_embedded(name) else find_lora(name, revision)
+            tokenizer, model = reading.merged(lora, revision) if lora else reading.plain(name, revision)
+        except _LOAD_ERRORS as error:
+            raise ModelError(_why_not_loaded(name, error, revision, quantization)) from error
+    identity = fingerprint(model)  # before any cast that cannot hold every value of the checkpoint
+    reading.cast(model)
+    loaded = replace(wrap_model(name, model, tokenizer), execution=execution)
     loaded.__dict__["fingerprint"] = identity
     return loaded
+
+
+@dataclass
+class _Reading:
+    """How the weights of one model are read: in which dtype, to which place."""
+
+    name: str
+    dtype: str
+    place: torch.device | None
+    device_map: str | None
+    quantization: str | None
+    options: dict[str, Any]
+    final: torch.dtype | None = None  # to cast to once the weights are known; None leaves them
+
+    def plain(self, name: str, revision: str | None) -> tuple[PreTrainedTokenizerBase, Any]:
+        """Tokenizer and model of a checkpoint; float16, which cannot hold every bfloat16 value, is cast to later."""
+        source = str(embedded_path(name)) if is_embedded(name) else name
+        kind: Any = _DTYPES.get(self.dtype, "auto")
+        if self.dtype == "float16" and self.quantization is None:
+            kind, self.final = "auto", torch.float16
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, **self.options)
+        return tokenizer, self._weights(source, kind, revision)
+
+    def merged(self, lora: Lora, revision: str | None) -> tuple[PreTrainedTokenizerBase, Any]:
+        """Tokenizer and model of a base with an adapter merged into it, in float32 so that it is the same for every dtype."""
+        if self.quantization is not None:
+            raise ConfigError(
+                f"adapter {lora.name} cannot be merged into quantized weights; merge it, save the model, then quantize."
+            )
+        source = str(embedded_path(lora.base)) if is_embedded(lora.base) else lora.base
+        try:
+            config = AutoConfig.from_pretrained(source, revision=lora.base_revision, **self.options)
+            model = self._weights(source, torch.float32, lora.base_revision)
+            origin, version = (lora.name, revision) if lora.has_tokenizer else (source, lora.base_revision)
+            tokenizer = AutoTokenizer.from_pretrained(origin, revision=version, **self.options)
+        except _LOAD_ERRORS as error:
+            why = _why_not_loaded(lora.base, error, lora.base_revision)
+            raise ModelError(f"adapter {lora.name} needs its base model: {why}") from error
+        if lora.has_tokenizer and len(tokenizer) > model.get_input_embeddings().weight.shape[0]:  # it added tokens
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        self.final = _DTYPES.get(self.dtype) or getattr(config, "dtype", None) or torch.float32
+        return tokenizer, merge_lora(model, lora)
+
+    def _weights(self, source: str, kind: Any, revision: str | None) -> Any:
+        quantization = quantization_config(self.quantization)
+        options = {**self.options, "revision": revision, "use_safetensors": True, "dtype": kind}
+        if quantization is not None:
+            options["quantization_config"] = quantization
+        if self.device_map is not None:
+            options["device_map"] = self.device_map
+        elif quantization is not None:
+            options["device_map"] = {"": self.place}
+        model: Any = AutoModelForCausalLM.from_pretrained(source, **options)
+        check_on_one_device(self.name, model)
+        is_quantized = getattr(model, "hf_quantizer", None) is not None
+        if self.place is not None and not (is_quantized and model.device.type == self.place.type):
+            model.to(self.place)
+        return model
+
+    def cast(self, model: nn.Module) -> None:
+        """Bring the parameters to their final dtype, where it is not the one they were read in."""
+        if self.final is not None:
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(self.final)
+
+
+def check_on_one_device(name: str, model: nn.Module) -> None:
+    """Raise ModelError where a device map spread a model, or left parts of it on the CPU or the disk."""
+    mapped = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+    places = sorted({str(parameter.device) for parameter in model.parameters()} | (mapped & {"disk"}))
+    if len(places) > 1 or places == ["meta"]:
+        raise ModelError(
+            f"the device map spread {name} over {', '.join(places)}, and steps run on one device; pass --device cuda:0, "
+            "--device-map sequential, or --quantization bitsandbytes-4bit if it is too large for one."
+        )
 
 
 def wrap_model(name: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:
@@ -132,6 +214,16 @@ def pick_device(device: str) -> str:
     return device
 
 
+def count_params(model: nn.Module) -> int:
+    """Values of all weights, LoRA left out; a weight packed by bitsandbytes counts what it unpacks to."""
+    total = 0
+    for name, parameter in model.named_parameters():
+        packed: Any = getattr(parameter, "quant_state", None)
+        if "lora_" not in name:
+            total += parameter.numel() if packed is None else packed.shape.numel()
+    return total
+
+
 def fingerprint(model: nn.Module) -> str:
     """Identity of a base model's weights, 16 hex digits, the same for every load dtype.
 
@@ -154,19 +246,32 @@ def _plain_name(name: str) -> str:
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
-def _why_not_loaded(name: str, error: Exception) -> str:
+def _why_not_loaded(name: str, error: Exception, revision: str | None = None, quantization: str | None = None) -> str:
+    if quantization is not None and isinstance(error, ImportError):
+        return missing_package(quantization, error)
     text = " ".join(str(error).split())
-    if "trust_remote_code" in text:
-        return f"model {name} needs its own code; review it, then pass --trust-remote-code."
-    if "gated" in text or "401" in text or "403" in text:
-        return f"model {name} is gated or private; accept its terms on the hub, then run: hf auth login."
-    if "safetensors" in text and Path(name).exists():
-        return f"model {name} has no safetensors weights; convert it first (pickled weights are not loaded)."
-    if not Path(name).exists() and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
-        return f"model folder {name} does not exist; pass an existing folder or a hub id such as Qwen/Qwen2.5-0.5B-Instruct."
-    if Path(name).exists() or "/" in name or "Connection" in text:
-        return f"model {name} cannot be loaded: {text[:200]}"
-    return f"model {name} was not found: give a hub id (owner/name), a folder, or tiny:slm / tiny:llm."
+    is_folder = Path(name).exists()
+    is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1
+    reasons = {
+        "needs its own code; review it, then pass --trust-remote-code.": "trust_remote_code" in text,
+        "is gated or private; accept its terms on the hub, then run: hf auth login.": any(
+            sign in text for sign in ("gated", "401", "403")
+        ),
+        f"has no revision {revision}; pass a branch, a tag or a commit of its repository.": (
+            "not a valid git identifier" in text
+        ),
+        "has no safetensors weights; convert it first (pickled weights are not loaded).": (
+            is_folder and "safetensors" in text
+        ),
+        "is a folder that does not exist; pass an existing folder or a hub id such as Qwen/Qwen2.5-0.5B-Instruct.": (
+            is_path and not is_folder
+        ),
+        "is not in the cache and the hub cannot be reached; connect once, or pass a folder.": "couldn't connect"
+        in text,
+        f"cannot be loaded: {text[:200]}": is_folder or "/" in name or "connection" in text.lower(),
+        "was not found: give a hub id (owner/name), a folder, or tiny:slm / tiny:llm.": True,
+    }
+    return f"model {name} {next(reason for reason, applies in reasons.items() if applies)}"
 
 
 class _quiet:

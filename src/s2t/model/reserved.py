@@ -1,7 +1,8 @@
 """Choice of reserved (never-used) vocabulary ids, one table keyed by how a tokenizer family names its spare tokens.
 
-Returned ids are masked out of generation; where a tokenizer has too few spare tokens, rows past its last id
-are taken, and where the embedding has none either, rows that a merge would add.
+Families without spare tokens (Qwen, Phi-3) have padding rows instead. Returned ids are masked out of generation; where a
+tokenizer has too few spare tokens, rows past its last id are taken, and where the embedding has none either, rows that a
+merge would add.
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ SPARE_TOKENS = (
     ("gemma", re.compile(r"<unused(\d+)>")),
     ("llama-3", re.compile(r"<\|reserved_special_token_(\d+)\|>")),
     ("mistral", re.compile(r"\[control_(\d+)\]")),
+    ("mistral-tekken", re.compile(r"<SPECIAL_(\d+)>")),
+    ("phi", re.compile(r"<\|dummy_(\d+)\|>")),
+    ("falcon", re.compile(r">>UNUSED_(\d+)<<")),
+    ("deepseek", re.compile(r"<｜place▁holder▁no▁(\d+)｜>")),
 )
 
 
@@ -46,6 +51,11 @@ def choose_reserved_ids(vocab: dict[str, int], num_rows: int, num_bins: int) -> 
     if num_rows - first >= needed:
         return _split(list(range(num_rows - needed, num_rows)), "padding rows")
     return _split(list(range(max(num_rows, first), max(num_rows, first) + needed)), "added rows")
+
+
+def spare_tokens_in(text: str) -> frozenset[str]:
+    """Every spelling of a spare token, of any family, that a text holds."""
+    return frozenset(match[0] for _, pattern in SPARE_TOKENS for match in pattern.finditer(text))
 
 
 def _split(ids: list[int], kind: str) -> ReservedIds:
