@@ -16,7 +16,7 @@ from s2t.decode.session import Generated, Session
 from s2t.decode.strategies import Strategy, build_strategy, vote
 from s2t.decode.workload import read_thresholds
 from s2t.errors import ConfigError
-from s2t.model.adapter import load_adapter
+from s2t.model.adapter import load_selector
 from s2t.model.chat import Detokenizer, decode_ids
 from s2t.model.load import LoadedModel, check_pair, load_model
 from s2t.records import Cost, Step
@@ -54,6 +54,8 @@ def load(
 ) -> Reasoner:
     """Load an SLM, with an LLM and an adapter where they are given; most strategies need neither.
 
+    A folder that `s2t merge` wrote brings its selector with it.
+
     `execution`: eager, static (CUDA graphs on a GPU), compile (torch.compile as well), or auto.
 
     Raises ModelError or ConfigError, one line, for what is missing, unsupported or does not fit together.
@@ -69,7 +71,7 @@ def load(
     config = build_config(ModelConfig, flags=values)
     config.check_model()
     small = _load(config.slm, config)
-    selector = load_adapter(adapter, small) if adapter is not None else None
+    selector = load_selector(adapter, small)
     large = _load(config.llm, config) if config.llm is not None else None
     if large is not None:
         check_pair(small, large)
@@ -119,7 +121,7 @@ class Reasoner:
     ) -> Generation | list[Generation]:
         """Answer a prompt, or a list of them in one batch; no answer depends on the other prompts.
 
-        `strategy` is `s2t-local` where an adapter was loaded, else `greedy`. `trace` keeps the candidates of
+        `strategy` is `s2t-local` where an adapter or a merged model was loaded, else `greedy`. `trace` keeps the candidates of
         every step instead of those of triggered steps alone. Raises ConfigError for settings that are
         unknown, out of range or need a model that was not loaded.
         """

@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from s2t.errors import ModelError
 from s2t.model.cache import check_cacheable
 from s2t.model.chat import stop_ids
+from s2t.model.merged import MergedConfig, open_merged
 from s2t.model.reserved import ReservedIds, choose_reserved_ids
 from s2t.model.tiny import embedded_path, is_embedded
 
@@ -38,6 +39,7 @@ class LoadedModel:
     vocab_size: int
     stop_ids: frozenset[int]
     execution: str = "auto"  # of its engines: auto, eager, static or compile
+    merged: MergedConfig | None = None  # of a folder that `s2t merge` wrote
 
     @property
     def device(self) -> torch.device:
@@ -49,11 +51,17 @@ class LoadedModel:
 
     @cached_property
     def fingerprint(self) -> str:
+        if self.merged is not None and self.merged.scope == "candidates":
+            return str(
+                self.merged.adapter["base_fingerprint"]
+            )  # the base's weights, whatever dtype they were merged in
         return fingerprint(self.model)
 
     @cached_property
     def reserved(self) -> ReservedIds:
         """The reserved ids of this tokenizer for 16 bins; never generated, with or without an adapter."""
+        if self.merged is not None and self.merged.scope == "always":
+            return self.merged.reserved
         return self.reserved_for(16)
 
     def reserved_for(self, num_bins: int) -> ReservedIds:
@@ -75,13 +83,14 @@ def load_model(
     `execution` is how the engines of this model run their steps: auto, eager, static or compile.
 
     Raises ModelError, one line, when the model is missing, gated, has no safetensors weights, needs remote
-    code, or has a cache that cannot be branched.
+    code, or has a cache that cannot be branched; and when a merged folder is damaged.
     """
     place = torch.device(pick_device(device))
     source = str(embedded_path(name)) if is_embedded(name) else name
+    merged = open_merged(source)
     kind = "auto" if dtype == "float16" else _DTYPES.get(dtype, "auto")
     options = {"trust_remote_code": trust_remote_code}
-    with _quiet():
+    with quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=kind, use_safetensors=True, **options)
@@ -91,13 +100,16 @@ def load_model(
     if dtype == "float16":
         for parameter in model.parameters():
             parameter.data = parameter.data.half()
-    loaded = replace(wrap_model(name, model.to(place), tokenizer), execution=execution)
-    loaded.__dict__["fingerprint"] = identity
+    loaded = replace(wrap_model(name, model.to(place), tokenizer, merged), execution=execution)
+    if merged is None or merged.scope == "always":
+        loaded.__dict__["fingerprint"] = identity
     return loaded
 
 
-def wrap_model(name: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:
-    """A model already in memory as a LoadedModel; checks that its cache can be branched."""
+def wrap_model(
+    name: str, model: Any, tokenizer: PreTrainedTokenizerBase, merged: MergedConfig | None = None
+) -> LoadedModel:
+    """A model already in memory (of a merged folder, perhaps) as a LoadedModel; checks that its cache can be branched."""
     check_cacheable(model.config)
     if getattr(model, "_is_stateful", False):
         raise ModelError(
@@ -112,7 +124,9 @@ def wrap_model(name: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> Loa
         )
     eos = model.generation_config.eos_token_id if model.generation_config is not None else None
     vocab_size = min(max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().weight.shape[0])
-    return LoadedModel(name, model.eval(), tokenizer, vocab_size, stop_ids(tokenizer, eos))
+    if merged is not None:
+        vocab_size = min(vocab_size, merged.vocab_size)
+    return LoadedModel(name, model.eval(), tokenizer, vocab_size, stop_ids(tokenizer, eos), merged=merged)
 
 
 def pick_device(device: str) -> str:
@@ -177,7 +191,7 @@ def _why_not_loaded(name: str, error: Exception) -> str:
     return f"model {name} was not found: give a hub id (owner/name), a folder, or tiny:slm / tiny:llm."
 
 
-class _quiet:
+class quiet:
     """Silence progress bars and warnings of transformers and the hub while loading; restores them after."""
 
     def __enter__(self) -> None:
