@@ -316,7 +316,11 @@ def _put_in_place(part: Path, out: Path) -> None:
     old = out.with_name(f".{out.name}.replaced")
     _clear(old)
     os.replace(out, old)
-    os.replace(part, out)
+    try:
+        os.replace(part, out)
+    except OSError:
+        os.replace(old, out)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -147,12 +147,15 @@ class CustomGenerate:
             )
         trained = reader.config if reader is not None and name == "s2t-local" else None
         thresholds = read_thresholds(self.config.calibration) | (trained.thresholds if trained is not None else {})
-        seed = self.seed if self.seed is not None else int(torch.randint(2**31, ()).item())
         k = trained.num_candidates if trained is not None else None
-        strategy = build_strategy(name, self.config, thresholds, k, seed)
-        if sampling is not None and strategy.trigger.name == "random":
+        strategy = build_strategy(name, self.config, thresholds, k)
+        is_random = strategy.trigger.name == "random"
+        if sampling is not None and is_random:
             raise ValueError("trigger random draws the numbers that do_sample needs; use do_sample=False with it.")
-        return replace(strategy, sampling=sampling)
+        seed = self.seed or 0
+        if self.seed is None and (sampling is not None or is_random):
+            seed = int(torch.randint(2**31, ()).item())  # follows torch.manual_seed
+        return replace(strategy, sampling=sampling, seed=seed)
 
 
 class _Call:
@@ -169,7 +172,7 @@ class _Call:
         generation_config: Any,
         streamer: Any,
     ) -> None:
-        self.input_ids, self.criteria, self.streamer, self.prompts = input_ids, criteria, streamer, prompts
+        self.criteria, self.streamer, self.prompts = criteria, streamer, prompts
         self.generation_config, self.keeps_scores = generation_config, _wants_scores(generation_config)
         self.size = len(prompts)
         self.strategy = settings.plan(bound.reader, _sampling(generation_config))
@@ -184,7 +187,7 @@ class _Call:
         )
         self.max_new_tokens = _max_length(criteria) - input_ids.shape[1]
         self.pad = _pad_id(generation_config)
-        self.sequences = input_ids.to(loaded.device)
+        self.sequences = input_ids  # on its own device, as processors and criteria expect
         self.scores: list[Tensor] = []
         self.logits: list[Tensor] = []
 
@@ -192,7 +195,6 @@ class _Call:
         sequences = self._in_step() if self._steps_together() else self._freely()
         if self.streamer is not None:
             self.streamer.end()
-        sequences = sequences.to(self.input_ids.device)
         if not self.generation_config.return_dict_in_generate:
             return sequences
         scores = _own(self.scores) if self.generation_config.output_scores else None
@@ -250,17 +252,18 @@ class _Call:
 
     def _adjust(self, rows: Sequence[int], logits: Tensor) -> Tensor:
         """Processors on the whole batch, [B, V]; finished rows are zeros, which nobody reads."""
-        batch = logits
-        if list(rows) != list(range(self.size)):
-            batch = logits.new_zeros(self.size, logits.shape[-1])
-            batch[list(rows)] = logits
+        is_whole = list(rows) == list(range(self.size))
+        batch = logits.to(self.sequences.device)
+        if not is_whole:
+            batch = batch.new_zeros(self.size, batch.shape[-1])
+            batch[list(rows)] = logits.to(batch)
         if self.keeps_scores:
             self.logits.append(batch.clone())
         ids: Any = self.sequences
         scores: Any = self.processors(ids, batch)
         if self.keeps_scores:
             self.scores.append(scores)
-        return scores if batch is logits else scores[list(rows)]
+        return (scores if is_whole else scores[list(rows)]).to(logits)
 
 
 # The model
@@ -291,7 +294,8 @@ def _bind(model: Any, adapter: str | Path | None, tokenizer: Any) -> _Bound:
     tokenizer = tokenizer if tokenizer is not None else _tokenizer(name)
     loaded = wrap_model(name, model, tokenizer, open_merged(name))
     needs_grad = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    bound = _Bound(key, loaded, load_selector(adapter, loaded))
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        bound = _Bound(key, loaded, load_selector(adapter, loaded))  # draws weights before it reads them
     for parameter in needs_grad:  # PEFT froze them
         parameter.requires_grad_(True)
     model.__dict__[_BOUND] = bound

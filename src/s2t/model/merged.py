@@ -82,10 +82,15 @@ def read_merged(folder: str | Path) -> MergedConfig:
         ids = data.pop("reserved")
         reserved = ReservedIds(tuple(ids["bins"]), (ids["criticality"][0], ids["criticality"][1]), ids["kind"])
         config = MergedConfig(reserved=reserved, **data | {"path": str(folder)})
-        _ = config.scope, int(config.vocab_size), dict(config.weights).items()
+        _ = config.scope, config.adapter["base_model"], int(config.vocab_size), dict(config.weights).items()
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise ModelError(f"merged model {folder} is damaged: {CONFIG_FILE} lacks {error}; merge it again.") from error
     return config
+
+
+def base_model(name: str) -> str:
+    """The model that a merged folder was made from; any other name as it is."""
+    return str(read_merged(name).adapter["base_model"]) if is_merged(name) else name
 
 
 def open_merged(name: str | Path) -> MergedConfig | None:
