@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import s2t
 from s2t.config import MergeConfig
@@ -302,6 +305,21 @@ def test_a_merge_that_is_cut_short_leaves_nothing(fails, folders, tmp_path, monk
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_killed_merge_leaves_no_folder_that_passes_for_a_model(folders, tmp_path):
+    out = tmp_path / "merged"
+    code = (
+        "import os, signal, sys, s2t.merge as m; from s2t.config import MergeConfig\n"
+        "m._write_texts = lambda *args: os.kill(os.getpid(), signal.SIGKILL)\n"  # all weights are written
+        "m.merge(MergeConfig(adapter=sys.argv[1], out=sys.argv[2]))"
+    )
+    words = [sys.executable, "-c", code, folders["always"][1], str(out)]
+    assert subprocess.run(words, check=False, capture_output=True).returncode == -signal.SIGKILL
+    assert not out.exists() and (tmp_path / ".merged.merging" / "model.safetensors").is_file()
+    assert not is_merged(tmp_path / ".merged.merging")
+    merge(MergeConfig(adapter=folders["always"][1], out=str(out)))
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+
 def test_what_a_killed_merge_left_is_cleared_away(folders, tmp_path):
     (tmp_path / ".merged.merging").mkdir()
     (tmp_path / ".merged.merging" / "model.safetensors").write_bytes(b"half")
@@ -323,6 +341,23 @@ def test_only_a_previous_merge_is_replaced_and_only_if_asked(folders, tmp_path):
     with pytest.raises(ConfigError, match="is no merged model"):
         merge(MergeConfig(**config, overwrite=True))
     assert (out / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("scope", ["always", "candidates"])
+def test_sharded_weights_are_hashed_one_by_one(scope, folders, tmp_path, monkeypatch):
+    save_pretrained = PreTrainedModel.save_pretrained
+    monkeypatch.setattr(
+        PreTrainedModel, "save_pretrained", lambda *args: save_pretrained(*args, max_shard_size="200KB")
+    )
+    out = tmp_path / "merged"
+    merge(MergeConfig(adapter=folders[scope][1], out=str(out)))
+    weights = read_merged(out).weights
+    assert "model.safetensors.index.json" in weights and "model-00002-of-00003.safetensors" in weights
+    left, right = (s2t.load(name).generate(PROMPTS[0], max_new_tokens=8) for name in (str(out), folders[scope][2]))
+    assert left.token_ids == right.token_ids
+    flip("model-00002-of-00003.safetensors")(out)
+    with pytest.raises(ModelError, match=r"model-00002-of-00003\.safetensors is not the file"):
+        s2t.load(str(out))
 
 
 # Recognised everywhere
