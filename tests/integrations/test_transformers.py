@@ -449,8 +449,27 @@ def test_a_merged_folder_takes_streamers_stop_strings_and_settings(left, merged)
         model.generate(**call, num_candidates=0)
 
 
+@pytest.mark.parametrize("scope", ["always", "candidates"])
+def test_a_merged_model_of_the_hub_is_found_in_its_cache(scope, inputs, merged, tmp_path, monkeypatch):
+    place, commit = tmp_path / "models--somebody--merged", "a" * 40
+    shutil.copytree(merged[scope], place / "snapshots" / commit)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    name = "somebody/merged"
+    model = AutoModelForCausalLM.from_pretrained(name)
+    call = {**inputs, "max_new_tokens": LENGTH}
+    folder = AutoModelForCausalLM.from_pretrained(merged[scope])
+    wanted = folder.generate(**call, custom_generate=s2t.custom_generate())
+    assert torch.equal(model.generate(**call, custom_generate=s2t.custom_generate()), wanted)
+    assert torch.equal(model.generate(**call, custom_generate=name, trust_remote_code=True), wanted)
+    left_, right_ = (s2t.load(one).generate(QUESTIONS[0], max_new_tokens=LENGTH) for one in (name, merged[scope]))
+    assert left_.token_ids == right_.token_ids and left_.num_triggered > 0
+
+
 def test_code_of_a_merged_folder_on_another_model_is_refused(model, inputs, merged):
-    with pytest.raises(ModelError, match="no folder on this machine written by `s2t merge`"):
+    model.generate(**inputs, max_new_tokens=2, custom_generate=greedy())
+    with pytest.raises(ModelError, match="nothing `s2t merge` wrote"):
         model.generate(**inputs, custom_generate=merged["always"], trust_remote_code=True)
 
 

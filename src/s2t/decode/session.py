@@ -18,7 +18,7 @@ from s2t.model.adapter import SelectorReader, load_selector
 from s2t.model.chat import prompt_ids
 from s2t.model.engine import Engine
 from s2t.model.load import LoadedModel, check_pair, load_model
-from s2t.model.merged import is_merged
+from s2t.model.merged import is_merged, local_folder
 from s2t.records import Cost, Step
 
 
@@ -50,7 +50,7 @@ class Session:
         if needs_llm and config.llm is None:
             names = ", ".join(name for name in strategies if name in NEEDS_LLM)
             raise ConfigError(f"strategy {names} needs the LLM; pass --llm MODEL.")
-        if "s2t-local" in strategies and adapter is None and not is_merged(config.slm):
+        if "s2t-local" in strategies and adapter is None and not is_merged(local_folder(config.slm)):
             raise ConfigError("strategy s2t-local needs --adapter, a folder written by `s2t train`.")
         slm = load_model(config.slm, **config.load_options)
         loaded = load_selector(adapter, slm) if "s2t-local" in strategies else None

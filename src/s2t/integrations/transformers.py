@@ -38,7 +38,7 @@ from s2t.errors import ConfigError, ModelError
 from s2t.model.adapter import SelectorAdapter, SelectorReader, attached_adapter, load_selector
 from s2t.model.engine import Engine
 from s2t.model.load import LoadedModel, wrap_model
-from s2t.model.merged import CONFIG_FILE, is_merged, open_merged
+from s2t.model.merged import CONFIG_FILE, is_merged, local_folder, open_merged
 
 STRATEGIES = ("greedy", "s2t-local")
 SETTINGS = ("trigger", "threshold", "calibration", "num_candidates", "warmup_steps")
@@ -81,9 +81,9 @@ def generate_merged(model: Any, **arguments: Any) -> Any:
 
     The model must have been loaded from the merged folder: transformers does not say which folder the code came from.
     """
-    if not model.name_or_path or not is_merged(model.name_or_path):
+    if not _is_of_merged(model):
         raise ModelError(
-            f"this model was loaded from {model.name_or_path}, which is no folder on this machine written by `s2t merge`; load "
+            f"this model was loaded from {model.name_or_path}, which is nothing `s2t merge` wrote; load "
             "it from the merged folder, or pass custom_generate=s2t.custom_generate(adapter=FOLDER)."
         )
     own = {name: arguments.pop(name) for name in ("strategy", "seed", "execution", *SETTINGS) if name in arguments}
@@ -292,7 +292,7 @@ def _bind(model: Any, adapter: str | Path | None, tokenizer: Any) -> _Bound:
         )
     name = model.name_or_path or type(model).__name__
     tokenizer = tokenizer if tokenizer is not None else _tokenizer(name)
-    loaded = wrap_model(name, model, tokenizer, open_merged(name))
+    loaded = wrap_model(name, model, tokenizer, open_merged(local_folder(name)))
     needs_grad = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         bound = _Bound(key, loaded, load_selector(adapter, loaded))  # draws weights before it reads them
@@ -300,6 +300,14 @@ def _bind(model: Any, adapter: str | Path | None, tokenizer: Any) -> _Bound:
         parameter.requires_grad_(True)
     model.__dict__[_BOUND] = bound
     return bound
+
+
+def _is_of_merged(model: Any) -> bool:
+    """Whether the model was loaded from a merged folder; the hub is asked before the first call only."""
+    bound: _Bound | None = model.__dict__.get(_BOUND)
+    if bound is not None and bound.loaded.merged is not None:
+        return True
+    return is_merged(local_folder(model.name_or_path or type(model).__name__))
 
 
 def _stamp(adapter: str | Path | None) -> tuple[str, int] | None:

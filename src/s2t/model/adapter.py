@@ -33,6 +33,7 @@ from s2t.model.merged import (
     PROBLEMS_FILE,
     SELECTOR_FILE,
     is_merged,
+    local_folder,
     problem_hashes,
     read_merged,
 )
@@ -230,13 +231,14 @@ def selector_config(adapter: str | Path | None, slm: str) -> AdapterConfig | Non
     """The settings of what `load_selector` would give, without loading a model."""
     if adapter is not None:
         return read_adapter_config(adapter)
-    return adapter_config(read_merged(slm).adapter) if is_merged(slm) else None
+    folder = local_folder(slm)
+    return adapter_config(read_merged(folder).adapter) if is_merged(folder) else None
 
 
 def selector_problems(adapter: str | Path | None, slm: str) -> frozenset[str]:
     """Hashes of the problems that what `load_selector` would give was trained on."""
-    folder = adapter if adapter is not None else slm if is_merged(slm) else None
-    return problem_hashes(folder) if folder is not None else frozenset()
+    folder = adapter if adapter is not None else local_folder(slm)
+    return problem_hashes(folder) if adapter is not None or is_merged(folder) else frozenset()
 
 
 def attached_adapter(model: nn.Module) -> SelectorAdapter | None:

@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from s2t.errors import ModelError
 from s2t.model.cache import check_cacheable
 from s2t.model.chat import stop_ids
-from s2t.model.merged import MergedConfig, open_merged
+from s2t.model.merged import MergedConfig, local_folder, open_merged
 from s2t.model.reserved import ReservedIds, choose_reserved_ids
 from s2t.model.tiny import embedded_path, is_embedded
 
@@ -86,7 +86,7 @@ def load_model(
     code, or has a cache that cannot be branched; and when a merged folder is damaged.
     """
     place = torch.device(pick_device(device))
-    source = str(embedded_path(name)) if is_embedded(name) else name
+    source = str(embedded_path(name)) if is_embedded(name) else local_folder(name)
     merged = open_merged(source)
     kind = "auto" if dtype == "float16" else _DTYPES.get(dtype, "auto")
     options = {"trust_remote_code": trust_remote_code}

@@ -1,11 +1,13 @@
 """The merged folder as a format: what its `s2t_config.json` says, and whether its weights are still those it names.
 
-Written by `s2t merge`, read by everything that loads a model. Knows files and numbers; loads no weights.
+Written by `s2t merge`, read by everything that loads a model, from this machine or the hub. Knows files and numbers; loads
+no weights.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -22,6 +24,7 @@ ADAPTER_FOLDER = "s2t_adapter"
 PROBLEMS_FILE = "train_problems.txt"
 FORMAT = "s2t-merged"
 FORMAT_VERSION = 1
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", f"{ADAPTER_FOLDER}/*.safetensors")
 
 
@@ -60,6 +63,35 @@ class MergedConfig:
         return {name: value for name, value in asdict(self).items() if name != "path"}
 
 
+def local_folder(name: str) -> str:
+    """A merged model of the hub as the folder it was downloaded to; any other name as it is.
+
+    A name that could be a hub id costs one look at the hub (at its cache, when offline). Raises ModelError when the
+    download breaks off.
+    """
+    if not _HUB_ID.fullmatch(name) or Path(name).exists():
+        return name
+    from huggingface_hub import snapshot_download
+    from transformers.utils.hub import cached_file
+
+    try:
+        found = cached_file(
+            name,
+            CONFIG_FILE,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError:  # no such model, which loading says in its own words
+        return name
+    if found is None or not is_merged(Path(found).parent):
+        return name
+    try:
+        return snapshot_download(name)
+    except OSError as error:
+        raise ModelError(f"merged model {name} cannot be downloaded: {' '.join(str(error).split())[:200]}") from error
+
+
 def is_merged(name: str | Path) -> bool:
     """Whether this is a folder that `s2t merge` wrote, sound or not."""
     path = Path(name) / CONFIG_FILE
@@ -89,8 +121,9 @@ def read_merged(folder: str | Path) -> MergedConfig:
 
 
 def base_model(name: str) -> str:
-    """The model that a merged folder was made from; any other name as it is."""
-    return str(read_merged(name).adapter["base_model"]) if is_merged(name) else name
+    """The model that a merged one was made from; any other name as it is."""
+    folder = local_folder(name)
+    return str(read_merged(folder).adapter["base_model"]) if is_merged(folder) else name
 
 
 def open_merged(name: str | Path) -> MergedConfig | None:
