@@ -17,8 +17,8 @@ FLOORS = (
     {"core", "files", "progress", "scale", "tasks", "workers"},
     {"model"},
     {"decode"},
-    {"measure", "collect", "train", "evaluate", "report", "serve"},
-    {"api", "demo", "bench"},
+    {"measure", "collect", "train", "merge", "evaluate", "report", "serve"},
+    {"api", "demo", "bench", "workflows"},
     {"cli", "integrations"},
 )
 WORKFLOWS = FLOORS[4]

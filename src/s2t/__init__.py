@@ -9,12 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from s2t.api import generate, load, stream
+    from s2t.integrations.transformers import custom_generate
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "generate", "load", "stream"]
+__all__ = ["__version__", "custom_generate", "generate", "load", "stream"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "custom_generate":
+        from s2t.integrations.transformers import custom_generate
+
+        return custom_generate
     if name in __all__:
         from s2t import api
 

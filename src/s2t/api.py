@@ -19,7 +19,7 @@ from s2t.decode.session import Generated, Session
 from s2t.decode.strategies import Strategy, build_strategy, vote
 from s2t.decode.workload import read_thresholds
 from s2t.errors import ConfigError
-from s2t.model.adapter import load_adapter
+from s2t.model.adapter import load_selector
 from s2t.model.load import load_model
 from s2t.model.stops import StoppingText
 from s2t.records import Cost, Step
@@ -59,9 +59,10 @@ def load(
     """Load an SLM, with an LLM and an adapter where they are given; most strategies need neither.
 
     `slm` and `llm` are hub ids, folders, embedded models, or PEFT adapters (merged into their bases); `adapter` is what
-    `s2t train` wrote. A quantization is a name such as bitsandbytes-4bit, or a dict with a `quant_method`. The other
-    settings are the fields of `ModelConfig`: dtype, device, device_map, revision, llm_revision, trust_remote_code and
-    execution (eager, static: CUDA graphs on a GPU, compile: torch.compile as well, or auto).
+    `s2t train` wrote, and a folder that `s2t merge` wrote brings its selector with it. A quantization is a name such as
+    bitsandbytes-4bit, or a dict with a `quant_method`. The other settings are the fields of `ModelConfig`: dtype, device,
+    device_map, revision, llm_revision, trust_remote_code and execution (eager, static: CUDA graphs on a GPU, compile:
+    torch.compile as well, or auto).
 
     Raises ModelError or ConfigError, one line, for what is missing, unsupported or does not fit together.
     """
@@ -69,7 +70,7 @@ def load(
     config = build_config(ModelConfig, flags={"slm": slm, "llm": llm, **texts, **settings})
     config.check_model()
     small = load_model(config.slm, **config.load_options)
-    selector = load_adapter(adapter, small) if adapter is not None else None
+    selector = load_selector(adapter, small)
     large = load_model(config.llm, **config.llm_load_options) if config.llm is not None else None
     session = Session(small, large, selector)
     _ = session.vocabulary  # raises for a pair that cannot be mapped
@@ -114,9 +115,10 @@ class Reasoner:
         """Answer a prompt, or a list of them in one batch; no answer depends on the other prompts.
 
         A prompt is a text (one user message), or a list of messages: dicts of a role and a content. `strategy` is
-        `s2t-local` where an adapter was loaded, else `greedy`. `system` is a system prompt; `stop`, a text or several,
-        ends an answer and is left out of it. `trace` keeps the candidates of every step instead of those of triggered
-        steps alone. Raises ConfigError for settings that are unknown, out of range or need a model that was not loaded.
+        `s2t-local` where an adapter or a merged model was loaded, else `greedy`. `system` is a system prompt; `stop`, a text
+        or several, ends an answer and is left out of it. `trace` keeps the candidates of every step instead of those of
+        triggered steps alone. Raises ConfigError for settings that are unknown, out of range or need a model that was not
+        loaded.
         """
         prompts, is_one = _as_prompts(prompt)
         plan = self._plan(strategy, seed, settings)

@@ -19,6 +19,7 @@ STRATEGIES = ("greedy", "sample", "self-consistency", "llm", "takeover", "s2t", 
 TRIGGERS = ("never", "random", "entropy", "divergence", "criticality")
 SCOPES = ("candidates", "always")
 CRITICALITY_READINGS = ("head", "reserved")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 EXECUTIONS = ("auto", "eager", "static", "compile")
 DIVERGENCES = ("llm-slm", "slm-llm", "js", "released-code")
 
@@ -83,7 +84,7 @@ class ModelConfig:
     start, for long jobs), or auto (static on a GPU, else eager)."""
 
     def check_model(self) -> None:
-        _choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        _choice("dtype", self.dtype, DTYPES)
         _choice("execution", self.execution, EXECUTIONS)
 
     @property
@@ -152,7 +153,7 @@ class DecodeConfig(StepConfig):
     calibration: str | None = None
     """calibration.json written by `s2t calibrate`, or its folder."""
     adapter: str | None = None
-    """Adapter folder written by `s2t train`; needed by s2t-local."""
+    """Adapter folder written by `s2t train`; needed by s2t-local, unless the SLM is a folder written by `s2t merge`."""
     num_candidates: int | None = None
     """K, the SLM's tokens offered for selection; None takes the adapter's value, else 8."""
     temperature: float = 0.7
@@ -190,15 +191,17 @@ class DecodeConfig(StepConfig):
 class GenerateConfig(DecodeConfig, ModelConfig):
     """`s2t generate` and `s2t chat`."""
 
-    strategy: str = "greedy"
-    """greedy, sample, self-consistency, llm, takeover, s2t or s2t-local."""
+    strategy: str | None = None
+    """greedy, sample, self-consistency, llm, takeover, s2t or s2t-local; None is s2t-local with an adapter or a merged model,
+    else greedy."""
     seed: int = 0
     """Seed of sampling and of the random trigger."""
 
     def __post_init__(self) -> None:
         self.check_model()
         self.check_decode()
-        _choice("strategy", self.strategy, STRATEGIES)
+        if self.strategy is not None:
+            _choice("strategy", self.strategy, STRATEGIES)
 
 
 @dataclass(frozen=True)
@@ -252,7 +255,7 @@ class CollectConfig(StepConfig, TaskConfig, ModelConfig):
     split: str = "train"
     """train, calibration or test."""
     policy: str = "greedy"
-    """What writes the trajectories: greedy, sample, takeover, s2t, or s2t-local (with an adapter)."""
+    """What writes the trajectories: greedy, sample, takeover, s2t, or s2t-local (with an adapter or a merged model)."""
     adapter: str | None = None
     """Adapter folder written by `s2t train`, for policy s2t-local."""
     calibration: str | None = None
@@ -273,7 +276,7 @@ class CollectConfig(StepConfig, TaskConfig, ModelConfig):
         self.check_task()
         self.check_steps()
         _choice("policy", self.policy, ("greedy", "sample", "takeover", "s2t", "s2t-local"))
-        if self.policy == "s2t-local" and self.adapter is None:
+        if self.policy == "s2t-local" and self.adapter is None and not (Path(self.slm) / "s2t_config.json").is_file():
             raise ConfigError("policy s2t-local needs --adapter, a folder written by `s2t train`.")
         _between("heldout_templates", self.heldout_templates, 0, 0.9)
         _at_least(1, num_candidates=self.num_candidates, shard_size=self.shard_size)
@@ -356,6 +359,29 @@ class TrainConfig(ModelConfig):
         _between("criticality_threshold", self.criticality_threshold, 0, 1)
         _between("lora_dropout", self.lora_dropout, 0, 0.99)
         _between("warmup_ratio", self.warmup_ratio, 0, 1)
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """`s2t merge`: an adapter and its base model become one folder that loads like any causal LM."""
+
+    adapter: str = "runs/train/adapter"
+    """Adapter folder written by `s2t train`."""
+    slm: str | None = None
+    """Its base model: hub id, folder or `tiny:slm`; None takes the one the adapter names."""
+    out: str = "runs/merged"
+    """Folder to write; it must not exist, be empty, or be a previous merge with --overwrite."""
+    dtype: str = "auto"
+    """auto, float32, bfloat16 or float16: of the weights written; auto keeps the checkpoint's."""
+    eval: str | None = None
+    """Folder written by `s2t eval` with this adapter; its accuracies go into the model card."""
+    overwrite: bool = False
+    """Replace a previous merge."""
+    trust_remote_code: bool = False
+    """Run modelling code that comes with a checkpoint."""
+
+    def __post_init__(self) -> None:
+        _choice("dtype", self.dtype, DTYPES)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from s2t.decode.session import Generated, Session
 from s2t.decode.strategies import Strategy, build_strategy, vote
 from s2t.decode.workload import open_task, read_thresholds, requests_for, shards_of, task_for_workers
 from s2t.files import RunFolder, read_json, write_json, write_text
-from s2t.model.adapter import AdapterConfig, read_adapter_config, train_problem_hashes
+from s2t.model.adapter import AdapterConfig, selector_config, selector_problems
 from s2t.progress import progress
 from s2t.records import Cost, Problem, Result, Step
 from s2t.tasks.problems import Task, check_disjoint, heldout_templates
@@ -34,12 +34,12 @@ _COSTS = ("slm_forwards", "llm_forwards", "slm_processed", "llm_processed", "slm
 def evaluate(config: EvalConfig) -> dict[str, Any]:
     """Run all strategies and return summary.json; writes results.jsonl, traces.jsonl and the shards they come from."""
     names = config.strategy_names
-    adapter = read_adapter_config(config.adapter) if config.adapter is not None else None
+    adapter = selector_config(config.adapter, config.slm)
     run = RunFolder.open(config.out, "eval", config, ignore=("workers",))
     task = open_task(config, config.slm)
     problems = task.problems(config.split, config.limit, config.seed)
-    if config.adapter is not None:
-        check_disjoint(problems, train_problem_hashes(config.adapter), f"the {config.split} problems and the adapter's")
+    trained = selector_problems(config.adapter, config.slm)
+    check_disjoint(problems, trained, f"the {config.split} problems and the adapter's")
     _run_missing(config, run, task, problems, adapter)
     results = {name: _read_results(run, name) for name in names}
     summary = _summary(config, run, task, problems, results, adapter)

@@ -23,6 +23,7 @@ from s2t.config import (
     EvalConfig,
     GenerateConfig,
     MeasureConfig,
+    MergeConfig,
     TrainConfig,
 )
 from s2t.errors import DataError, ModelError
@@ -35,10 +36,17 @@ CONFIGS = {
     "calibrate": CalibrateConfig,
     "collect": CollectConfig,
     "train": TrainConfig,
+    "merge": MergeConfig,
     "generate": GenerateConfig,
     "chat": GenerateConfig,
     "eval": EvalConfig,
     "report": report_cli.ReportConfig,
+}
+MERGED = {
+    "folder": "x/merged",
+    "adapter": {"base_model": "tiny:slm", "scope": "always"},
+    "dtype": "float32",
+    "weights": {"model.safetensors": "0a"},
 }
 MEASURED = {
     "num_steps": 1000,
@@ -272,6 +280,7 @@ def test_flags_beat_the_file_and_only_given_flags_are_passed(fake, tmp_path):
         (["calibrate"], "s2t.measure", "calibrate", {"thresholds": {"divergence": 1.5}}, "divergence"),
         (["collect"], "s2t.collect", "collect", {"num_groups": 1234, "shards": ["a", "b"]}, "1,234"),
         (["train"], "s2t.train.trainer", "train", {"num_steps": 12, "adapter": "x/adapter"}, "x/adapter"),
+        (["merge"], "s2t.merge", "merge", MERGED, "x/merged"),
         (["eval"], "s2t.evaluate", "evaluate", SUMMARY, "s2t-local vs greedy"),
         (["report"], "s2t.report", "write_report", "x/report.html", "x/report.html"),
         (["demo"], "s2t.demo", "demo", SUMMARY, "75.0"),
@@ -319,7 +328,7 @@ def test_generate_streams_the_text(reasoner, capsys):
     assert capsys.readouterr().out == "ONE TWO \n"
     prompt, settings = reasoner.asked[0]
     assert prompt == "one two"
-    assert (settings["strategy"], settings["max_new_tokens"], settings["seed"]) == ("greedy", 9, 0)
+    assert (settings["strategy"], settings["max_new_tokens"], settings["seed"]) == (None, 9, 0)
 
 
 def test_generate_reads_the_prompt_from_stdin(reasoner, capsys, monkeypatch):

@@ -347,6 +347,52 @@ def test_a_row_that_selects_holds_up_no_other_row(scope, adapters, strategy, pro
     assert forwards[1] <= forwards[0] + 24 // 4  # the slowest row's own flips, and no forward for each trigger
 
 
+# Looked at from outside
+
+
+@both_scopes
+def test_adjusted_rows_step_together_and_write_the_same(scope, adapters, strategy, prompts):
+    adapter = adapters[scope]
+    requests = [Request(i, prompt, f"problem-{i}") for i, prompt in enumerate(prompts)]
+    how = strategy("s2t-local", **HALF)
+
+    def run(adjust=None):
+        engine = Engine(adapter.loaded, len(prompts), adapter)
+        return list(Decoder(engine, how, None, 24, adjust=adjust).run(requests))
+
+    seen = []
+
+    def adjust(rows, logits):
+        seen.append(list(rows))
+        return logits
+
+    free, together = run(), run(adjust)
+    by_request = [
+        [[s.token_id for s in steps if s.request == i] for i in range(len(prompts))] for steps in (free, together)
+    ]
+    assert by_request[0] == by_request[1]
+    assert any(step.flip for step in together)
+    lengths = [len(tokens) for tokens in by_request[1]]
+    assert len(seen) == max(lengths)
+    assert [sorted(rows) for rows in seen] == [[i for i, n in enumerate(lengths) if n > t] for t in range(len(seen))]
+    assert [step.index for step in together] == sorted(step.index for step in together)
+
+
+def test_a_stopped_request_ends_and_the_others_go_on(slm, strategy, prompts):
+    requests = [Request(i, prompt) for i, prompt in enumerate(prompts)]
+    whole = list(Decoder(Engine(slm, len(prompts)), strategy("greedy"), None, 24).run(requests))
+    decoder = Decoder(Engine(slm, len(prompts)), strategy("greedy"), None, 24)
+    steps = []
+    for step in decoder.run(requests):
+        steps.append(step)
+        if (step.request, step.index) in ((1, 2), (3, 4)):
+            decoder.stop(step.request)
+    ends = {1: 3, 3: 5}
+    wanted = [s for s in whole if s.index < ends.get(s.request, 99)]
+    assert sorted(steps, key=lambda s: (s.request, s.index)) == sorted(wanted, key=lambda s: (s.request, s.index))
+    assert decoder.costs[1].generated == 3 and decoder.costs.keys() == set(range(len(prompts)))
+
+
 # Mistakes
 
 

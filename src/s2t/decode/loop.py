@@ -30,6 +30,10 @@ _PROMPT_TOKENS_AT_ONCE = 2**14
 _LOGITS_AT_ONCE = 2**27  # floats that the drafts of all rows may hold
 
 
+Adjust = Callable[[Sequence[int], Tensor], Tensor]
+"""Request indices and the model's own logits of their next tokens, [n, V] -> the logits to go on with, [n, V]."""
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One sequence to write: prompt ids, and the key its random numbers depend on (with the strategy's seed).
@@ -90,6 +94,8 @@ class Decoder:
     """Runs requests through one strategy; `costs` holds what each finished request cost, by request index.
 
     `ends(request, token)` is asked after every accepted token, in order, whether the request's sequence is over.
+    `adjust` may change the logits of every next token, before anything is read from them. All rows then step together, the
+    requests at once: a row waits for the others' selections, and `adjust` sees all unfinished requests at one length.
     """
 
     def __init__(
@@ -100,7 +106,9 @@ class Decoder:
         max_new_tokens: int = 256,
         trace: bool = False,
         ends: Callable[[int, int], bool] | None = None,
+        adjust: Adjust | None = None,
     ) -> None:
+        assert adjust is None or reference is None, "adjusted logits are not for the LLM beside the loop"
         if strategy.num_candidates > engine.vocab_size:
             raise ConfigError(
                 f"num_candidates must be 1..{engine.vocab_size} (the vocabulary size), got {strategy.num_candidates}; "
@@ -115,7 +123,7 @@ class Decoder:
         if (strategy.selector is not None and strategy.selector.needs_adapter) and engine.adapter is None:
             raise ConfigError(f"strategy {strategy.name} needs --adapter, a folder written by `s2t train`.")
         self.engine, self.strategy, self.reference = engine, strategy, reference
-        self.max_new_tokens, self.trace, self.ends = max_new_tokens, trace, ends
+        self.max_new_tokens, self.trace, self.ends, self.adjust = max_new_tokens, trace, ends, adjust
         self.costs: dict[int, Cost] = {}
         self.rows: list[_Row] = []
         self.hidden: Tensor | None = None  # [max_rows, H]
@@ -136,8 +144,16 @@ class Decoder:
         waiting = deque(requests)
         longest = max((len(request.prompt_ids) for request in waiting), default=0)
         self.engine.reserve(longest + self.max_new_tokens + self.strategy.num_candidates + 1)
+        assert self.adjust is None or len(waiting) <= self.engine.max_rows
         while waiting or self.rows:
             yield from self._round(waiting)
+
+    @torch.inference_mode()
+    def stop(self, index: int) -> None:
+        """End a running request after the steps it has yielded; for readers of `run`, between two steps."""
+        for row in self.rows:
+            row.is_finished |= row.request.index == index
+        self._retire()
 
     @torch.inference_mode()
     def _round(self, waiting: deque[Request]) -> list[Step]:
@@ -145,6 +161,8 @@ class Decoder:
         undecided: list[tuple[_Row, int]] = []
         places = choice = None
         ready = [row for row in self.rows if row.is_ready]
+        if self.adjust is not None and (waiting or len(ready) < len(self.rows)):
+            ready = []
         if ready:
             places = self._propose(ready)
             choice = self._choose(places)
@@ -173,7 +191,7 @@ class Decoder:
         states = self._states_of(active)
         for depth in range(self.max_new_tokens):
             hidden.append(states)
-            logits.append(self.engine.logits(states))
+            logits.append(self._logits(active, states))
             best = logits[-1].argmax(-1)
             rows += active
             offsets += [depth] * len(active)
@@ -193,6 +211,12 @@ class Decoder:
         for place, row in enumerate(rows):
             places.of_row.setdefault(row, []).append(place)
         return places
+
+    def _logits(self, rows: Sequence[_Row], states: Tensor) -> Tensor:
+        if self.adjust is None:
+            return self.engine.logits(states)
+        adjusted = self.adjust([row.request.index for row in rows], self.engine.head(states))
+        return self.engine.mask(adjusted.clone())  # whoever adjusts may keep what it returned
 
     def _states_of(self, rows: Sequence[_Row]) -> Tensor:
         assert self.hidden is not None

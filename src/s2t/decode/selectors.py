@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from s2t.decode.state import State, log_softmax_at
-from s2t.model.adapter import SelectorAdapter
+from s2t.model.adapter import SelectorReader
 
 
 @dataclass(slots=True)
@@ -63,7 +63,7 @@ class LocalSelector(Selector):
     needs_adapter = True
 
     @torch.inference_mode()
-    def read(self, adapter: SelectorAdapter, hidden: Tensor, ids: Tensor, logprobs: Tensor) -> Selection:
+    def read(self, adapter: SelectorReader, hidden: Tensor, ids: Tensor, logprobs: Tensor) -> Selection:
         """Choose from the candidates' states [f, K, H]; ids and logprobs [f, K]. Source: METHOD section 3."""
         scores = adapter.scores(hidden, logprobs)
         scores = scores.masked_fill(logprobs == float("-inf"), float("-inf"))  # reserved ids, when K is near V

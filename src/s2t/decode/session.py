@@ -18,10 +18,11 @@ from s2t.decode.state import Reference
 from s2t.decode.strategies import Strategy
 from s2t.decode.text_reference import TextReference
 from s2t.errors import ConfigError, ModelError
-from s2t.model.adapter import SelectorAdapter, load_adapter
+from s2t.model.adapter import SelectorReader, load_selector
 from s2t.model.chat import decode_ids, prompt_ids
 from s2t.model.engine import Engine
 from s2t.model.load import LoadedModel, load_model
+from s2t.model.merged import is_merged, local_folder
 from s2t.model.stops import Stops, cut
 from s2t.model.text import VocabularyMap, same_tokens
 from s2t.records import Cost, Step
@@ -45,7 +46,7 @@ class Session:
 
     slm: LoadedModel
     llm: LoadedModel | None = None
-    adapter: SelectorAdapter | None = None
+    adapter: SelectorReader | None = None
     batch_size: int = 64
     _made: dict[str, VocabularyMap | None] = field(default_factory=dict, repr=False)
 
@@ -66,10 +67,10 @@ class Session:
         if needs_llm and config.llm is None:
             names = ", ".join(name for name in strategies if name in NEEDS_LLM)
             raise ConfigError(f"strategy {names} needs the LLM; pass --llm MODEL.")
-        if "s2t-local" in strategies and adapter is None:
+        if "s2t-local" in strategies and adapter is None and not is_merged(local_folder(config.slm)):
             raise ConfigError("strategy s2t-local needs --adapter, a folder written by `s2t train`.")
         slm = load_model(config.slm, **config.load_options)
-        loaded = load_adapter(adapter, slm) if adapter is not None and "s2t-local" in strategies else None
+        loaded = load_selector(adapter, slm) if "s2t-local" in strategies else None
         llm = None
         if needs_llm:
             assert config.llm is not None

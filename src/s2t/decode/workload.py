@@ -11,6 +11,7 @@ from s2t.decode.loop import Request
 from s2t.decode.session import Session
 from s2t.errors import DataError
 from s2t.files import read_json
+from s2t.model.merged import base_model
 from s2t.model.tiny import is_embedded
 from s2t.records import Problem
 from s2t.tasks.problems import Task, load_task
@@ -20,7 +21,7 @@ def open_task(config: TaskConfig, slm: str) -> Task:
     """The task under its prompt style; `auto` is plain for the embedded pair and step by step for others."""
     style = config.prompt
     if style == "auto":
-        style = "plain" if is_embedded(slm) else "cot"
+        style = "plain" if is_embedded(base_model(slm)) else "cot"
     return load_task(config.task, style)
 
 

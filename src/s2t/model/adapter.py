@@ -1,7 +1,8 @@
 """The selector adapter: LoRA weights, reserved output rows, a criticality reading, and the metadata that explains them.
 
 On disk it is a PEFT adapter folder plus `s2t_selector.safetensors` and `s2t_config.json`; loading refuses
-a base model whose weights are not those it was trained on. Knows nothing of decoding or losses.
+a base model whose weights are not those it was trained on. A merged folder (`s2t merge`) has the same readings in the
+model itself. Knows nothing of decoding or losses.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -26,12 +27,19 @@ from s2t.core.bins import candidate_score, expected_bin
 from s2t.errors import ModelError, missing_extra
 from s2t.files import read_json, write_bytes, write_json, write_text
 from s2t.model.load import LoadedModel
+from s2t.model.merged import (
+    ADAPTER_FOLDER,
+    CONFIG_FILE,
+    PROBLEMS_FILE,
+    SELECTOR_FILE,
+    is_merged,
+    local_folder,
+    problem_hashes,
+    read_merged,
+)
 from s2t.model.reserved import ReservedIds
 
-CONFIG_FILE = "s2t_config.json"
-SELECTOR_FILE = "s2t_selector.safetensors"
 LORA_FILE = "adapter_model.safetensors"  # PEFT's name
-PROBLEMS_FILE = "train_problems.txt"
 _ATTACHED = "_s2t_adapter"
 
 
@@ -64,26 +72,51 @@ class AdapterConfig:
     s2t_version: str = __version__
 
 
-class SelectorAdapter:
-    """An adapter attached to a base model; `act` switches its LoRA on and off, scores and criticality read hidden states."""
+class SelectorReader:
+    """What the loop reads from hidden states: scores of candidates, and criticality; of an adapter or a merged model."""
 
-    def __init__(self, loaded: LoadedModel, config: AdapterConfig, peft_model: Any = None) -> None:
-        self.config = config
-        self.loaded = loaded
-        self.peft_model = peft_model if peft_model is not None else _new_peft_model(loaded, config)
-        self.base_model = self.peft_model.get_base_model()
-        self.reserved: ReservedIds = loaded.reserved_for(config.num_bins)
+    def __init__(self, loaded: LoadedModel, config: AdapterConfig, base_model: Any, reserved: ReservedIds) -> None:
+        self.config, self.loaded, self.base_model, self.reserved = config, loaded, base_model, reserved
         head: Any = loaded.model.get_output_embeddings()
-        width = int(head.weight.shape[1])
-        self.selector = Selector(config, width).to(loaded.device)
-        self._layers = _tuner_layers(self.base_model)
-        self._acting: bool | None = None
-        self.base_model.__dict__[_ATTACHED] = self
-        self.act(False)
+        self.selector = Selector(config, int(head.weight.shape[1])).to(loaded.device)
 
     @property
     def scope(self) -> str:
         return self.config.scope
+
+    def act(self, on: bool) -> None:
+        """Switch the LoRA weights on or off for the forwards that follow; merged ones are always on."""
+
+    def acting_from(self, first: int, num_tokens: int) -> AbstractContextManager[None]:
+        """Let the LoRA act on the tokens from place `first` of a flat forward of N on, and on no others."""
+        raise NotImplementedError
+
+    def expected(self, hidden: Tensor) -> Tensor:
+        """Expected bin of candidates from their hidden states; [..., H] -> [...], in [0, 1]."""
+        return expected_bin(self.selector.bin_logits(hidden))
+
+    def scores(self, hidden: Tensor, slm_logprobs: Tensor) -> Tensor:
+        """Selection scores; [..., K, H], [..., K] -> [..., K]. Source: METHOD section 3."""
+        config = self.config
+        return candidate_score(
+            self.selector.bin_logits(hidden), slm_logprobs, config.score_temperature, config.prior_weight
+        )
+
+    def criticality(self, hidden: Tensor) -> Tensor:
+        """Estimate in [0, 1] that the next token is a divergence point, from the state it is read from; [..., H] -> [...]."""
+        return torch.sigmoid(self.selector.criticality_logits(hidden))
+
+
+class SelectorAdapter(SelectorReader):
+    """An adapter attached to a base model; `act` switches its LoRA on and off, scores and criticality read hidden states."""
+
+    def __init__(self, loaded: LoadedModel, config: AdapterConfig, peft_model: Any = None) -> None:
+        self.peft_model = peft_model if peft_model is not None else _new_peft_model(loaded, config)
+        super().__init__(loaded, config, self.peft_model.get_base_model(), loaded.reserved_for(config.num_bins))
+        self._layers = _tuner_layers(self.base_model)
+        self._acting: bool | None = None
+        self.base_model.__dict__[_ATTACHED] = self
+        self.act(False)
 
     def act(self, on: bool) -> None:
         """Switch the LoRA weights on or off for the forwards that follow."""
@@ -110,20 +143,11 @@ class SelectorAdapter:
             for hook in hooks:
                 hook.remove()
 
-    def expected(self, hidden: Tensor) -> Tensor:
-        """Expected bin of candidates from their hidden states; [..., H] -> [...], in [0, 1]."""
-        return expected_bin(self.selector.bin_logits(hidden))
-
-    def scores(self, hidden: Tensor, slm_logprobs: Tensor) -> Tensor:
-        """Selection scores; [..., K, H], [..., K] -> [..., K]. Source: METHOD section 3."""
-        config = self.config
-        return candidate_score(
-            self.selector.bin_logits(hidden), slm_logprobs, config.score_temperature, config.prior_weight
-        )
-
-    def criticality(self, hidden: Tensor) -> Tensor:
-        """Estimate in [0, 1] that the next token is a divergence point, from the state it is read from; [..., H] -> [...]."""
-        return torch.sigmoid(self.selector.criticality_logits(hidden))
+    def detach(self) -> None:
+        """Give the base model its own layers back; the adapter is of no further use."""
+        self.act(True)  # PEFT hands back what it wrapped
+        self.peft_model.unload()
+        self.base_model.__dict__.pop(_ATTACHED, None)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Everything that training changes: LoRA weights and the selector's own parameters."""
@@ -164,6 +188,59 @@ class Selector(nn.Module):
         return hidden.float() @ (self.yes_no[0] - self.yes_no[1])
 
 
+class MergedSelector(SelectorReader):
+    """The readings of a merged model of scope `always`: the LoRA is in its weights, the bins in its output rows."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        merged = loaded.merged
+        assert merged is not None and merged.scope == "always"
+        super().__init__(loaded, adapter_config(merged.adapter), loaded.model, merged.reserved)
+        state = {"bins": self._rows(merged.reserved.bins)}
+        if self.config.criticality == "reserved":
+            state["yes_no"] = self._rows(merged.reserved.criticality)
+        else:
+            state |= load_file(Path(merged.path) / SELECTOR_FILE)
+        self.selector.load_state_dict(state)
+        self.selector.eval().requires_grad_(False)
+
+    def _rows(self, ids: tuple[int, ...]) -> Tensor:
+        """Output rows of some ids, float32; [len(ids), H]."""
+        head: Any = self.base_model.get_output_embeddings()
+        return head.weight[list(ids)].detach().float()
+
+
+def load_selector(adapter: str | Path | None, loaded: LoadedModel) -> SelectorReader | None:
+    """What selects beside this model: an adapter folder, else what the model was merged with, else nothing.
+
+    Raises ModelError, one line, when the folder is none, is damaged, or belongs to another base model.
+    """
+    if adapter is not None:
+        return load_adapter(adapter, loaded)
+    if loaded.merged is None:
+        return None
+    if loaded.merged.scope == "candidates":
+        return load_adapter(Path(loaded.merged.path) / ADAPTER_FOLDER, loaded)
+    try:
+        return MergedSelector(loaded)
+    except (OSError, RuntimeError, IndexError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"merged model {loaded.name} is damaged: {reason}; merge it again.") from error
+
+
+def selector_config(adapter: str | Path | None, slm: str) -> AdapterConfig | None:
+    """The settings of what `load_selector` would give, without loading a model."""
+    if adapter is not None:
+        return read_adapter_config(adapter)
+    folder = local_folder(slm)
+    return adapter_config(read_merged(folder).adapter) if is_merged(folder) else None
+
+
+def selector_problems(adapter: str | Path | None, slm: str) -> frozenset[str]:
+    """Hashes of the problems that what `load_selector` would give was trained on."""
+    folder = adapter if adapter is not None else local_folder(slm)
+    return problem_hashes(folder) if adapter is not None or is_merged(folder) else frozenset()
+
+
 def attached_adapter(model: nn.Module) -> SelectorAdapter | None:
     """The adapter attached to this base model, if any."""
     return model.__dict__.get(_ATTACHED)
@@ -174,6 +251,8 @@ def read_adapter_config(folder: str | Path) -> AdapterConfig:
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
         raise ModelError(f"{folder} is no adapter folder: {CONFIG_FILE} is missing; pass the folder `s2t train` wrote.")
+    if is_merged(folder):
+        raise ModelError(f"{folder} is a merged model, not an adapter; pass --slm {folder} without --adapter.")
     data = read_json(path)
     if not isinstance(data, dict) or not {"base_model", "base_fingerprint"} <= data.keys():
         raise ModelError(f"adapter {folder} is damaged: {CONFIG_FILE} names no base_model; train it again.")
@@ -181,8 +260,13 @@ def read_adapter_config(folder: str | Path) -> AdapterConfig:
     unknown = sorted(set(data) - known)
     if unknown:
         raise ModelError(f"{path} has unknown keys {', '.join(unknown)}; it was written by a newer s2t; upgrade.")
-    data["heldout_templates"] = tuple(data.get("heldout_templates", ()))
-    return AdapterConfig(**data)
+    return adapter_config(data)
+
+
+def adapter_config(data: dict[str, Any]) -> AdapterConfig:
+    """The metadata from what was written."""
+    values: dict[str, Any] = {**data, "heldout_templates": tuple(data.get("heldout_templates", ()))}
+    return AdapterConfig(**values)
 
 
 def load_adapter(folder: str | Path, loaded: LoadedModel) -> SelectorAdapter:
@@ -221,8 +305,7 @@ def load_adapter(folder: str | Path, loaded: LoadedModel) -> SelectorAdapter:
 
 def train_problem_hashes(folder: str | Path) -> frozenset[str]:
     """Hashes of the problems the adapter was trained on (empty for folders without the list)."""
-    path = Path(folder) / PROBLEMS_FILE
-    return frozenset(path.read_text().split()) if path.is_file() else frozenset()
+    return problem_hashes(folder)
 
 
 def _peft() -> Any:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from s2t.errors import ModelError
-from s2t.model.adapter import SelectorAdapter, attached_adapter
+from s2t.model.adapter import SelectorReader, attached_adapter
 from s2t.model.attention import Segment, slot_attention
 from s2t.model.cache import SlotCache
 from s2t.model.load import LoadedModel, count_params
@@ -63,7 +63,7 @@ class Engine:
     """
 
     def __init__(
-        self, loaded: LoadedModel, max_rows: int, adapter: SelectorAdapter | None = None, execution: str | None = None
+        self, loaded: LoadedModel, max_rows: int, adapter: SelectorReader | None = None, execution: str | None = None
     ) -> None:
         self.loaded = loaded
         self.adapter = adapter
@@ -104,8 +104,11 @@ class Engine:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits with reserved ids and padding rows masked; [..., H] -> [..., vocab_size], float32."""
-        logits = self.head(hidden)[..., : self.vocab_size]  # fresh: masked in place
-        return logits.index_fill_(-1, self.forbidden_ids, float("-inf"))
+        return self.mask(self.head(hidden))  # fresh: masked in place
+
+    def mask(self, logits: Tensor) -> Tensor:
+        """Mask reserved ids in place and leave padding rows out; [..., V] -> [..., vocab_size]."""
+        return logits[..., : self.vocab_size].index_fill_(-1, self.forbidden_ids, float("-inf"))
 
     def extend(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
         """Append tokens[i] (at least one) to row rows[i]; returns the last token's hidden state, [n, H].

@@ -23,6 +23,7 @@ from s2t.errors import ConfigError, ModelError
 from s2t.model.cache import check_cacheable
 from s2t.model.chat import stop_ids
 from s2t.model.lora import Lora, find_lora, merge_lora
+from s2t.model.merged import MergedConfig, local_folder, open_merged
 from s2t.model.quantization import missing_package, quantization_config
 from s2t.model.reserved import ReservedIds, choose_reserved_ids
 from s2t.model.tiny import embedded_path, is_embedded
@@ -41,6 +42,7 @@ class LoadedModel:
     vocab_size: int
     stop_ids: frozenset[int]
     execution: str = "auto"  # of its engines: auto, eager, static or compile
+    merged: MergedConfig | None = None  # of a folder that `s2t merge` wrote
 
     @property
     def device(self) -> torch.device:
@@ -52,11 +54,17 @@ class LoadedModel:
 
     @cached_property
     def fingerprint(self) -> str:
+        if self.merged is not None and self.merged.scope == "candidates":
+            return str(
+                self.merged.adapter["base_fingerprint"]
+            )  # the base's weights, whatever dtype they were merged in
         return fingerprint(self.model)
 
     @cached_property
     def reserved(self) -> ReservedIds:
         """The reserved ids of this tokenizer for 16 bins; never generated, with or without an adapter."""
+        if self.merged is not None and self.merged.scope == "always":
+            return self.merged.reserved
         return self.reserved_for(16)
 
     def reserved_for(self, num_bins: int) -> ReservedIds:
@@ -84,22 +92,26 @@ def load_model(
     `device`; the whole model has to end up on one device.
 
     Raises ModelError or ConfigError, one line, when the model is missing, gated, has no safetensors weights, needs
-    remote code or a package that is not installed, does not fit one device, or has a cache that cannot be branched.
+    remote code or a package that is not installed, does not fit one device, has a cache that cannot be branched, or is a
+    merged folder that is damaged.
     """
     if device_map is not None and device != "auto":
         raise ConfigError(f"device {device} and device_map {device_map} were both given; pass one of them.")
     place = torch.device(pick_device(device)) if device_map is None else None
+    source = name if is_embedded(name) else local_folder(name)
+    merged = None if is_embedded(name) else open_merged(source)
     reading = _Reading(name, dtype, place, device_map, quantization, {"trust_remote_code": trust_remote_code})
-    with _quiet():
+    with quiet():
         try:
-            lora = None if is_embedded(name) else find_lora(name, revision)
-            tokenizer, model = reading.merged(lora, revision) if lora else reading.plain(name, revision)
+            lora = None if is_embedded(name) or merged is not None else find_lora(name, revision)
+            tokenizer, model = reading.merged(lora, revision) if lora else reading.plain(source, revision)
         except _LOAD_ERRORS as error:
             raise ModelError(_why_not_loaded(name, error, revision, quantization)) from error
     identity = fingerprint(model)  # before any cast that cannot hold every value of the checkpoint
     reading.cast(model)
-    loaded = replace(wrap_model(name, model, tokenizer), execution=execution)
-    loaded.__dict__["fingerprint"] = identity
+    loaded = replace(wrap_model(name, model, tokenizer, merged), execution=execution)
+    if merged is None or merged.scope == "always":
+        loaded.__dict__["fingerprint"] = identity
     return loaded
 
 
@@ -178,8 +190,10 @@ def check_on_one_device(name: str, model: nn.Module) -> None:
         )
 
 
-def wrap_model(name: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:
-    """A model already in memory as a LoadedModel; checks that its cache can be branched."""
+def wrap_model(
+    name: str, model: Any, tokenizer: PreTrainedTokenizerBase, merged: MergedConfig | None = None
+) -> LoadedModel:
+    """A model already in memory (of a merged folder, perhaps) as a LoadedModel; checks that its cache can be branched."""
     check_cacheable(model.config)
     if getattr(model, "_is_stateful", False):
         raise ModelError(
@@ -198,7 +212,9 @@ def wrap_model(name: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> Loa
         )
     eos = model.generation_config.eos_token_id if model.generation_config is not None else None
     vocab_size = min(max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().weight.shape[0])
-    return LoadedModel(name, model.eval(), tokenizer, vocab_size, stop_ids(tokenizer, eos))
+    if merged is not None:
+        vocab_size = min(vocab_size, merged.vocab_size)
+    return LoadedModel(name, model.eval(), tokenizer, vocab_size, stop_ids(tokenizer, eos), merged=merged)
 
 
 def pick_device(device: str) -> str:
@@ -274,7 +290,7 @@ def _why_not_loaded(name: str, error: Exception, revision: str | None = None, qu
     return f"model {name} {next(reason for reason, applies in reasons.items() if applies)}"
 
 
-class _quiet:
+class quiet:
     """Silence progress bars and warnings of transformers and the hub while loading; restores them after."""
 
     def __enter__(self) -> None:

@@ -1,0 +1,329 @@
+"""`s2t merge`: an adapter and its base model become one folder that loads like any causal LM and brings its selector.
+
+Scope `always`: LoRA, bins and criticality rows are in the weights. Scope `candidates`: the weights are the base's and the
+adapter lies beside them. The folder is written under another name and renamed when it is whole. Decodes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from s2t.config import MergeConfig
+from s2t.errors import ConfigError, DataError, ModelError
+from s2t.files import load_run, read_json, versions, write_bytes, write_json, write_text
+from s2t.model.adapter import LORA_FILE, AdapterConfig, SelectorAdapter, load_adapter, read_adapter_config
+from s2t.model.engine import Head
+from s2t.model.load import LoadedModel, load_model, quiet
+from s2t.model.merged import (
+    ADAPTER_FOLDER,
+    CONFIG_FILE,
+    PROBLEMS_FILE,
+    SELECTOR_FILE,
+    MergedConfig,
+    hash_weights,
+    is_merged,
+    sha256,
+)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_ADAPTER_FILES = (LORA_FILE, "adapter_config.json", SELECTOR_FILE, PROBLEMS_FILE, "README.md", CONFIG_FILE)
+
+GENERATE = '''"""S2T-LOCAL for `model.generate(**inputs, custom_generate=FOLDER, trust_remote_code=True)`; the code is in s2t."""
+
+
+def generate(model, **arguments):
+    from s2t.integrations.transformers import generate_merged
+
+    return generate_merged(model, **arguments)
+'''
+
+
+def merge(config: MergeConfig) -> dict[str, Any]:
+    """Write the merged folder and return what its `s2t_config.json` says; raises ModelError or ConfigError, one line."""
+    out = Path(config.out)
+    _check_target(out, config.overwrite)
+    adapter = read_adapter_config(config.adapter)
+    measured = _measured(config.eval, config.adapter) if config.eval is not None else None
+    name = config.slm or adapter.base_model
+    loaded = load_model(name, device="cpu", trust_remote_code=config.trust_remote_code)
+    attached = load_adapter(config.adapter, loaded)
+    part = out.with_name(f".{out.name}.merging")
+    try:
+        _clear(part)  # what a killed merge left
+        part.mkdir(parents=True)
+        dtype = _write_model(part, loaded, attached, config.dtype)
+        _write_rest(part, config.adapter, attached)
+        document = _describe(part, attached, dtype, measured)
+        _write_texts(part, adapter, document)
+        write_json(part / CONFIG_FILE, document.as_json())
+        _put_in_place(part, out)
+    except OSError as error:
+        raise DataError(f"{out} cannot be written: {error.strerror or error}; choose another --out.") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return {"folder": str(out)} | document.as_json()
+
+
+def _check_target(out: Path, overwrite: bool) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not out.is_dir() or not is_merged(out):
+        raise ConfigError(f"{out} exists and is no merged model; choose another --out.")
+    if not overwrite:
+        raise ConfigError(f"{out} holds a merged model; pass --overwrite to replace it, or choose another --out.")
+
+
+# Weights
+
+
+def _write_model(folder: Path, loaded: LoadedModel, adapter: SelectorAdapter, dtype: str) -> str:
+    """Model, generation config and tokenizer as transformers saves them; returns the dtype of the weights."""
+    model: Any = loaded.model
+    num_rows = model.get_output_embeddings().weight.shape[0]
+    kinds = {name.replace(".base_layer.", "."): parameter.dtype for name, parameter in model.named_parameters()}
+    if adapter.scope == "always":
+        for parameter in model.parameters():
+            parameter.data = parameter.data.float()  # merged in float32, rounded once
+        adapter.act(True)
+        model = _merged(adapter)
+        _write_rows(model, adapter)
+    else:
+        adapter.detach()
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(_DTYPES.get(dtype) or kinds[name])
+    try:
+        with quiet():
+            model.save_pretrained(folder)
+        loaded.tokenizer.save_pretrained(folder)
+    except (ValueError, RuntimeError) as error:
+        raise ModelError(f"{loaded.name} cannot be saved: {' '.join(str(error).split())[:200]}") from error
+    if adapter.scope == "always":
+        size = model.get_output_embeddings().weight.shape[0]
+        _forbid(folder, {*adapter.reserved.all, *range(num_rows, size)})
+    return str(model.dtype).removeprefix("torch.")
+
+
+def _merged(adapter: SelectorAdapter) -> Any:
+    try:
+        return adapter.peft_model.merge_and_unload(safe_merge=True)
+    except ValueError as error:  # not finite
+        raise ModelError(f"the adapter cannot be merged: {' '.join(str(error).split())[:200]}") from error
+
+
+@torch.no_grad()
+def _write_rows(model: Any, adapter: SelectorAdapter) -> None:
+    """Put bins (and yes, no) into the output rows of the reserved ids, as they are: `hidden @ weight[ids].T` reads them.
+
+    Where input and output embeddings are tied the input rows of those ids change as well, which is harmless: no tokenizer
+    writes them and no decoder accepts them. A scale or a softcap that a model puts on its logits comes after these rows; the
+    bins were trained without, so who reads them through the model's own logits has to undo it (`head` in s2t_config.json).
+    """
+    reserved, selector = adapter.reserved, adapter.selector
+    missing = max(reserved.all) + 1 - model.get_output_embeddings().weight.shape[0]
+    if missing > 0:
+        _add_rows(model, missing)
+    head = model.get_output_embeddings()
+    rows = {reserved.bins: selector.bins}
+    if adapter.config.criticality == "reserved":
+        rows[reserved.criticality] = selector.yes_no
+    for ids, values in rows.items():
+        head.weight[list(ids)] = values.to(head.weight)
+        if getattr(head, "bias", None) is not None:
+            head.bias[list(ids)] = 0.0
+
+
+def _add_rows(model: Any, count: int) -> None:
+    """Rows for ids past the embedding's end; zero, since transformers would draw them at random."""
+    size = model.get_output_embeddings().weight.shape[0]
+    model.resize_token_embeddings(size + count, mean_resizing=False)
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        layer.weight[size:] = 0.0
+
+
+def _forbid(folder: Path, ids: set[int]) -> None:
+    """Have plain `generate` leave reserved ids and added rows out: their logits are bins, not chances of a token."""
+    path = folder / "generation_config.json"
+    settings = read_json(path)
+    settings["suppress_tokens"] = sorted({*(settings.get("suppress_tokens") or ()), *ids})
+    write_json(path, settings)
+
+
+def _write_rest(folder: Path, adapter_folder: str, adapter: SelectorAdapter) -> None:
+    """The adapter beside the base's weights (`candidates`), or the parts of it that are no rows (`always`)."""
+    source = Path(adapter_folder)
+    if adapter.scope == "candidates":
+        (folder / ADAPTER_FOLDER).mkdir()
+        for name in _ADAPTER_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / ADAPTER_FOLDER / name)
+        return
+    head = {name: tensor for name, tensor in adapter.selector.state_dict().items() if name.startswith("head.")}
+    if head:
+        write_bytes(folder / SELECTOR_FILE, save({name: _plain(tensor) for name, tensor in head.items()}))
+    if (source / PROBLEMS_FILE).is_file():
+        shutil.copyfile(source / PROBLEMS_FILE, folder / PROBLEMS_FILE)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().cpu()
+
+
+# Texts
+
+
+def _describe(folder: Path, adapter: SelectorAdapter, dtype: str, measured: dict[str, Any] | None) -> MergedConfig:
+    head = Head(adapter.base_model)
+    return MergedConfig(
+        adapter=json.loads(json.dumps(asdict(adapter.config))),
+        reserved=adapter.reserved,
+        vocab_size=adapter.loaded.vocab_size,
+        dtype=dtype,
+        weights=hash_weights(folder),
+        head={"scale": head.scale / head.divisor, "softcap": head.softcap},
+        eval=measured,
+        versions=versions(),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _write_texts(folder: Path, adapter: AdapterConfig, document: MergedConfig) -> None:
+    write_text(folder / "custom_generate" / "generate.py", GENERATE)
+    needs = "s2t>=" + document.s2t_version + ("\npeft>=0.17" if adapter.scope == "candidates" else "")
+    write_text(folder / "custom_generate" / "requirements.txt", needs + "\n")
+    write_text(folder / "README.md", _card(adapter, document))
+
+
+def _measured(run: str, adapter: str) -> dict[str, Any]:
+    """Accuracies of an eval run, which must have measured this very adapter."""
+    config = load_run(run, "eval")["config"]
+    other = config.get("adapter")
+    if other is None or not _same_adapter(Path(other), Path(adapter)):
+        raise ConfigError(f"eval run {run} measured adapter {other}, not {adapter}; pass the run of this adapter.")
+    summary = read_json(Path(run) / "summary.json")
+    names = ("accuracy", "ci95", "num_problems", "trigger_rate", "flip_rate")
+    strategies = {
+        strategy: {name: scores.get(name) for name in names} for strategy, scores in summary["strategies"].items()
+    }
+    return {name: summary[name] for name in ("task", "split", "seed")} | {"strategies": strategies}
+
+
+def _same_adapter(left: Path, right: Path) -> bool:
+    files = [folder / name for name in (LORA_FILE, SELECTOR_FILE, CONFIG_FILE) for folder in (left, right)]
+    if not all(path.is_file() for path in files):
+        return left.resolve() == right.resolve()
+    digests = [sha256(path) for path in files]
+    return digests[::2] == digests[1::2]
+
+
+def _card(adapter: AdapterConfig, document: MergedConfig) -> str:
+    """The model card: front matter of the hub, how to run it, measured accuracies, settings."""
+    front = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": adapter.base_model,
+        "tags": ["select-to-think", "s2t"],
+    }
+    head = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
+    settings = {
+        "scope": adapter.scope,
+        "criticality": adapter.criticality,
+        "thresholds": adapter.thresholds,
+        "candidates": adapter.num_candidates,
+        "bins": adapter.num_bins,
+        "reserved ids": f"{min(document.reserved.all)} to {max(document.reserved.all)} ({document.reserved.kind})",
+        "dtype": document.dtype,
+        "trained on": adapter.task,
+        "reference (LLM)": adapter.llm,
+    }
+    rows = "".join(f"| {key} | {_cell(value)} |\n" for key, value in settings.items() if value is not None)
+    return _CARD.format(
+        front=head,
+        base=adapter.base_model,
+        what=_WHAT[adapter.scope],
+        accuracy=_accuracy(document.eval),
+        settings=rows,
+        version=document.s2t_version,
+    )
+
+
+def _accuracy(measured: dict[str, Any] | None) -> str:
+    if measured is None:
+        return ""
+    title = f"{measured['task']}, split {measured['split']}, seed {measured['seed']}"
+    rows = ""
+    for name, scores in measured["strategies"].items():
+        low, high = scores["ci95"]
+        values = (f"{100 * scores['accuracy']:.1f}", f"{100 * low:.1f} to {100 * high:.1f}", scores["num_problems"])
+        rows += f"| {name} | {' | '.join(str(value) for value in values)} |\n"
+    columns = "| strategy | accuracy % | 95 % interval | n |\n| --- | --- | --- | --- |\n"
+    return f"## Accuracy\n\n{title}\n\n{columns}{rows}\n"
+
+
+def _cell(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+_WHAT = {
+    "always": "The adapter is merged into the weights; the scores and, where criticality is read from reserved ids, the "
+    "criticality are output rows of ids that no text uses (never to be generated; plain `generate` leaves them out).",
+    "candidates": "The weights are those of the base model, unchanged; the adapter in `s2t_adapter` acts on candidate tokens "
+    "alone, so without s2t this folder is the base model.",
+}
+_CARD = """---
+{front}
+---
+
+# {base} with S2T-LOCAL
+
+{base} that chooses among its own candidates where it is likely to go wrong, with no larger model at inference.
+{what}
+
+```python
+import s2t
+
+print(s2t.load("THIS FOLDER").generate("What is 12 * 13?").text)
+```
+
+In transformers: `model.generate(**inputs, custom_generate="THIS FOLDER", trust_remote_code=True)` (needs s2t installed).
+
+{accuracy}## Settings
+
+| setting | value |
+| --- | --- |
+{settings}
+Made by s2t {version}; `s2t_config.json` has every setting and the sha256 of every weights file. Method: arXiv 2604.26940.
+"""
+
+
+# Folders
+
+
+def _put_in_place(part: Path, out: Path) -> None:
+    """Rename the whole folder; a previous merge steps aside first, so that no mixture of the two ever has the name."""
+    if not out.exists() or not any(out.iterdir()):
+        os.replace(part, out)
+        return
+    old = out.with_name(f".{out.name}.replaced")
+    _clear(old)
+    os.replace(out, old)
+    try:
+        os.replace(part, out)
+    except OSError:
+        os.replace(old, out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _clear(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)

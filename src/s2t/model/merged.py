@@ -1,0 +1,168 @@
+"""The merged folder as a format: what its `s2t_config.json` says, and whether its weights are still those it names.
+
+Written by `s2t merge`, read by everything that loads a model, from this machine or the hub. Knows files and numbers; loads
+no weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from s2t import __version__
+from s2t.errors import DataError, ModelError
+from s2t.files import read_json
+from s2t.model.reserved import ReservedIds
+
+CONFIG_FILE = "s2t_config.json"
+SELECTOR_FILE = "s2t_selector.safetensors"
+ADAPTER_FOLDER = "s2t_adapter"
+PROBLEMS_FILE = "train_problems.txt"
+FORMAT = "s2t-merged"
+FORMAT_VERSION = 1
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", f"{ADAPTER_FOLDER}/*.safetensors")
+
+
+@dataclass(frozen=True)
+class MergedConfig:
+    """How a merged folder was made and how it is read; its `s2t_config.json`."""
+
+    adapter: dict[str, Any]
+    """The settings of the adapter, thresholds included."""
+    reserved: ReservedIds
+    """The ids whose output rows hold the bins and, where criticality is read from two of them, yes and no."""
+    vocab_size: int
+    """Of the base model, real tokens only: added rows hold none."""
+    dtype: str
+    """Of the weights."""
+    weights: dict[str, str]
+    """sha256 of every weights file, by its path in the folder."""
+    head: dict[str, float | None] = field(default_factory=dict)
+    """`scale` and `softcap` that the model itself puts on its logits; the bins are read without them."""
+    eval: dict[str, Any] | None = None
+    """Measured accuracies, where a run of `s2t eval` was given."""
+    versions: dict[str, str | None] = field(default_factory=dict)
+    created: str = ""
+    s2t_version: str = __version__
+    format: str = FORMAT
+    format_version: int = FORMAT_VERSION
+    path: str = ""
+    """The folder it was read from; not written."""
+
+    @property
+    def scope(self) -> str:
+        return str(self.adapter["scope"])
+
+    def as_json(self) -> dict[str, Any]:
+        """What is written."""
+        return {name: value for name, value in asdict(self).items() if name != "path"}
+
+
+def local_folder(name: str) -> str:
+    """A merged model of the hub as the folder it was downloaded to; any other name as it is.
+
+    A name that could be a hub id costs one look at the hub (at its cache, when offline). Raises ModelError when the
+    download breaks off.
+    """
+    if not _HUB_ID.fullmatch(name) or Path(name).exists():
+        return name
+    from huggingface_hub import snapshot_download
+    from transformers.utils.hub import cached_file
+
+    try:
+        found = cached_file(
+            name,
+            CONFIG_FILE,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError:  # no such model, which loading says in its own words
+        return name
+    if found is None or not is_merged(Path(found).parent):
+        return name
+    try:
+        return snapshot_download(name)
+    except OSError as error:
+        raise ModelError(f"merged model {name} cannot be downloaded: {' '.join(str(error).split())[:200]}") from error
+
+
+def is_merged(name: str | Path) -> bool:
+    """Whether this is a folder that `s2t merge` wrote, sound or not."""
+    path = Path(name) / CONFIG_FILE
+    if not path.is_file():
+        return False
+    try:
+        data = read_json(path)
+    except DataError:
+        return False
+    return isinstance(data, dict) and data.get("format") == FORMAT
+
+
+def read_merged(folder: str | Path) -> MergedConfig:
+    """The metadata of a merged folder; raises ModelError where it is damaged or from a newer s2t."""
+    path = Path(folder) / CONFIG_FILE
+    data = read_json(path)
+    if data.get("format_version", 0) > FORMAT_VERSION or data.keys() - {item.name for item in fields(MergedConfig)}:
+        raise ModelError(f"{folder} was merged by a newer s2t ({data.get('s2t_version')}); upgrade this one.")
+    try:
+        ids = data.pop("reserved")
+        reserved = ReservedIds(tuple(ids["bins"]), (ids["criticality"][0], ids["criticality"][1]), ids["kind"])
+        config = MergedConfig(reserved=reserved, **data | {"path": str(folder)})
+        _ = config.scope, config.adapter["base_model"], int(config.vocab_size), dict(config.weights).items()
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise ModelError(f"merged model {folder} is damaged: {CONFIG_FILE} lacks {error}; merge it again.") from error
+    return config
+
+
+def base_model(name: str) -> str:
+    """The model that a merged one was made from; any other name as it is."""
+    folder = local_folder(name)
+    return str(read_merged(folder).adapter["base_model"]) if is_merged(folder) else name
+
+
+def open_merged(name: str | Path) -> MergedConfig | None:
+    """Read and check a merged folder; None for anything else.
+
+    Raises ModelError, one line, when it is from a newer s2t or a weights file is missing, added or not what was written.
+    """
+    if not is_merged(name):
+        return None
+    config = read_merged(name)
+    found = {str(path.relative_to(name)): path for path in weight_files(name)}
+    if unlike := sorted(found.keys() ^ config.weights.keys()):
+        what = "is missing" if unlike[0] in config.weights else "was not there when it was merged"
+        raise ModelError(f"merged model {name} is damaged: {unlike[0]} {what}; merge it again.")
+    for file, digest in config.weights.items():
+        if sha256(found[file]) != digest:
+            raise ModelError(
+                f"merged model {name} is damaged: {file} is not the file that was written; merge it again."
+            )
+    return config
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """Every file of a merged folder that holds weights or says where they are."""
+    return sorted(path for pattern in _WEIGHTS for path in Path(folder).glob(pattern))
+
+
+def hash_weights(folder: str | Path) -> dict[str, str]:
+    """sha256 of every weights file, by its path in the folder."""
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in weight_files(folder)}
+
+
+def sha256(path: str | Path) -> str:
+    """Hex digest of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def problem_hashes(folder: str | Path) -> frozenset[str]:
+    """Hashes of the problems a selector was trained on, of an adapter or a merged folder (empty without the list)."""
+    places: Iterable[Path] = (Path(folder) / PROBLEMS_FILE, Path(folder) / ADAPTER_FOLDER / PROBLEMS_FILE)
+    return frozenset(word for path in places if path.is_file() for word in path.read_text().split())
