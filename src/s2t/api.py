@@ -132,6 +132,8 @@ class Reasoner:
     ) -> list[Generation]:
         """As `generate`, for prompts given as token ids, which are used as they are: no chat template, no BOS."""
         plan = self._plan(strategy, seed, settings)
+        if plan.config.system is not None:
+            raise ConfigError("system has no place in a prompt of token ids; put its tokens into the ids.")
         return self._answers(plan, plan.requests_of_ids([(list(ids), str(list(ids))) for ids in prompts]), trace)
 
     def check(self, strategy: str | None = None, **settings: Any) -> None:
