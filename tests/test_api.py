@@ -208,6 +208,10 @@ def test_prompts_may_be_given_as_ids(reasoner, tiny_slm):
     ids = [prompt_ids(tiny_slm.tokenizer, prompt) for prompt in PROMPTS]
     answers = reasoner.generate(PROMPTS, "greedy", **SHORT)
     assert [a.token_ids for a in reasoner.complete(ids, "greedy", **SHORT)] == [a.token_ids for a in answers]
+    with pytest.raises(ConfigError, match="token ids"):
+        reasoner.complete(ids, "greedy", system="Be brief.")
+    with pytest.raises(S2TError, match="empty"):
+        reasoner.complete([[]], "greedy")
 
 
 def test_a_token_that_the_model_has_no_row_for_is_refused(reasoner):

@@ -136,6 +136,8 @@ class Reasoner:
     ) -> list[Generation]:
         """As `generate`, for prompts given as token ids, which are used as they are: no chat template, no BOS."""
         plan = self._plan(strategy, seed, settings)
+        if plan.config.system is not None:
+            raise ConfigError("system has no place in a prompt of token ids; put its tokens into the ids.")
         requests = [(self.session.request_of_ids(0, list(ids)), str(list(ids))) for ids in prompts]
         return self._answers(plan, plan.numbered(requests), trace)
 

@@ -276,9 +276,11 @@ def load_adapter(folder: str | Path, loaded: LoadedModel) -> SelectorAdapter:
     """
     config = read_adapter_config(folder)
     if config.base_fingerprint != loaded.fingerprint:
+        is_same = config.base_model == loaded.name
+        hint = "load the revision and quantization it was trained on" if is_same else f"pass --slm {config.base_model}"
         raise ModelError(
             f"adapter {folder} was trained on {config.base_model} (weights {config.base_fingerprint}), not on "
-            f"{loaded.name} (weights {loaded.fingerprint}); pass --slm {config.base_model}."
+            f"{loaded.name} (weights {loaded.fingerprint}); {hint}."
         )
     if not (Path(folder) / LORA_FILE).is_file():  # PEFT would go on to a pickled file
         raise ModelError(
