@@ -1,55 +1,129 @@
-"""The Python in README.md and docs/ runs as it is printed, page by page, in an empty folder that has the demo's adapter."""
+"""README.md and the pages of docs/ run as they are printed, shell and Python, in the order of the page.
+
+Each page runs in an empty folder, offline: the hub's models and tasks are replaced by the embedded ones, counts by small ones.
+What an earlier page would have left in `runs/` is put there first.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
+
+from s2t.model.tiny import embedded_path
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
-REFERENCE = {"api.md"}  # signatures, no programs
+PAGES = [
+    "README",
+    *(f"docs/{page}" for page in ("evaluate", "generate", "lm_eval", "loading", "measure", "merge", "train")),
+]
+BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+NOT_RUN = ("make ", "pip install ")  # setting up, which is how the tests came here
+SUBSTITUTES = [
+    (r"Qwen/Qwen2\.5-1\.5B-Instruct", str(embedded_path("tiny:slm"))),
+    (r"Qwen/Qwen2\.5-32B-Instruct", str(embedded_path("tiny:llm"))),
+    (r"--task gsm8k", "--task rg:gsm_symbolic"),
+    (r"--limit \d+", "--limit 24"),
+    (r"^(s2t (?:measure|eval)(?!.*--limit).*)$", r"\1 --limit 24"),
+    (r"limit=\d+", "limit=24"),
+    (r"max_new_tokens=\d+", "max_new_tokens=24"),
+    (r"--max-new-tokens \d+", "--max-new-tokens 64"),
+    (r', llm_quantization="bitsandbytes-4bit"', ""),  # the package is not a requirement
+    (r"--tasks gsm8k", "--tasks apples --include_path tasks"),
+    (
+        r'tasks=\["gsm8k"\]',
+        'tasks=["apples"], task_manager=__import__("lm_eval").tasks.TaskManager(include_path="tasks")',
+    ),
+]
+TASK = {
+    "task": "apples",
+    "dataset_path": "json",
+    "dataset_kwargs": {"data_files": {"test": "tasks/apples.jsonl"}},
+    "test_split": "test",
+    "doc_to_text": "{{question}}",
+    "doc_to_target": "{{answer}}",
+    "output_type": "generate_until",
+    "generation_kwargs": {"do_sample": False, "until": ["\n\n"], "max_gen_toks": 24},
+    "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+}
 
 
-def code_of(page: Path) -> str:
-    return "\n".join(BLOCK.findall(page.read_text(encoding="utf-8")))
+def program(page: str) -> str:
+    """The page as one Python program: its Python as it stands, its shell blocks as calls of bash."""
+    lines = ["import subprocess"]
+    for language, printed in BLOCK.findall((ROOT / f"{page}.md").read_text(encoding="utf-8")):
+        block = printed
+        for pattern, substitute in [(r" *\\\n *", " "), *SUBSTITUTES]:
+            block = re.sub(pattern, substitute, block, flags=re.MULTILINE)
+        if language == "python":
+            lines.append(block)
+        elif commands := [line for line in block.splitlines() if not line.startswith(NOT_RUN)]:
+            lines.append(
+                f"subprocess.run(['bash', '-euc', {chr(10).join(commands)!r}], stdin=subprocess.DEVNULL, check=True)"
+            )
+    return "\n".join(lines)
+
+
+def missing(code: str, made: Path) -> list[str]:
+    """Runs of other pages that a page reads: it names them, and nothing on it writes them."""
+    names = [str(path.relative_to(made)) for path in sorted(made.glob("runs/*")) if path.name != "demo"]
+    written = re.findall(r"(?:--out |out=\\?\")(runs/\w+)", code)
+    return ["runs/demo", *(name for name in names if name in code and name not in written)]
 
 
 @pytest.fixture(scope="module")
-def adapter(tmp_path_factory):
-    """A new adapter of the embedded SLM, which selects as the SLM does."""
+def made(tmp_path_factory):
+    """Folder with the runs that pages refer to; the adapter is a new one, which selects as the SLM does."""
+    from s2t import workflows
     from s2t.bench.decode import untrained_adapter
+    from s2t.config import MergeConfig
+    from s2t.merge import merge
     from s2t.model.load import load_model
 
-    folder = tmp_path_factory.mktemp("adapter")
-    made = untrained_adapter(load_model("tiny:slm"), "candidates")
-    made.config = replace(made.config, thresholds={"criticality": 0.7})
-    made.save(folder)
+    folder = tmp_path_factory.mktemp("made")
+    runs = folder / "runs"
+    adapter = untrained_adapter(load_model("tiny:slm"), "candidates")
+    adapter.config = replace(adapter.config, thresholds={"criticality": 0.7})
+    for name in ("train", "demo/train"):
+        adapter.save(runs / name / "adapter")
+    workflows.measure(slm="tiny:slm", llm="tiny:llm", limit=24, out=str(runs / "measure"))
+    workflows.calibrate(run=str(runs / "measure"), out=str(runs / "calibrate"))
+    merge(MergeConfig(adapter=str(runs / "train" / "adapter"), out=str(runs / "merged")))
     return folder
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if page.name not in REFERENCE and code_of(page)], ids=lambda page: page.name
-)
-def test_the_python_of_a_page_runs(page, adapter, tmp_path):
-    target = tmp_path / "runs" / "demo" / "train"
-    target.mkdir(parents=True)
-    (target / "adapter").symlink_to(adapter)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_runs(page, made, tmp_path):
+    code = program(page)
+    for name in missing(code, made):
+        shutil.copytree(made / name, tmp_path / name)
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "apples.yaml").write_text(yaml.safe_dump(TASK))
+    problems = [{"question": f"Ava has {n} apples and eats 2. How many has she?", "answer": str(n - 2)} for n in (3, 4)]
+    (tmp_path / "tasks" / "apples.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path / "cache"),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
     done = subprocess.run(
-        [sys.executable, "-W", "error::DeprecationWarning:s2t", "-c", code_of(page)],
+        [sys.executable, "-W", "error::DeprecationWarning:s2t", "-c", code],
         cwd=tmp_path,
         env=environment,
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=420,
     )
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, f"{done.stdout[-1500:]}\n{done.stderr[-2500:]}"
     assert done.stdout

@@ -9,14 +9,15 @@ import pytest
 import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 import s2t
 from s2t.collect import collect
-from s2t.config import CollectConfig, MeasureConfig, TrainConfig
+from s2t.config import CollectConfig, MeasureConfig, MergeConfig, TrainConfig
 from s2t.errors import ModelError
 from s2t.files import read_json
 from s2t.measure import measure
+from s2t.merge import merge
 from s2t.model.load import load_model, wrap_model
 from s2t.train.trainer import train
 
@@ -189,8 +190,21 @@ def test_every_family_goes_through_the_whole_chain(family, problems, tmp_path):
     assert any(answer.num_triggered for answer in answers)
     reserved = set(model.session.adapter.reserved.all)
     assert not any(reserved & set(answer.token_ids) for answer in answers)
-    again = s2t.load(slm, adapter=adapter).generate(["What is 3 + 4?", "Ann has 2."], **settings)
-    assert [answer.token_ids for answer in again] == [answer.token_ids for answer in answers]
+    merge(MergeConfig(adapter=adapter, out=str(tmp_path / "merged")))
+    again = s2t.load(str(tmp_path / "merged"))
+    for reloaded in (s2t.load(slm, adapter=adapter), again):
+        same = reloaded.generate(["What is 3 + 4?", "Ann has 2."], **settings)
+        assert [answer.token_ids for answer in same] == [answer.token_ids for answer in answers]
+    prompt = torch.tensor([again.session.request(0, "What is 3 + 4?").prompt_ids])
+    plain, base = (
+        AutoModelForCausalLM.from_pretrained(folder).generate(prompt, do_sample=False, max_new_tokens=16)[0].tolist()
+        for folder in (tmp_path / "merged", slm)
+    )
+    if scope == "candidates":  # its weights are the base model's
+        assert plain == base
+    else:
+        assert plain != base
+        assert not reserved & set(plain)
 
 
 @pytest.mark.parametrize(("slm", "llm"), [("Gemma 2", "Qwen3"), ("Qwen2", "Mistral"), ("Phi-3", "Llama")])
