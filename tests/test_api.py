@@ -8,8 +8,8 @@ import torch
 import s2t
 from s2t import api
 from s2t.cli import main as cli
-from s2t.config import NEEDS_LLM, STRATEGIES
-from s2t.decode.session import Session
+from s2t.config import MANY_SAMPLES, NEEDS_LLM, STRATEGIES
+from s2t.decode.session import Generated, Session
 from s2t.errors import ConfigError, S2TError
 from s2t.model.adapter import AdapterConfig, SelectorAdapter
 from s2t.model.chat import prompt_ids
@@ -126,7 +126,7 @@ def test_streamed_pieces_join_to_the_text(name, reasoner):
     pieces = list(reasoner.stream(PROMPT, name, seed=3, **settings_of(name)))
     assert "".join(pieces) == reasoner.generate(PROMPT, name, seed=3, **settings_of(name)).text
     assert all(pieces)
-    assert len(pieces) == 1 if name == "self-consistency" else len(pieces) > 1
+    assert len(pieces) == 1 if name in MANY_SAMPLES else len(pieces) > 1
 
 
 def test_a_trace_has_candidates_at_every_step(reasoner):
@@ -149,7 +149,7 @@ def stopping(name, reasoner, local):
     return (local if name == "s2t-local" else reasoner), settings
 
 
-@pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "self-consistency"])
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if name not in MANY_SAMPLES])
 @pytest.mark.parametrize("draft_tokens", [0, 1, 7])
 def test_an_answer_ends_before_a_stop_string_and_is_otherwise_the_same(name, draft_tokens, reasoner, local):
     speaker, settings = stopping(name, reasoner, local)
@@ -259,8 +259,12 @@ def test_self_consistency_keeps_its_samples_and_counts_them_all(reasoner):
     ],
 )
 def test_samples_vote_on_their_answers(texts, winner, reasoner, monkeypatch):
-    monkeypatch.setattr(api.Reasoner, "_generation", lambda self, plan, text: api.Generation(text, [], [], Cost(1), ""))
-    assert reasoner._answer(None, texts).text == texts[winner]
+    made = iter(texts)
+    monkeypatch.setattr(
+        api.Reasoner, "_generation", lambda self, plan, sequence: api.Generation(next(made), [], [], Cost(1), "")
+    )
+    plan = reasoner._plan("self-consistency", 0, {})
+    assert reasoner._answer(plan, [Generated() for _ in texts]).text == texts[winner]
 
 
 # Laws of the strategies

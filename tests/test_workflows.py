@@ -170,7 +170,9 @@ def test_calibration_is_the_quantile_of_the_measured_run(chain):
     found = chain.results["calibrate"]
     assert found["thresholds"]["divergence"] == chain.results["measure"]["threshold"]
     assert found["trigger_rate"] == pytest.approx(chain.results["measure"]["trigger_rate"])
-    assert set(found["thresholds"]) == {"divergence", "entropy"}
+    assert set(found["thresholds"]) == {"divergence", "entropy", "random"}
+    live = 1 - found["trigger_rates"]["random"] / found["thresholds"]["random"]  # the share of warm-up steps
+    assert 0 < live < 0.2
 
 
 def test_calibrate_refuses_a_run_of_another_split(chain, tmp_path, no_models):

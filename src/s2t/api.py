@@ -13,10 +13,10 @@ from typing import Any, overload
 
 from transformers import PreTrainedTokenizerBase
 
-from s2t.config import NEEDS_LLM, STRATEGIES, DecodeConfig, ModelConfig, build_config
+from s2t.config import MANY_SAMPLES, NEEDS_LLM, STRATEGIES, DecodeConfig, ModelConfig, build_config
 from s2t.decode.loop import Request
 from s2t.decode.session import Generated, Session
-from s2t.decode.strategies import Strategy, build_strategy, vote
+from s2t.decode.strategies import Strategy, build_strategy, choose_sample
 from s2t.decode.workload import read_thresholds
 from s2t.errors import ConfigError
 from s2t.model.adapter import load_selector
@@ -34,7 +34,7 @@ _LOAD_SETTINGS = frozenset({item.name for item in fields(ModelConfig)} - {"slm"}
 class Generation:
     """One answer. `text` leaves the stop token out, `token_ids` and `steps` keep it.
 
-    Under self-consistency it is the winning sample, `cost` is that of all of them and `samples` holds them.
+    Under self-consistency and self-certainty it is the winning sample, `cost` is that of all of them and `samples` holds them.
     """
 
     text: str
@@ -201,7 +201,8 @@ class Reasoner:
         if len(samples) == 1:
             return samples[0]
         answers = [_answer_of(sample.text) for sample in samples]
-        winner = samples[answers.index(vote(answers))]
+        certainties = [sequence.mean_value for sequence in sequences]
+        winner = samples[choose_sample(plan.strategy.name, answers, certainties)]
         return replace(winner, cost=sum((sample.cost for sample in samples), Cost()), samples=samples)
 
     def _generation(self, plan: _Plan, done: Generated) -> Generation:
@@ -230,7 +231,7 @@ class _Plan:
 
     @property
     def num_samples(self) -> int:
-        return self.config.num_samples if self.strategy.name == "self-consistency" else 1
+        return self.config.num_samples if self.strategy.name in MANY_SAMPLES else 1
 
     def requests(self, prompts: Sequence[Prompt]) -> list[Request]:
         """One request per prompt and sample; random numbers depend on the prompt's own text."""

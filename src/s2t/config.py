@@ -15,7 +15,8 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from s2t.errors import ConfigError
 
-STRATEGIES = ("greedy", "sample", "self-consistency", "llm", "takeover", "s2t", "s2t-local")
+STRATEGIES = ("greedy", "sample", "self-consistency", "self-certainty", "llm", "takeover", "s2t", "s2t-local")
+MANY_SAMPLES = ("self-consistency", "self-certainty")
 TRIGGERS = ("never", "random", "entropy", "divergence", "criticality")
 SCOPES = ("candidates", "always")
 CRITICALITY_READINGS = ("head", "reserved")
@@ -23,6 +24,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 EXECUTIONS = ("auto", "eager", "static", "compile")
 DIVERGENCES = ("llm-slm", "slm-llm", "js", "released-code")
 
+TRIGGERED = ("takeover", "s2t", "s2t-local")
 NEEDS_LLM = frozenset({"llm", "takeover", "s2t"})
 _KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
 
@@ -157,15 +159,15 @@ class DecodeConfig(StepConfig):
     num_candidates: int | None = None
     """K, the SLM's tokens offered for selection; None takes the adapter's value, else 8."""
     temperature: float = 0.7
-    """Of sample and self-consistency; above 0."""
+    """Of sample, self-consistency and self-certainty; above 0."""
     top_p: float = 0.95
-    """Of sample and self-consistency: the share of probability kept; 1 keeps all."""
+    """Of what samples: the share of probability kept; 1 keeps all."""
     top_k: int = 0
-    """Of sample and self-consistency: the number of tokens kept; 0 keeps all."""
+    """Of what samples: the number of tokens kept; 0 keeps all."""
     min_p: float = 0.0
-    """Of sample and self-consistency: drop tokens below this share of the best one; 0 keeps all."""
+    """Of what samples: drop tokens below this share of the best one; 0 keeps all."""
     num_samples: int = 8
-    """N of self-consistency."""
+    """N of self-consistency (majority vote) and self-certainty (the sample the model is surest of)."""
     draft_tokens: int = 0
     """Of takeover and s2t: tokens drafted per LLM forward, with the same output; 0 adapts to the rate of flips, 1 is step
     by step."""
@@ -192,8 +194,8 @@ class GenerateConfig(DecodeConfig, ModelConfig):
     """`s2t generate` and `s2t chat`."""
 
     strategy: str | None = None
-    """greedy, sample, self-consistency, llm, takeover, s2t or s2t-local; None is s2t-local with an adapter or a merged model,
-    else greedy."""
+    """greedy, sample, self-consistency, self-certainty, llm, takeover, s2t or s2t-local; None is s2t-local with an adapter or a
+    merged model, else greedy."""
     seed: int = 0
     """Seed of sampling and of the random trigger."""
 
@@ -391,7 +393,8 @@ class EvalConfig(DecodeConfig, TaskConfig, ModelConfig):
     llm: str | None = None
     """Hub id, folder, or `tiny:llm`; needed by llm, takeover and s2t."""
     strategies: str = "greedy,s2t-local"
-    """Comma-separated: greedy, sample, self-consistency, llm, takeover, s2t, s2t-local."""
+    """Comma-separated: greedy, sample, self-consistency, self-certainty, llm, takeover, s2t, s2t-local; the last three also
+    with a trigger of their own, such as s2t@entropy."""
     out: str = "runs/eval"
     """Folder of this run; rerunning resumes it."""
     split: str = "test"
@@ -402,17 +405,23 @@ class EvalConfig(DecodeConfig, TaskConfig, ModelConfig):
     """Problems per file; a killed run loses one shard at most."""
     num_traces: int = 8
     """Problems whose every token is kept for the report's trace."""
+    num_seeds: int = 1
+    """Seeds of whatever draws at random (samples and the trigger random); the problems are those of --seed."""
 
     def __post_init__(self) -> None:
         self.check_model()
         self.check_task()
         self.check_decode()
         _between("heldout_templates", self.heldout_templates, 0, 0.9)
-        _at_least(1, shard_size=self.shard_size)
+        _at_least(1, shard_size=self.shard_size, num_seeds=self.num_seeds)
         _at_least(0, num_traces=self.num_traces)
         names = self.strategy_names
         for name in names or ("",):
-            _choice("strategies", name, STRATEGIES)
+            base, mark, trigger = name.partition("@")
+            _choice("strategies", base, STRATEGIES)
+            if mark:
+                _require(base in TRIGGERED, f"strategies: only {', '.join(TRIGGERED)} take a trigger; got {name!r}.")
+                _choice(f"trigger of {base}", trigger, TRIGGERS)
             _require(names.count(name) == 1, f"strategies must differ; got {name} more than once.")
 
     @property

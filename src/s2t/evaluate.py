@@ -9,17 +9,17 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from s2t.config import NEEDS_LLM, EvalConfig
-from s2t.core.stats import bootstrap_interval, paired_comparison
+from s2t.config import MANY_SAMPLES, NEEDS_LLM, EvalConfig
+from s2t.core.stats import bootstrap_interval, holm_p_values, paired_comparison, pass_at
 from s2t.decode.session import Generated, Session
-from s2t.decode.strategies import Strategy, build_strategy, vote
+from s2t.decode.strategies import Strategy, build_strategy, choose_sample
 from s2t.decode.workload import open_task, read_thresholds, requests_for, shards_of, task_for_workers
 from s2t.files import RunFolder, read_json, write_json, write_text
 from s2t.model.adapter import AdapterConfig, selector_config, selector_problems
@@ -28,6 +28,10 @@ from s2t.records import Cost, Problem, Result, Step
 from s2t.tasks.problems import Task, check_disjoint, heldout_templates
 from s2t.workers import Workers
 
+_Rows = list[list[dict[str, Any]]]
+"""Results of one strategy: seed by seed, problem by problem."""
+_Run = tuple[list[dict[str, Any]], float, list[dict[str, Any]]]
+"""Results, seconds and traces of one strategy under one seed."""
 _COSTS = ("slm_forwards", "llm_forwards", "slm_processed", "llm_processed", "slm_flops", "llm_flops")
 
 
@@ -40,14 +44,47 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     problems = task.problems(config.split, config.limit, config.seed)
     trained = selector_problems(config.adapter, config.slm)
     check_disjoint(problems, trained, f"the {config.split} problems and the adapter's")
-    _run_missing(config, run, task, problems, adapter)
-    results = {name: _read_results(run, name) for name in names}
+    contestants = _contestants(config, adapter)
+    _run_missing(config, run, task, problems, contestants)
+    found = {one.shards: _read_results(run, one) for one in contestants}
+    results = {name: [found[one.shards] for one in contestants if one.name == name] for name in names}
     summary = _summary(config, run, task, problems, results, adapter)
-    write_text(run.file("results.jsonl"), "".join(_line(r) for name in names for r in results[name][0]))
-    write_text(run.file("traces.jsonl"), "".join(_line(t) for name in names for t in results[name][2]))
+    write_text(run.file("results.jsonl"), "".join(_line(r) for each in found.values() for r in each[0]))
+    write_text(run.file("traces.jsonl"), "".join(_line(t) for each in found.values() for t in each[2]))
     write_json(run.file("summary.json"), summary)
     run.finish()
     return summary
+
+
+@dataclass(frozen=True, slots=True)
+class _Contestant:
+    """A strategy under one name (`s2t@entropy`) and one seed."""
+
+    name: str
+    strategy: Strategy
+    seed: int
+    is_first: bool
+
+    @property
+    def shards(self) -> str:
+        """What its shard files are called."""
+        return f"results-{self.name}" if self.is_first else f"results-{self.name}-seed{self.seed}"
+
+
+def _contestants(config: EvalConfig, adapter: AdapterConfig | None) -> list[_Contestant]:
+    """Every strategy once, and those that draw at random once per seed; raises ConfigError for what does not fit."""
+    thresholds = read_thresholds(config.calibration) | (adapter.thresholds if adapter is not None else {})
+    k = adapter.num_candidates if adapter is not None else None
+    made = []
+    for name in config.strategy_names:
+        base, _, trigger = name.partition("@")
+        settings = replace(config, trigger=trigger or config.trigger)
+        for seed in range(config.seed, config.seed + config.num_seeds):
+            strategy = build_strategy(base, settings, thresholds, k, seed)
+            made.append(_Contestant(name, strategy, seed, seed == config.seed))
+            if strategy.sampling is None and strategy.trigger.name != "random":
+                break
+    return made
 
 
 def _line(value: Any) -> str:
@@ -55,21 +92,19 @@ def _line(value: Any) -> str:
 
 
 def _run_missing(
-    config: EvalConfig, run: RunFolder, task: Task, problems: Sequence[Problem], adapter: AdapterConfig | None
+    config: EvalConfig, run: RunFolder, task: Task, problems: Sequence[Problem], contestants: Sequence[_Contestant]
 ) -> None:
     """Decode and grade every shard that is not on disk yet; models are loaded only when one is missing."""
-    thresholds = read_thresholds(config.calibration) | (adapter.thresholds if adapter is not None else {})
-    k = adapter.num_candidates if adapter is not None else None
-    strategies = [build_strategy(name, config, thresholds, k, config.seed) for name in config.strategy_names]
     shards = dict(enumerate(shards_of(problems, config.shard_size)))
     with Workers(partial(_Evaluator, config, task_for_workers(task, config)), config.workers) as workers:
-        for strategy in strategies:
-            paths = {i: run.shard(f"results-{strategy.name}", i, "json") for i in shards}
-            jobs = [(strategy, i, shard) for i, shard in shards.items() if not paths[i].exists()]
+        for one in contestants:
+            paths = {i: run.shard(one.shards, i, "json") for i in shards}
+            jobs = [(one, i, shard) for i, shard in shards.items() if not paths[i].exists()]
             if not jobs:
                 continue
             missing = sum(len(shard) for _, _, shard in jobs)
-            with progress(strategy.name, len(problems), len(problems) - missing) as advance:
+            title = one.name if one.is_first else f"{one.name}, seed {one.seed}"
+            with progress(title, len(problems), len(problems) - missing) as advance:
                 for (_, i, shard), result in workers.map(_Evaluator.shard, jobs):
                     write_json(run.file("pair.json"), result.pop("pair"))
                     write_json(paths[i], result)
@@ -81,42 +116,49 @@ class _Evaluator:
 
     def __init__(self, config: EvalConfig, task: Task | None) -> None:
         self.config, self.task = config, task or open_task(config, config.slm)
-        self.session = Session.open(config, config.strategy_names, config.adapter, config.batch_size)
+        names = [name.partition("@")[0] for name in config.strategy_names]
+        self.session = Session.open(config, names, config.adapter, config.batch_size)
         _warm_up(self.session)
 
-    def shard(self, job: tuple[Strategy, int, Sequence[Problem]]) -> dict[str, Any]:
+    def shard(self, job: tuple[_Contestant, int, Sequence[Problem]]) -> dict[str, Any]:
         """Results and traces of one strategy on one shard, the seconds they took, and the models' names and sizes."""
-        strategy, index, problems = job
-        session = self.session
-        samples = self.config.num_samples if strategy.name == "self-consistency" else 1
+        one, index, problems = job
+        session, strategy = self.session, one.strategy
+        samples = self.config.num_samples if strategy.name in MANY_SAMPLES else 1
         requests = requests_for(session, self.task, problems, samples, self.config.system)
         start = time.perf_counter()
         done = session.run(strategy, requests, self.config.max_new_tokens, stop=self.config.stop)
         seconds = time.perf_counter() - start
         results = [
-            self._grade(session, strategy, problem, done[i * samples : (i + 1) * samples])
+            self._grade(session, one, problem, done[i * samples : (i + 1) * samples])
             for i, problem in enumerate(problems)
         ]
-        traced = problems[: self.config.num_traces] if index == 0 and samples == 1 else []
+        traced = problems[: self.config.num_traces] if index == 0 and samples == 1 and one.is_first else []
         return {
             "seconds": seconds,
             "results": [asdict(result) for result in results],
-            "traces": self._traces(session, strategy, traced, results),
+            "traces": self._traces(session, one, traced, results),
             "pair": _pair(session),
         }
 
-    def _grade(self, session: Session, strategy: Strategy, problem: Problem, samples: Sequence[Generated]) -> Result:
-        texts = [session.text(sample, self.config.stop, strategy.name) for sample in samples]
+    def _grade(self, session: Session, one: _Contestant, problem: Problem, samples: Sequence[Generated]) -> Result:
+        texts = [session.text(sample, self.config.stop, one.strategy.name) for sample in samples]
         grades = [self.task.grade(problem, text) for text in texts]
-        winner = 0
-        if len(samples) > 1:
-            answers = [self.task.canonical(grade.extracted) for grade in grades]
-            winner = answers.index(vote(answers))
+        answers = [self.task.canonical(grade.extracted) for grade in grades]
+        certainties = [sample.mean_value for sample in samples]
+        winner = choose_sample(one.strategy.name, answers, certainties)
         cost = sum((sample.cost for sample in samples), Cost())
+        votes = None
+        if len(samples) > 1:
+            sure = certainties if one.strategy.name == "self-certainty" else [None] * len(samples)
+            votes = [
+                {"answer": answer, "is_correct": grade.is_correct, "certainty": certainty}
+                for answer, grade, certainty in zip(answers, grades, sure, strict=True)
+            ]
         return Result(
             problem_id=problem.problem_id,
             template=problem.template,
-            strategy=strategy.name,
+            strategy=one.name,
             is_correct=grades[winner].is_correct,
             extracted=grades[winner].extracted,
             gold=problem.answer,
@@ -127,14 +169,16 @@ class _Evaluator:
             finish_reason=samples[winner].finish_reason,
             num_samples=len(samples),
             num_correct_samples=sum(grade.is_correct for grade in grades) if len(samples) > 1 else None,
+            seed=one.seed,
+            samples=votes,
         )
 
     def _traces(
-        self, session: Session, strategy: Strategy, problems: Sequence[Problem], results: Sequence[Result]
+        self, session: Session, one: _Contestant, problems: Sequence[Problem], results: Sequence[Result]
     ) -> list[dict[str, Any]]:
         if not problems:
             return []
-        config = self.config
+        config, strategy = self.config, one.strategy
         requests = requests_for(session, self.task, problems, system=config.system)
         done = session.run(strategy, requests, config.max_new_tokens, keep_steps=True, stop=config.stop)
         return [
@@ -142,7 +186,7 @@ class _Evaluator:
                 "problem_id": problem.problem_id,
                 "question": problem.question,
                 "gold": problem.answer,
-                "strategy": strategy.name,
+                "strategy": one.name,
                 "is_correct": result.is_correct,
                 "extracted": result.extracted,
                 "prompt_text": self.task.prompt(problem),
@@ -204,8 +248,8 @@ def requests_for_warm_up(session: Session) -> list[Any]:
     return [session.request(0, "1 + 1 =")]
 
 
-def _read_results(run: RunFolder, name: str) -> tuple[list[dict[str, Any]], float, list[dict[str, Any]]]:
-    shards = [read_json(path) for path in run.shards(f"results-{name}", "json")]
+def _read_results(run: RunFolder, one: _Contestant) -> _Run:
+    shards = [read_json(path) for path in run.shards(one.shards, "json")]
     results = [result for shard in shards for result in shard["results"]]
     return (
         results,
@@ -219,11 +263,11 @@ def _summary(
     run: RunFolder,
     task: Task,
     problems: Sequence[Problem],
-    results: Mapping[str, tuple[list[dict[str, Any]], float, Any]],
+    results: Mapping[str, list[_Run]],
     adapter: AdapterConfig | None,
 ) -> dict[str, Any]:
-    rows = {name: found[0] for name, found in results.items()}
-    seconds = {name: found[1] for name, found in results.items()}
+    rows = {name: [found[0] for found in seeds] for name, seeds in results.items()}
+    seconds = {name: sum(found[1] for found in seeds) / len(seeds) for name, seeds in results.items()}
     held = set(adapter.heldout_templates) if adapter is not None else set()
     if not held:
         held = set(heldout_templates(task.templates(), config.heldout_templates))
@@ -238,9 +282,12 @@ def _summary(
         "gap_closed": _gap_closed(rows),
     }
     for title, is_held in (("seen_templates", False), ("unseen_templates", True)):
-        part = {name: [r for r in found if (r["template"] in held) == is_held] for name, found in rows.items()}
-        if held and all(part.values()):
-            count = len(next(iter(part.values())))
+        part = {
+            name: [[r for r in found if (r["template"] in held) == is_held] for found in seeds]
+            for name, seeds in rows.items()
+        }
+        if held and all(seeds[0] for seeds in part.values()):
+            count = len(next(iter(part.values()))[0])
             summary[title] = {
                 "num_problems": count,
                 **_section(part, None, config.seed),
@@ -249,15 +296,21 @@ def _summary(
     return summary
 
 
-def _section(
-    rows: Mapping[str, list[dict[str, Any]]], seconds: Mapping[str, float] | None, seed: int
-) -> dict[str, Any]:
+def _section(rows: Mapping[str, _Rows], seconds: Mapping[str, float] | None, seed: int) -> dict[str, Any]:
     strategies = {name: _scores(found, None if seconds is None else seconds[name]) for name, found in rows.items()}
-    paired = {}
-    for left, right in _pairs(tuple(rows)):
-        correct = [np.array([r["is_correct"] for r in rows[name]]) for name in (left, right)]
-        paired[f"{left} vs {right}"] = paired_comparison(*correct, seed=seed)
+    correct = {name: _correct(seeds) for name, seeds in rows.items()}
+    pairs = _pairs(tuple(rows))
+    tests = [paired_comparison(correct[left], correct[right], seed=seed) for left, right in pairs]
+    adjusted = holm_p_values([test["p_value"] for test in tests])
+    paired = {
+        f"{left} vs {right}": test | {"p_holm": p}
+        for (left, right), test, p in zip(pairs, tests, adjusted, strict=True)
+    }
     return {"strategies": strategies, "paired": paired}
+
+
+def _correct(seeds: _Rows) -> np.ndarray:
+    return np.array([[r["is_correct"] for r in found] for found in seeds])  # [S, N]
 
 
 def _pairs(names: tuple[str, ...]) -> list[tuple[str, str]]:
@@ -265,37 +318,55 @@ def _pairs(names: tuple[str, ...]) -> list[tuple[str, str]]:
     pairs = [("s2t-local", name) for name in names if name != "s2t-local"] if "s2t-local" in names else []
     if "greedy" in names:
         pairs += [(name, "greedy") for name in names if name not in ("greedy", "s2t-local")]
-    if "s2t" in names and "takeover" in names:
-        pairs.append(("s2t", "takeover"))
+    if "s2t" in names:
+        pairs += [("s2t", name) for name in names if name.startswith(("takeover", "s2t@"))]
     return pairs
 
 
-def _scores(results: Sequence[Mapping[str, Any]], seconds: float | None) -> dict[str, Any]:
-    correct = np.array([r["is_correct"] for r in results], dtype=float)
+def _scores(seeds: _Rows, seconds: float | None) -> dict[str, Any]:
+    """Accuracy with its interval, and costs per seed."""
+    correct, results, share = _correct(seeds), [r for found in seeds for r in found], 1 / len(seeds)
     generated = sum(r["cost"]["generated"] for r in results)
-    name = results[0]["strategy"]
-    llm_tokens = generated if name in NEEDS_LLM else 0
+    base = results[0]["strategy"].partition("@")[0]
     scores = {
         "accuracy": float(correct.mean()),
         "ci95": list(bootstrap_interval(correct)),
-        "num_problems": len(results),
-        "slm_tokens": 0 if name == "llm" else generated,
-        "llm_tokens": llm_tokens,
-        **{key: sum(r["cost"][key] for r in results) for key in _COSTS},
+        "num_problems": len(seeds[0]),
+        "num_seeds": len(seeds),
+        "accuracy_by_seed": correct.mean(axis=1).tolist(),
+        "slm_tokens": 0 if base == "llm" else round(generated * share),
+        "llm_tokens": round(generated * share) if base in NEEDS_LLM else 0,
+        **{key: round(sum(r["cost"][key] for r in results) * share) for key in _COSTS},
         "trigger_rate": sum(r["num_triggered"] for r in results) / max(generated, 1),
         "flip_rate": sum(r["num_flips"] for r in results) / max(generated, 1),
         "seconds": seconds,
     }
-    if results[0]["num_correct_samples"] is not None:
+    if results[0]["samples"] is not None:
         scores["num_samples"] = results[0]["num_samples"]
         scores["pass_at_n"] = float(np.mean([r["num_correct_samples"] > 0 for r in results]))
+        scores["by_num_samples"] = _by_num_samples(base, results)
     return scores
 
 
-def _gap_closed(rows: Mapping[str, list[dict[str, Any]]]) -> float | None:
+def _by_num_samples(strategy: str, results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """What the first n of the N samples would have answered, for every n; `pass_at` is the unbiased estimate."""
+    total = results[0]["num_samples"]
+    curves = {}
+    for n in range(1, total + 1):
+        right = []
+        for result in results:
+            samples = result["samples"][:n]
+            winner = choose_sample(strategy, [s["answer"] for s in samples], [s["certainty"] for s in samples])
+            right.append(samples[winner]["is_correct"])
+        passed = [pass_at(total, result["num_correct_samples"], n) for result in results]
+        curves[str(n)] = {"accuracy": float(np.mean(right)), "pass_at": float(np.mean(passed))}
+    return curves
+
+
+def _gap_closed(rows: Mapping[str, _Rows]) -> float | None:
     """Share of the way from greedy to collaborative S2T that s2t-local goes; None where it is not defined."""
     if not {"greedy", "s2t", "s2t-local"} <= rows.keys():
         return None
-    accuracy = {name: np.mean([r["is_correct"] for r in rows[name]]) for name in ("greedy", "s2t", "s2t-local")}
+    accuracy = {name: float(_correct(rows[name]).mean()) for name in ("greedy", "s2t", "s2t-local")}
     gap = accuracy["s2t"] - accuracy["greedy"]
-    return float((accuracy["s2t-local"] - accuracy["greedy"]) / gap) if gap > 0 else None
+    return (accuracy["s2t-local"] - accuracy["greedy"]) / gap if gap > 0 else None

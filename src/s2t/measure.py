@@ -171,6 +171,10 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
     for name in ("divergence", "entropy"):
         thresholds[name], rate = threshold_at(steps[name].to_numpy()[live], config.quantile)
         rates[name] = rate * float(live.mean())
+    thresholds["random"] = float(
+        (steps["divergence"].to_numpy()[live] > thresholds["divergence"]).mean()
+    )  # a probability
+    rates["random"] = rates["divergence"]
     result = {
         "thresholds": thresholds,
         "trigger_rates": rates,

@@ -145,3 +145,5 @@ class Result:
     finish_reason: str
     num_samples: int = 1
     num_correct_samples: int | None = None  # self-consistency: right answers among the N, for pass@N
+    seed: int = 0
+    samples: list[dict[str, Any]] | None = None  # self-consistency: answer, is_correct and certainty of each of the N

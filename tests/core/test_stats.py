@@ -9,9 +9,13 @@ import pytest
 
 from s2t.core.stats import (
     bootstrap_interval,
+    detectable_difference,
     hit_rate_curve,
+    holm_p_values,
     mcnemar_p_value,
     paired_comparison,
+    pass_at,
+    sign_flip_p_value,
     wilson_interval,
 )
 
@@ -73,6 +77,7 @@ def test_mcnemar_is_the_two_sided_binomial():
 def test_a_system_against_itself_never_differs():
     row = np.random.default_rng(0).random(200) < 0.4
     result = paired_comparison(row, row)
+    assert result.pop("detectable") == pytest.approx(detectable_difference(200, 0.0))
     assert result == {"difference": 0.0, "ci95": (0.0, 0.0), "p_value": 1.0, "wins": 0, "losses": 0}
 
 
@@ -100,3 +105,70 @@ def test_hit_rate_grows_with_k_up_to_one():
 
 def test_hit_rate_of_no_steps_is_not_a_number():
     assert all(math.isnan(rate) for rate in hit_rate_curve(np.array([], dtype=int), (1, 8)).values())
+
+
+# Seeds, many tests, power
+
+
+def test_equal_seeds_add_nothing_and_different_ones_widen_the_interval():
+    rng = np.random.default_rng(0)
+    row = (rng.random(400) < 0.5).astype(float)
+    low, high = bootstrap_interval(row)
+    again = bootstrap_interval(np.stack([row] * 3))
+    assert again == pytest.approx((low, high), abs=0.01)
+    apart = np.stack([rng.random(400) < rate for rate in (0.3, 0.5, 0.7)])
+    wide = bootstrap_interval(apart)
+    assert wide[1] - wide[0] > 2 * (high - low)
+
+
+def test_paired_comparison_over_seeds_is_that_of_one_when_all_seeds_agree():
+    rng = np.random.default_rng(1)
+    left, right = rng.random(300) < 0.6, rng.random(300) < 0.5
+    one, three = paired_comparison(left, right), paired_comparison(np.stack([left] * 3), right)
+    assert three["difference"] == pytest.approx(one["difference"])
+    assert three["ci95"] == pytest.approx(one["ci95"], abs=0.01)
+    assert (three["wins"], three["losses"]) == (one["wins"], one["losses"])
+    assert three["p_value"] == pytest.approx(
+        one["p_value"], abs=0.02
+    )  # sign flips against McNemar: both exact tests of signs
+    with pytest.raises(ValueError, match="same problems"):
+        paired_comparison(np.stack([left] * 2), right[:-1])
+
+
+def test_sign_flips_find_the_exact_p_value_and_the_level_holds():
+    assert sign_flip_p_value([1.0] * 6) == pytest.approx(2 / 64, abs=0.006)
+    assert sign_flip_p_value([0.0, 0.0]) == 1.0
+    rng = np.random.default_rng(2)
+    rejected = [sign_flip_p_value(rng.normal(size=40), 400, seed) < 0.05 for seed in range(400)]
+    assert 0.02 < np.mean(rejected) < 0.085
+
+
+def test_holm_has_its_textbook_values():
+    assert holm_p_values([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm_p_values([]) == []
+    assert holm_p_values([0.7, 0.9]) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(("n", "discordance"), [(200, 0.3), (1000, 0.2), (1000, 0.05)])
+def test_the_detectable_difference_is_found_four_times_in_five(n: int, discordance: float):
+    difference = detectable_difference(n, discordance)
+    assert 0 < difference < discordance
+    rng = np.random.default_rng(0)
+    wins, losses = (discordance + difference) / 2, (discordance - difference) / 2
+    counts = rng.multinomial(n, [wins, losses, 1 - discordance], size=2000)
+    found = [mcnemar_p_value(int(w), int(x)) < 0.05 for w, x, _ in counts]
+    assert 0.72 < np.mean(found) < 0.86  # the exact test is a little more careful than the formula
+
+
+def test_detectable_difference_refuses_what_is_no_share():
+    with pytest.raises(ValueError, match=r"within 0\.\.1"):
+        detectable_difference(10, 1.5)
+
+
+def test_pass_at_is_the_chance_over_all_subsets():
+    from itertools import combinations
+
+    marks = [True, False, False, True, False, False]
+    for k in range(1, 7):
+        drawn = [any(subset) for subset in combinations(marks, k)]
+        assert pass_at(6, 2, k) == pytest.approx(np.mean(drawn))

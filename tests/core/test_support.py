@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from s2t.config import DIVERGENCES
 from s2t.core.candidates import propose
 from s2t.core.stats import hit_rate_curve
-from s2t.core.support import align_vocabulary, divergence, entropy, kl_divergence, rank_of
+from s2t.core.support import align_vocabulary, divergence, entropy, kl_divergence, rank_of, self_certainty
 from s2t.errors import ConfigError
 
 BUCKETED = tuple(kind for kind in DIVERGENCES if kind != "released-code")
@@ -165,3 +165,12 @@ def test_hit_rate_grows_with_k_and_reaches_one_at_the_whole_vocabulary(ranks):
     curve = list(hit_rate_curve(ranks, (1, 2, 4, 8, 16, 41)).values())
     assert curve == sorted(curve)
     assert curve[-1] == 1
+
+
+def test_self_certainty_is_the_divergence_of_uniform_from_the_model():
+    logits = torch.tensor([[0.0, 1.0, 2.0, float("-inf")], [3.0, 3.0, 3.0, float("-inf")]])
+    p = logits[:, :3].softmax(-1)
+    expected = (torch.full_like(p, 1 / 3) * ((1 / 3) / p).log()).sum(-1)
+    assert self_certainty(logits) == pytest.approx(expected.tolist(), abs=1e-6)
+    assert self_certainty(logits)[1] == 0.0
+    assert self_certainty(5 * logits)[0] > self_certainty(logits)[0]  # surer

@@ -55,7 +55,7 @@ def _print_part(title: str, part: Mapping[str, Any]) -> None:
     if paired:
         print_table(
             "Paired on the same problems",
-            ("", "difference, points", "95 % interval", "p", "wins", "losses"),
+            ("", "difference, points", "95 % interval", "p", "p (Holm)", "wins", "losses", "detectable, points"),
             [_paired_row(name, test) for name, test in paired.items()],
         )
 
@@ -82,6 +82,8 @@ def _paired_row(name: str, test: Mapping[str, Any]) -> tuple[Any, ...]:
         percent(test.get("difference")),
         percent_interval(test.get("ci95")),
         test.get("p_value"),
+        test.get("p_holm"),
         test.get("wins"),
         test.get("losses"),
+        percent(test.get("detectable")),
     )

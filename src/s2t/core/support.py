@@ -80,6 +80,18 @@ def entropy(logits: Tensor) -> Tensor:
     return torch.special.entr(logits.float().softmax(-1)).sum(-1)
 
 
+def self_certainty(logits: Tensor) -> Tensor:
+    """KL(uniform || p) over the tokens that are not at -inf, nats; [..., V] -> [...], float32, >= 0.
+
+    Source: Kang, Zhao, Song 2025 (arXiv 2502.18581), equation of self-certainty; its mean over an answer ranks samples.
+    """
+    logprobs = logits.float().log_softmax(-1)
+    allowed = logprobs > float("-inf")
+    count = allowed.sum(-1)
+    mean = torch.where(allowed, logprobs, torch.zeros_like(logprobs)).sum(-1) / count
+    return (-mean - count.log()).clamp_min(0.0)
+
+
 def rank_of(logits: Tensor, ids: Tensor) -> Tensor:
     """Place of a token in the order of the logits, 0 for the best; ties go to the lower id; [..., V], [...] -> [...].
 

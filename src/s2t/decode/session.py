@@ -38,6 +38,13 @@ class Generated:
     finish_reason: str = ""
     num_triggered: int = 0
     num_flips: int = 0
+    value: float = 0.0
+    """Sum of the trigger's readings over the steps."""
+
+    @property
+    def mean_value(self) -> float:
+        """The trigger's mean reading over the sequence, in its own unit."""
+        return self.value / max(len(self.token_ids), 1)
 
 
 @dataclass
@@ -219,6 +226,7 @@ def _add(sequence: Generated, step: Step, keep: bool) -> None:
     sequence.token_ids.append(step.token_id)
     sequence.num_triggered += step.fired
     sequence.num_flips += step.flip and step.fired
+    sequence.value += step.value or 0.0
     if keep:
         sequence.steps.append(step)
     if step.finish_reason is not None:

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from s2t.config import DecodeConfig
+from s2t.config import MANY_SAMPLES, DecodeConfig
 from s2t.decode.selectors import LLMSelector, LocalSelector, Selector, TakeoverSelector
-from s2t.decode.triggers import Criticality, Divergence, Entropy, Never, Random, Trigger
+from s2t.decode.triggers import Criticality, Divergence, Entropy, Never, Random, SelfCertainty, Trigger
 from s2t.errors import ConfigError
 
 DEFAULT_CANDIDATES = 8
@@ -26,7 +26,7 @@ _ALLOWED_TRIGGERS = {
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """Filters of `sample` and `self-consistency`; see core.sampling."""
+    """Filters of `sample`, `self-consistency` and `self-certainty`; see core.sampling."""
 
     temperature: float = 0.7
     top_p: float = 0.95
@@ -69,8 +69,9 @@ def build_strategy(
     k = config.num_candidates or num_candidates or DEFAULT_CANDIDATES
     sampling = Sampling(config.temperature, config.top_p, config.top_k, config.min_p)
     if name not in _SELECTORS:
-        is_sampled = name in ("sample", "self-consistency")
-        return Strategy(name, Never(), num_candidates=k, sampling=sampling if is_sampled else None, seed=seed)
+        is_sampled = name == "sample" or name in MANY_SAMPLES
+        trigger = SelfCertainty() if name == "self-certainty" else Never()
+        return Strategy(name, trigger, num_candidates=k, sampling=sampling if is_sampled else None, seed=seed)
     trigger = _trigger(name, config)
     return Strategy(
         name,
@@ -113,3 +114,10 @@ def vote(answers: Sequence[str | None]) -> str | None:
         return None
     most = max(counts.values())
     return next(answer for answer in answers if answer is not None and counts[answer] == most)
+
+
+def choose_sample(strategy: str, answers: Sequence[str | None], certainties: Sequence[float]) -> int:
+    """Which of N samples answers for all: the first one of the majority, or the one the model was surest of."""
+    if strategy == "self-certainty":
+        return max(range(len(answers)), key=lambda i: certainties[i])
+    return answers.index(vote(answers))

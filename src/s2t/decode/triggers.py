@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from s2t.core.support import divergence, entropy
+from s2t.core.support import divergence, entropy, self_certainty
 from s2t.decode.state import State
 
 
@@ -28,6 +28,21 @@ class Trigger:
 
 class Never(Trigger):
     """Plain decoding."""
+
+
+class SelfCertainty(Trigger):
+    """Never fires; reads how far the next-token distribution is from uniform, KL(U || p) in nats, to rank samples by.
+
+    Source: Kang, Zhao, Song 2025 (arXiv 2502.18581), self-certainty, over the tokens that may be written.
+    """
+
+    name = "self-certainty"
+
+    def read(self, state: State) -> Tensor:
+        return self_certainty(state.logits)
+
+    def fires(self, values: Tensor, threshold: float) -> Tensor:
+        return torch.zeros_like(values, dtype=torch.bool)
 
 
 class Random(Trigger):

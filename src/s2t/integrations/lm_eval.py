@@ -23,13 +23,13 @@ except ImportError as error:
     raise missing_extra("lm_eval", "lm-eval") from error
 
 from s2t.api import load
-from s2t.config import ModelConfig
+from s2t.config import MANY_SAMPLES, ModelConfig
 from s2t.model.chat import chat_text
 from s2t.model.encode import encode
 
 NAME = "s2t"
 _Base: Any = HFLM  # its decorator is untyped
-_SAMPLED = ("sample", "self-consistency")
+_SAMPLED = ("sample", *MANY_SAMPLES)
 _FILTERS = ("temperature", "top_p", "top_k", "min_p")
 _PASSED_ON = (
     "max_length",
@@ -48,7 +48,7 @@ class S2TLM(_Base):
 
     `loglikelihood` and `loglikelihood_rolling` are HFLM's own, on the base model (an adapter is off there).
     `generate_until` writes with the strategy, `batch_size` rows at once. A task that asks for sampling needs strategy
-    sample or self-consistency. Raises ConfigError or ModelError, one line, for what does not fit.
+    sample, self-consistency or self-certainty. Raises ConfigError or ModelError, one line, for what does not fit.
     """
 
     def __init__(

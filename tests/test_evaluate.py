@@ -1,0 +1,145 @@
+"""`s2t eval` with triggers of their own, several seeds and many samples."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import s2t
+from s2t.config import EvalConfig
+from s2t.decode.strategies import choose_sample
+from s2t.errors import ConfigError
+from s2t.evaluate import evaluate
+
+NAMES = "greedy,sample,self-consistency,self-certainty,s2t@divergence,s2t@entropy,takeover@random"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("eval")
+    calibration = folder / "calibration.json"
+    calibration.write_text(json.dumps({"thresholds": {"divergence": 0.3, "entropy": 0.05, "random": 0.1}}))
+    config = EvalConfig(
+        slm="tiny:slm",
+        llm="tiny:llm",
+        strategies=NAMES,
+        calibration=str(calibration),
+        out=str(folder / "run"),
+        limit=12,
+        num_seeds=2,
+        num_samples=4,
+        max_new_tokens=96,
+        num_traces=1,
+    )
+    return config, evaluate(config)
+
+
+def lines(config):
+    return [json.loads(line) for line in Path(config.out, "results.jsonl").read_text().splitlines()]
+
+
+def test_what_draws_at_random_has_every_seed_and_nothing_else_has_two(run):
+    config, summary = run
+    seeds = {name: scores["num_seeds"] for name, scores in summary["strategies"].items()}
+    random = {"sample", "self-consistency", "self-certainty", "takeover@random"}
+    assert seeds == {name: 2 if name in random else 1 for name in NAMES.split(",")}
+    results = lines(config)
+    for name, count in seeds.items():
+        own = [(r["problem_id"], r["seed"]) for r in results if r["strategy"] == name]
+        assert len(own) == len(set(own)) == 12 * count
+        scores = summary["strategies"][name]
+        assert scores["accuracy"] == pytest.approx(np.mean(scores["accuracy_by_seed"]))
+        assert scores["num_problems"] == 12
+    texts = {s: [r["text"] for r in results if r["strategy"] == "sample" and r["seed"] == s] for s in (0, 1)}
+    assert texts[0] != texts[1]
+
+
+def test_a_trigger_of_its_own_is_used(run):
+    _, summary = run
+    rates = {name: scores["trigger_rate"] for name, scores in summary["strategies"].items()}
+    assert 0.02 < rates["takeover@random"] < 0.25
+    results = lines(run[0])
+    fired = {name: [r["num_triggered"] for r in results if r["strategy"] == name] for name in rates}
+    assert fired["s2t@divergence"] != fired["s2t@entropy"]
+    assert rates["s2t@divergence"] > 0
+    assert rates["s2t@entropy"] > 0
+    assert rates["greedy"] == 0
+
+
+def test_costs_are_those_of_one_seed(run):
+    _, summary = run
+    scores = summary["strategies"]
+    assert scores["sample"]["slm_tokens"] < 2 * scores["greedy"]["slm_tokens"]
+    assert scores["self-consistency"]["slm_tokens"] > 2.5 * scores["sample"]["slm_tokens"]
+
+
+def test_the_curves_over_the_number_of_samples_end_at_what_was_run(run):
+    config, summary = run
+    for name in ("self-consistency", "self-certainty"):
+        scores = summary["strategies"][name]
+        curve = scores["by_num_samples"]
+        assert list(curve) == ["1", "2", "3", "4"]
+        assert curve["4"]["accuracy"] == pytest.approx(scores["accuracy"])
+        assert curve["4"]["pass_at"] == pytest.approx(scores["pass_at_n"])
+        passes = [curve[n]["pass_at"] for n in curve]
+        assert passes == sorted(passes)
+        share = np.mean([r["num_correct_samples"] / 4 for r in lines(config) if r["strategy"] == name])
+        assert passes[0] == pytest.approx(share)
+
+
+def test_both_ways_to_choose_see_the_same_samples(run):
+    config, _ = run
+    votes = {
+        name: [r["samples"] for r in lines(config) if r["strategy"] == name]
+        for name in ("self-consistency", "self-certainty")
+    }
+    for voted, rated in zip(*votes.values(), strict=True):
+        assert [s["answer"] for s in voted] == [s["answer"] for s in rated]
+        assert all(s["certainty"] is None for s in voted)
+        assert all(s["certainty"] > 0 for s in rated)
+
+
+def test_many_comparisons_are_adjusted(run):
+    _, summary = run
+    tests = summary["paired"].values()
+    assert len(tests) == 6
+    assert all(test["p_value"] <= test["p_holm"] <= 1 for test in tests)
+    assert all(0 < test["detectable"] <= 1 for test in tests)
+
+
+def test_a_rerun_reads_what_is_there(run):
+    config, summary = run
+    assert evaluate(config) == summary
+
+
+def test_the_surest_sample_or_the_majority():
+    answers, certainties = ["3", "4", "4", None], [1.0, 2.0, 0.5, 9.0]
+    assert choose_sample("self-consistency", answers, certainties) == 1
+    assert choose_sample("self-certainty", answers, certainties) == 3
+
+
+def test_the_api_gives_the_surest_sample():
+    answer = s2t.load("tiny:slm").generate("What is 3 + 4?", "self-certainty", num_samples=3, max_new_tokens=24)
+    assert len(answer.samples) == 3
+    assert answer.text in [sample.text for sample in answer.samples]
+
+
+@pytest.mark.parametrize(
+    ("strategies", "message"),
+    [
+        ("greedy@entropy", "only takeover, s2t, s2t-local take a trigger"),
+        ("s2t@weather", "trigger of s2t must be one of"),
+        ("s2t@entropy,s2t@entropy", "more than once"),
+    ],
+)
+def test_what_is_no_variant_is_refused(strategies, message):
+    with pytest.raises(ConfigError, match=message):
+        EvalConfig(strategies=strategies)
+
+
+def test_a_trigger_that_does_not_fit_is_refused_before_a_model_is_loaded(tmp_path):
+    with pytest.raises(ConfigError, match="takes trigger criticality, entropy, random, never"):
+        evaluate(EvalConfig(strategies="s2t-local@divergence", adapter=None, slm="nowhere", out=str(tmp_path / "x")))
