@@ -19,6 +19,7 @@ FLOORS = (
     {"decode"},
     {"measure", "collect", "train", "merge", "evaluate", "report", "serve"},
     {"api", "demo", "bench", "workflows"},
+    {"studies"},
     {"cli", "integrations"},
 )
 WORKFLOWS = FLOORS[4]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -256,7 +256,7 @@ class CollectConfig(StepConfig, TaskConfig, ModelConfig):
     """Folder of this run; rerunning resumes it."""
     split: str = "train"
     """train, calibration or test."""
-    policy: str = "greedy"
+    policy: str = "s2t"
     """What writes the trajectories: greedy, sample, takeover, s2t, or s2t-local (with an adapter or a merged model)."""
     adapter: str | None = None
     """Adapter folder written by `s2t train`, for policy s2t-local."""
@@ -427,6 +427,65 @@ class EvalConfig(DecodeConfig, TaskConfig, ModelConfig):
     @property
     def strategy_names(self) -> tuple[str, ...]:
         return tuple(name.strip() for name in self.strategies.split(",") if name.strip())
+
+
+@dataclass(frozen=True)
+class StudyConfig(TaskConfig, ModelConfig):
+    """`s2t study NAME`: one question about a pair or an adapter, answered with a table and a picture."""
+
+    llm: str | None = "tiny:llm"
+    """Hub id, folder, or `tiny:llm`: the reference."""
+    name: str = field(default="sufficiency", metadata={"hidden": True})
+    """sufficiency, positions, scaling, triggers, criticality, candidates, training, size, transfer or knowledge."""
+    out: str = "runs/study"
+    """Folder of this study; rerunning resumes it."""
+    base: str | None = None
+    """Folder with the runs measure, calibrate, collect and train of this pair, such as runs/demo; None makes them below --out."""
+    split: str = "test"
+    """train, calibration or test: the problems that accuracies and hit rates are of."""
+    limit: int = 1000
+    """Number of problems."""
+    calibration_limit: int = 1000
+    """Calibration problems that thresholds come from."""
+    train_limit: int = 6000
+    """Problems that selectors are trained on."""
+    quantile: float = 0.97
+    """Quantile of divergence above which a step is a divergence point."""
+    training: str | None = None
+    """Settings of `s2t train` as name=value,name=value; None takes the demo's for embedded models, else the defaults."""
+    slms: str | None = None
+    """SLMs of sufficiency and scaling, comma-separated; None takes --slm alone."""
+    tasks: str | None = None
+    """Tasks of sufficiency and transfer, separated by semicolons; None takes --task alone."""
+    num_seeds: int = 3
+    """Seeds of the trigger random."""
+    max_new_tokens: int = 256
+    """Length limit of one answer, in tokens."""
+    batch_size: int = 64
+    """Sequences written at once."""
+
+    def __post_init__(self) -> None:
+        self.check_model()
+        self.check_task()
+        _between("quantile", self.quantile, 0, 1)
+        _at_least(1, calibration_limit=self.calibration_limit, train_limit=self.train_limit, num_seeds=self.num_seeds)
+        _at_least(1, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size)
+        _require(self.llm is not None, "a study needs the LLM; pass --llm MODEL.")
+        _require(self.split in ("calibration", "test"), f"split must be calibration or test; got {self.split!r}.")
+
+    @property
+    def slm_names(self) -> tuple[str, ...]:
+        return tuple(name.strip() for name in (self.slms or self.slm).split(",") if name.strip())
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        return tuple(name.strip() for name in (self.tasks or self.task).split(";") if name.strip())
+
+    def for_slm(self, slm: str) -> StudyConfig:
+        """The same study of another SLM, with runs of its own."""
+        folder = "".join(c if c.isalnum() else "-" for c in slm).strip("-")
+        is_own = slm == self.slm
+        return replace(self, slm=slm, slms=None, out=f"{self.out}/{folder}", base=self.base if is_own else None)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from s2t.config import MANY_SAMPLES, NEEDS_LLM, EvalConfig
 from s2t.core.stats import bootstrap_interval, holm_p_values, paired_comparison, pass_at
-from s2t.decode.session import Generated, Session
+from s2t.decode.session import Generated, Session, check_needs
 from s2t.decode.strategies import Strategy, build_strategy, choose_sample
 from s2t.decode.workload import open_task, read_thresholds, requests_for, shards_of, task_for_workers
 from s2t.files import RunFolder, read_json, write_json, write_text
@@ -38,6 +38,7 @@ _COSTS = ("slm_forwards", "llm_forwards", "slm_processed", "llm_processed", "slm
 def evaluate(config: EvalConfig) -> dict[str, Any]:
     """Run all strategies and return summary.json; writes results.jsonl, traces.jsonl and the shards they come from."""
     names = config.strategy_names
+    check_needs(config, [name.partition("@")[0] for name in names], config.adapter)
     adapter = selector_config(config.adapter, config.slm)
     run = RunFolder.open(config.out, "eval", config, ignore=("workers",))
     task = open_task(config, config.slm)

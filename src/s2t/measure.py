@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from s2t.config import CalibrateConfig, DecodeConfig, MeasureConfig
 from s2t.core.calibration import threshold_at
-from s2t.core.stats import hit_rate_curve
+from s2t.core.stats import clustered_rate_interval, hit_rate_curve
 from s2t.decode.label import Labels
 from s2t.decode.session import Generated, Session
 from s2t.decode.strategies import build_strategy
@@ -130,19 +130,7 @@ def summarize(steps: pa.Table, quantile: float, threshold: float | None) -> dict
 
 def _clustered_intervals(ranks: np.ndarray, problems: np.ndarray) -> dict[int, tuple[float, float]]:
     """Bootstrap over problems, since the points of one problem are not independent."""
-    if ranks.size == 0:
-        return {}
-    _, owner = np.unique(problems, return_inverse=True)
-    count = np.bincount(owner).astype(float)
-    rng = np.random.default_rng(0)
-    weights = rng.multinomial(len(count), np.full(len(count), 1 / len(count)), size=_NUM_RESAMPLES)
-    intervals = {}
-    for k in KS:
-        hits = np.bincount(owner, weights=ranks < k)
-        rates = (weights @ hits) / np.maximum(weights @ count, 1)
-        low, high = np.quantile(rates, [0.025, 0.975])
-        intervals[k] = (float(low), float(high))
-    return intervals
+    return {k: clustered_rate_interval(ranks < k, problems, _NUM_RESAMPLES) for k in KS} if ranks.size else {}
 
 
 def _by_divergence(values: np.ndarray, ranks: np.ndarray) -> list[dict[str, Any]]:

@@ -8,13 +8,18 @@ import numpy as np
 import pytest
 
 from s2t.core.stats import (
+    average_precision,
     bootstrap_interval,
+    calibration_error,
+    clustered_rate_interval,
     detectable_difference,
     hit_rate_curve,
     holm_p_values,
     mcnemar_p_value,
     paired_comparison,
     pass_at,
+    roc_auc,
+    roc_curve,
     sign_flip_p_value,
     wilson_interval,
 )
@@ -172,3 +177,41 @@ def test_pass_at_is_the_chance_over_all_subsets():
     for k in range(1, 7):
         drawn = [any(subset) for subset in combinations(marks, k)]
         assert pass_at(6, 2, k) == pytest.approx(np.mean(drawn))
+
+
+# Quality of a score
+
+
+def test_the_area_under_the_curve_is_the_share_of_pairs_in_order():
+    rng = np.random.default_rng(3)
+    scores, truth = rng.integers(0, 6, 60), rng.random(60) < 0.4
+    pairs = [(a > b) + 0.5 * (a == b) for a in scores[truth] for b in scores[~truth]]
+    assert roc_auc(scores, truth) == pytest.approx(np.mean(pairs))
+    false, true = roc_curve(scores, truth)
+    assert (false[0], true[0], false[-1], true[-1]) == (0, 0, 1, 1)
+    assert (np.diff(false) >= 0).all()
+    with pytest.raises(ValueError, match="both true and false"):
+        roc_auc([1.0, 2.0], [True, True])
+
+
+def test_average_precision_by_hand():
+    assert average_precision([4, 3, 2, 1], [True, False, True, False]) == pytest.approx((1 + 2 / 3) / 2)
+    assert average_precision([1, 1, 1, 1], [True, False, True, False]) == pytest.approx(0.5)
+
+
+def test_calibration_error_is_zero_for_true_probabilities_and_the_gap_for_others():
+    rng = np.random.default_rng(4)
+    probs = rng.random(50_000)
+    truth = rng.random(50_000) < probs
+    assert calibration_error(probs, truth) < 0.02
+    assert calibration_error(np.full(100, 0.9), np.zeros(100, dtype=bool)) == pytest.approx(0.9)
+
+
+def test_rates_of_dependent_items_are_less_certain():
+    rng = np.random.default_rng(5)
+    owners = np.repeat(np.arange(50), 10)
+    together = np.repeat(rng.random(50) < 0.5, 10)
+    apart = rng.random(500) < 0.5
+    wide, narrow = (clustered_rate_interval(hits, owners) for hits in (together, apart))
+    assert wide[1] - wide[0] > 2 * (narrow[1] - narrow[0])
+    assert all(math.isnan(bound) for bound in clustered_rate_interval([], []))

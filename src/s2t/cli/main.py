@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from s2t import __version__
-from s2t.cli import bench, calibrate, chat, collect, demo, evaluate, generate, measure, merge, report, train
+from s2t.cli import bench, calibrate, chat, collect, demo, evaluate, generate, measure, merge, report, study, train
 from s2t.errors import S2TError
 
 COMMANDS = {
@@ -30,9 +30,11 @@ COMMANDS = {
     "chat": chat.command,
     "eval": evaluate.command,
     "report": report.command,
+    "study": study.command,
     "bench": bench.command,
 }
 
+RESUMED = ("demo", "measure", "collect", "train", "eval", "study")
 INTERRUPTED = 130
 USAGE_ERROR = typer.BadParameter.__mro__[1]  # UsageError, which Typer keeps to itself
 DISK_ERRORS = {
@@ -61,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if is_debug:
             traceback.print_exc()
         line, code = describe(error)
+        if code == INTERRUPTED and words[:1] and words[0] in RESUMED:
+            line += "; run the same command again to go on from there"
         print(f"s2t: {line}", file=sys.stderr)
     return code if isinstance(code, int) else 0
 

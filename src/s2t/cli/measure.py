@@ -9,6 +9,8 @@ from s2t.cli.options import with_options
 from s2t.cli.output import percent, percent_interval, print_facts, print_table
 from s2t.config import MeasureConfig
 
+BAND_KS = ("1", "2", "4", "8", "16")
+
 
 def show(measured: Mapping[str, Any]) -> None:
     print_facts("measure", measured)
@@ -33,6 +35,7 @@ def _show_bands(bands: list[Mapping[str, Any]]) -> None:
     if not bands:
         return
     ks = list(bands[0]["hit_rate"])
+    ks = [k for k in ks if k in BAND_KS]
     rows = [(_band_name(band), band["num_steps"], *(percent(band["hit_rate"].get(k)) for k in ks)) for band in bands]
     print_table("Hit rate by divergence (nats)", ("divergence", "steps", *(f"hit@{k} %" for k in ks)), rows)
 

@@ -105,9 +105,10 @@ def _field_parameters(config_class: type[Any]) -> list[Parameter]:
     parameters = []
     for item in fields(config_class):
         info = typer.Option(
-            _declaration(item.name, hints[item.name]),
+            _declaration(item.name, hints[item.name], item.default),
             help=_escape(_help(item, docs.get(item.name, ""))),
             show_default=False,
+            hidden=bool(item.metadata.get("hidden")),
             rich_help_panel=_panel(config_class, item.name),
         )
         parameters.append(_parameter(item.name, hints[item.name] | None, None, info))
@@ -130,9 +131,9 @@ def _parameter(name: str, kind: Any, default: Any, info: Any) -> Parameter:
     return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
 
 
-def _declaration(name: str, kind: Any) -> str:
+def _declaration(name: str, kind: Any, default: Any) -> str:
     flag = name.replace("_", "-")
-    return f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}"
+    return f"--{flag}/--no-{flag}" if kind is bool and default is True else f"--{flag}"
 
 
 def _help(item: Field[Any], doc: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
@@ -21,12 +22,13 @@ def json_text(document: Any) -> str:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """One table with the first column to the left and the others, numbers mostly, to the right."""
+    """One table with the first column to the left and the others, numbers mostly, to the right; nothing is cut off."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(columns):
-        table.add_column(name, justify="right" if index else "left")
+        table.add_column(name, justify="right" if index else "left", overflow="fold")
     for row in rows:
         table.add_row(*(number(value) for value in row))
     _print(table)
@@ -57,6 +59,11 @@ def percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f}"
 
 
+def p_value(p: float | None) -> str:
+    """A p-value with three decimals, or `<0.001`."""
+    return "–" if p is None else "<0.001" if p < 0.0005 else f"{p:.3f}"
+
+
 def percent_interval(bounds: Sequence[float] | None) -> str:
     """An interval of shares, e.g. `41.0 to 47.5`."""
     return "–" if not bounds else f"{100 * bounds[0]:.1f} to {100 * bounds[1]:.1f}"
@@ -65,7 +72,7 @@ def percent_interval(bounds: Sequence[float] | None) -> str:
 def _print(renderable: Any) -> None:
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() else PIPE_WIDTH
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
     Console(file=sys.stdout, width=width, highlight=False, markup=False).print(renderable)
 
 

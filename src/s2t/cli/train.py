@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,12 @@ from s2t.config import TrainConfig
 
 def show(trained: Mapping[str, Any]) -> None:
     print_facts("train", trained)
+    if trained.get("trigger_rate") == 0:
+        print(
+            "warning: the adapter never triggers on its own training problems, so that s2t-local would write what greedy writes; "
+            "train longer, or at a higher --learning-rate.",
+            file=sys.stderr,
+        )
 
 
 @with_options(TrainConfig, show)

@@ -142,6 +142,72 @@ def pass_at(n: int, correct: int, k: int) -> float:
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
+def clustered_rate_interval(
+    hits: ArrayLike, owners: ArrayLike, num_resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % interval of a rate over items that belong to owners, who are resampled whole; bool [N], labels [N] -> (low, high).
+
+    For divergence points, which of one problem are not independent. (nan, nan) when there are no items.
+    """
+    marks = np.asarray(hits, dtype=np.float64)
+    if marks.size == 0:
+        return math.nan, math.nan
+    _, owner = np.unique(np.asarray(owners), return_inverse=True)
+    count, sums = np.bincount(owner).astype(float), np.bincount(owner, weights=marks)
+    weights = np.random.default_rng(seed).multinomial(
+        len(count), np.full(len(count), 1 / len(count)), size=num_resamples
+    )
+    low, high = np.quantile((weights @ sums) / np.maximum(weights @ count, 1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def roc_curve(scores: ArrayLike, truth: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """False and true positive rates as the cut falls; float [N], bool [N] -> two rising arrays from 0 to 1.
+
+    Equal scores pass the cut together. ValueError unless there are both true and false items.
+    """
+    hits, misses = _passed(scores, truth)
+    return misses / misses[-1], hits / hits[-1]
+
+
+def roc_auc(scores: ArrayLike, truth: ArrayLike) -> float:
+    """Chance that a true item scores above a false one, ties counted half; the area under `roc_curve`."""
+    false, true = roc_curve(scores, truth)
+    return float(np.sum(np.diff(false) * (true[1:] + true[:-1]) / 2))
+
+
+def average_precision(scores: ArrayLike, truth: ArrayLike) -> float:
+    """Precision averaged over the true items as the cut falls: sum of precision times the step in recall."""
+    hits, misses = _passed(scores, truth)
+    precision = hits[1:] / (hits[1:] + misses[1:])
+    return float(np.sum(np.diff(hits) * precision) / hits[-1])
+
+
+def calibration_error(probs: ArrayLike, truth: ArrayLike, num_bins: int = 10) -> float:
+    """Expected calibration error: mean gap of stated probability and true rate over equal-width bins, weighted by size.
+
+    Source: Naeini, Cooper, Hauskrecht 2015.
+    """
+    values, marks = np.asarray(probs, dtype=np.float64), np.asarray(truth, dtype=np.float64)
+    place = np.minimum((values * num_bins).astype(int), num_bins - 1)
+    count = np.bincount(place, minlength=num_bins)
+    gaps = np.abs(
+        np.bincount(place, weights=values, minlength=num_bins) - np.bincount(place, weights=marks, minlength=num_bins)
+    )
+    return float(gaps.sum() / max(count.sum(), 1))
+
+
+def _passed(scores: ArrayLike, truth: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """True and false items at or above every cut, from none to all."""
+    values, marks = np.asarray(scores, dtype=np.float64), np.asarray(truth, dtype=bool)
+    if marks.all() or not marks.any():
+        raise ValueError("need both true and false items; got one kind only.")
+    order = np.argsort(-values, kind="stable")
+    last = np.append(np.diff(values[order]) != 0, True)  # the last of every run of equal scores
+    hits, misses = np.cumsum(marks[order])[last], np.cumsum(~marks[order])[last]
+    return np.concatenate([[0], hits]), np.concatenate([[0], misses])
+
+
 def _by_seed(values: ArrayLike) -> np.ndarray:
     """[N] or [S, N] -> float [S, N]; ValueError when there is nothing in it."""
     array = np.asarray(values, dtype=np.float64)

@@ -70,12 +70,8 @@ class Session:
     @classmethod
     def open(cls, config: ModelConfig, strategies: Sequence[str], adapter: str | None, batch_size: int) -> Session:
         """Load the models that `strategies` need; raises ModelError or ConfigError, one line, when one is missing."""
+        check_needs(config, strategies, adapter)
         needs_llm = any(name in NEEDS_LLM for name in strategies)
-        if needs_llm and config.llm is None:
-            names = ", ".join(name for name in strategies if name in NEEDS_LLM)
-            raise ConfigError(f"strategy {names} needs the LLM; pass --llm MODEL.")
-        if "s2t-local" in strategies and adapter is None and not is_merged(local_folder(config.slm)):
-            raise ConfigError("strategy s2t-local needs --adapter, a folder written by `s2t train`.")
         slm = load_model(config.slm, **config.load_options)
         loaded = load_selector(adapter, slm) if "s2t-local" in strategies else None
         llm = None
@@ -203,6 +199,15 @@ class Session:
         if self.llm is None:
             raise ConfigError("this strategy needs the LLM; pass --llm MODEL.")
         return self.llm
+
+
+def check_needs(config: ModelConfig, strategies: Sequence[str], adapter: str | None) -> None:
+    """Raise ConfigError where a strategy needs an LLM or an adapter and there is none; loads nothing."""
+    if config.llm is None and any(name in NEEDS_LLM for name in strategies):
+        names = ", ".join(name for name in strategies if name in NEEDS_LLM)
+        raise ConfigError(f"strategy {names} needs the LLM; pass --llm MODEL.")
+    if "s2t-local" in strategies and adapter is None and not is_merged(local_folder(config.slm)):
+        raise ConfigError("strategy s2t-local needs --adapter, a folder written by `s2t train`.")
 
 
 def _checked(loaded: LoadedModel, ids: list[int]) -> list[int]:

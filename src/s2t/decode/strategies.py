@@ -102,9 +102,8 @@ def _threshold(name: str, trigger: Trigger, config: DecodeConfig, thresholds: di
         return config.threshold
     if trigger.name in thresholds:
         return thresholds[trigger.name]
-    raise ConfigError(
-        f"strategy {name} with trigger {trigger.name} has no threshold; pass --threshold or --calibration calibration.json."
-    )
+    source = "" if trigger.name == "criticality" else " or --calibration calibration.json"
+    raise ConfigError(f"strategy {name} with trigger {trigger.name} has no threshold; pass --threshold{source}.")
 
 
 def vote(answers: Sequence[str | None]) -> str | None:

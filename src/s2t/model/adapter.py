@@ -246,11 +246,20 @@ def attached_adapter(model: nn.Module) -> SelectorAdapter | None:
     return model.__dict__.get(_ATTACHED)
 
 
+def _what_it_is(folder: Path) -> str:
+    """Why a path is no adapter folder, in words."""
+    if not folder.exists():
+        return f"adapter {folder} does not exist"
+    if (folder / "adapter" / CONFIG_FILE).is_file():
+        return f"{folder} is a run, its adapter is {folder / 'adapter'}"
+    return f"{folder} is no adapter folder: {CONFIG_FILE} is missing"
+
+
 def read_adapter_config(folder: str | Path) -> AdapterConfig:
     """The metadata of an adapter folder; raises ModelError where the folder is none."""
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
-        raise ModelError(f"{folder} is no adapter folder: {CONFIG_FILE} is missing; pass the folder `s2t train` wrote.")
+        raise ModelError(f"{_what_it_is(Path(folder))}; pass the folder `s2t train` wrote.")
     if is_merged(folder):
         raise ModelError(f"{folder} is a merged model, not an adapter; pass --slm {folder} without --adapter.")
     data = read_json(path)

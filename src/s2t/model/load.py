@@ -268,7 +268,16 @@ def _why_not_loaded(name: str, error: Exception, revision: str | None = None, qu
     text = " ".join(str(error).split())
     is_folder = Path(name).exists()
     is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1
+    wanted = (
+        ("config.json", "tokenizer_config.json")
+        if is_folder and not Path(name, "adapter_config.json").is_file()
+        else ()
+    )
+    missing = [file for file in wanted if not Path(name, file).is_file()]
     reasons = {
+        f"is a folder without {' and '.join(missing)}; pass one that save_pretrained of a model and its tokenizer wrote.": (
+            bool(missing)
+        ),
         "needs its own code; review it, then pass --trust-remote-code.": "trust_remote_code" in text,
         "is gated or private; accept its terms on the hub, then run: hf auth login.": any(
             sign in text for sign in ("gated", "401", "403")

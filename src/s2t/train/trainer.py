@@ -32,6 +32,8 @@ from s2t.train.forward import FrozenPrefixes, Prefixes, States, forward, lm_kl
 
 _CHECKPOINT = "checkpoint.safetensors"
 _LOG = "train_log.jsonl"
+_TRAJECTORIES_TO_CHECK = 64
+_TRAJECTORIES_AT_ONCE = 8
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -228,14 +230,34 @@ class Trainer:
         if Path(self.run.file(_LOG)).exists():
             self.log = [line for line in read_jsonl(self.run.file(_LOG)) if line["step"] <= self.step]
 
+    @torch.no_grad()
+    def _triggers(self) -> dict[str, float]:
+        """Share of the steps of some training trajectories that are divergence points, and that the adapter fires at."""
+        count = min(len(self.data.trajectories), _TRAJECTORIES_TO_CHECK)
+        trajectories = self.data.trajectories[:count]
+        fired = critical = steps = 0
+        for start in range(0, count, _TRAJECTORIES_AT_ONCE):
+            chosen = trajectories[start : start + _TRAJECTORIES_AT_ONCE]
+            batch = make_batch(chosen, self.data.threshold, self.data.warmup_steps, self.adapter.loaded.device)
+            values = self.adapter.selector.criticality_logits(forward(self.adapter, batch).steps).sigmoid()
+            fired += int((values > self.config.criticality_threshold).sum())
+            critical += int(batch.is_critical.sum())
+            steps += batch.is_critical.numel()
+        self.adapter.act(False)
+        return {"divergence_rate": critical / steps, "trigger_rate": fired / steps}
+
     def summary(self) -> dict[str, Any]:
-        """Counts, and the losses over the last tenth of the run."""
-        tail = self.log[-max(1, len(self.log) // 10) :]
+        """Counts, the losses over the first and the last tenth of the run, and how often the adapter triggers."""
+        count = max(1, len(self.log) // 10)
+        head, tail = self.log[:count], self.log[-count:]
         names = [name for name in ("loss", "ce", "pairwise", "listwise", "lm", "criticality") if name in tail[-1]]
         return {
             "num_trajectories": len(self.data.trajectories),
             "num_groups": self.data.num_groups,
             "num_steps": self.num_steps,
             "num_trainable": sum(p.numel() for p in self.parameters.values()),
+            "first_loss": float(np.mean([line["loss"] for line in head])),
+            "final_loss": float(np.mean([line["loss"] for line in tail])),
+            **self._triggers(),
             "final": {name: float(np.mean([line[name] for line in tail])) for name in names},
         }

@@ -1,0 +1,91 @@
+"""The picture of a study: lines with intervals against a number, or bars with intervals; PNG bytes.
+
+Takes plain JSON values, as study.json holds them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from s2t.report.plots import LIGHT, Theme, _figure, _png
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6A51A3", "#8C8C8C", "#1B1F24")
+_MARKERS = "osD^vPX*<"
+
+
+def draw_chart(chart: dict[str, Any], theme: Theme = LIGHT) -> bytes:
+    """A chart with x_label, y_label, series (name, x, y in [0, 1], ci95), kind (line or bar) and log_x; PNG bytes."""
+    if chart["kind"] == "bar":
+        return _bars(chart, theme)
+    figure, axes = _figure(theme)
+    for place, series in enumerate(chart["series"]):
+        style: dict[str, Any] = {"color": _COLORS[place % len(_COLORS)], "marker": _MARKERS[place % len(_MARKERS)]}
+        y = [100 * value for value in series["y"]]
+        if len(y) > 50:
+            axes.plot(series["x"], y, color=style["color"], linewidth=2, label=series["name"])
+            continue
+        bars = _error_bars(y, series["ci95"])
+        axes.errorbar(series["x"], y, yerr=bars, markersize=6, linewidth=1.8, capsize=3, label=series["name"], **style)
+    if chart["log_x"]:
+        _log_axis(axes, [x for series in chart["series"] for x in series["x"]])
+    axes.set_xlabel(chart["x_label"])
+    axes.set_ylabel(chart["y_label"])
+    columns = 2 if len(chart["series"]) > 2 else max(1, len(chart["series"]))
+    axes.legend(
+        loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, frameon=False, labelcolor=theme.ink, fontsize=9
+    )
+    return _png(figure)
+
+
+def _bars(chart: dict[str, Any], theme: Theme) -> bytes:
+    """Horizontal bars, first on top, with the interval and the value beside each."""
+    series = chart["series"]
+    figure, axes = _figure(theme)
+    figure.set_size_inches(7.0, max(2.2, 0.34 * len(series) + 1.0))
+    values = [100 * one["y"][0] for one in series]
+    errors = _error_bars(values, [interval for one in series for interval in (one["ci95"] or [None])])
+    places = list(range(len(series)))
+    axes.barh(places, values, color=_COLORS[0], alpha=0.85, height=0.7)
+    axes.errorbar(values, places, xerr=errors, fmt="none", ecolor=theme.ink, capsize=3, linewidth=1.2)
+    right = [value + (errors[1][i] if errors else 0) for i, value in enumerate(values)]
+    for place, value, edge in zip(places, values, right, strict=True):
+        axes.annotate(
+            f"{value:.1f}", (max(edge, 0), place), (6, 0), textcoords="offset points", va="center", color=theme.ink
+        )
+    axes.set_yticks(places, [one["name"] for one in series])
+    axes.invert_yaxis()
+    axes.set_xlim(min(0, min(values, default=0) * 1.15), max(right, default=1) * 1.15 + 1)
+    axes.set_xlabel(chart["y_label"])
+    return _png(figure)
+
+
+def _error_bars(values: Sequence[float], intervals: Sequence[Any]) -> list[list[float]] | None:
+    """Lengths below and above in percent; None where no interval is known."""
+    if not any(intervals):
+        return None
+    below = [max(0.0, v - 100 * ci[0]) if ci else 0.0 for v, ci in zip(values, intervals, strict=True)]
+    above = [max(0.0, 100 * ci[1] - v) if ci else 0.0 for v, ci in zip(values, intervals, strict=True)]
+    return [below, above]
+
+
+def _log_axis(axes: Axes, values: Sequence[float]) -> None:
+    """A log axis whose ticks are the values themselves where they are few, thinned where they crowd."""
+    axes.set_xscale("log")
+    ticks: list[float] = []
+    span = math.log(max(values) / min(values)) if min(values) > 0 else 1.0
+    for value in sorted(set(values)):
+        if not ticks or math.log(value / ticks[-1]) > 0.09 * span:
+            ticks.append(value)
+    axes.set_xticks(ticks, [_short(value) for value in ticks])
+    axes.minorticks_off()
+
+
+def _short(value: float) -> str:
+    if value >= 1e6:
+        return f"{value / 1e6:.3g} M"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"

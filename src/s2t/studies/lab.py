@@ -1,0 +1,183 @@
+"""The runs that studies are made of: measured, calibrated, collected, trained and evaluated once, and shared.
+
+A folder that holds finished runs of the same pair (such as `runs/demo`) serves as the base; what it lacks is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from s2t import workflows
+from s2t.config import StudyConfig
+from s2t.demo import TRAIN_SETTINGS
+from s2t.errors import ConfigError
+from s2t.files import RunFolder, load_run, read_json, write_json
+from s2t.model.tiny import is_embedded
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """One line of a chart: points with 95 % intervals where they are known."""
+
+    name: str
+    x: list[float]
+    y: list[float]
+    ci95: list[tuple[float, float] | None] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """What the picture of a study shows; `kind` is line (numeric x) or bar (one point per series, no x)."""
+
+    x_label: str
+    y_label: str
+    series: list[Series]
+    kind: str = "line"
+    log_x: bool = False
+    percent_y: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """A study's table and chart; rows are plain values, shares in [0, 1] under a column whose name ends in %."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[Any, ...]]
+    chart: Chart
+    notes: list[str] = field(default_factory=list)
+
+
+class Lab:
+    """Runs workflows for one study; every method returns the folder of a finished run."""
+
+    def __init__(self, config: StudyConfig) -> None:
+        self.config = config
+        self.folder = Path(config.out)
+        self.base = Path(config.base) if config.base is not None else self.folder / "base"
+
+    @property
+    def models(self) -> dict[str, Any]:
+        """Settings that load the pair."""
+        config = self.config
+        names = ("slm", "llm", "dtype", "device", "trust_remote_code", "execution", "quantization", "llm_quantization")
+        return {name: getattr(config, name) for name in names}
+
+    @property
+    def problems(self) -> dict[str, Any]:
+        """Settings of whatever reads problems."""
+        config = self.config
+        names = ("task", "prompt", "seed", "workers", "max_new_tokens", "batch_size")
+        return {name: getattr(config, name) for name in names}
+
+    def measured(self, name: str = "measure", **settings: Any) -> Path:
+        """A measured run; by default of the calibration split, in the base folder."""
+        own = {"limit": self.config.calibration_limit, "quantile": self.config.quantile}
+        return self._run("measure", self._place(name, "measure"), self.models | self.problems | own | settings)
+
+    def calibrated(self) -> Path:
+        """Thresholds of the pair."""
+        run = self.measured()
+        return self._run(
+            "calibrate", self._place("calibrate", "calibrate"), {"run": run, "quantile": self.config.quantile}
+        )
+
+    def thresholds(self) -> dict[str, float]:
+        """Thresholds of the pair, by trigger."""
+        return read_json(self.calibrated() / "calibration.json")["thresholds"]
+
+    def collected(self, name: str = "collect", **settings: Any) -> Path:
+        """Selection groups of training problems."""
+        own = {"limit": self.config.train_limit, "calibration": self.calibrated(), "policy": "s2t"}
+        return self._run("collect", self._place(name, "collect"), self.models | self.problems | own | settings)
+
+    def trained(self, name: str = "train", groups: Path | None = None, **settings: Any) -> Path:
+        """An adapter's folder."""
+        place = self._place(name, "train")
+        if not _is_finished(place, "train"):
+            models = {key: value for key, value in self.models.items() if not key.startswith("llm")}
+            own = {"groups": groups or self.collected(), "seed": self.config.seed}
+            self._run("train", place, models | own | self.training | settings)
+        return place / "adapter"
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """Settings of `s2t train`: those that were given, else those that suit the embedded models, else the defaults."""
+        if self.config.training is not None:
+            return parse_settings(self.config.training)
+        return TRAIN_SETTINGS if is_embedded(self.config.slm) else {}
+
+    def evaluated(self, name: str, strategies: str, **settings: Any) -> dict[str, Any]:
+        """summary.json of an evaluation, with the results as `results`."""
+        own = {"limit": self.config.limit, "strategies": strategies, "split": self.config.split}
+        folder = self._run("evaluate", self.folder / name, self.models | self.problems | own | settings)
+        return read_json(folder / "summary.json")
+
+    def thresholds_file(self, name: str, thresholds: Mapping[str, float]) -> Path:
+        """A calibration.json made of some thresholds."""
+        path = self.folder / f"{name}.json"
+        write_json(path, {"thresholds": dict(thresholds)})
+        return path
+
+    def _place(self, name: str, command: str) -> Path:
+        """Where a run is: the base folder for those that every study shares, else the study's own."""
+        is_shared = name == command
+        return (self.base if is_shared else self.folder) / name
+
+    def _run(self, command: str, folder: Path, settings: Mapping[str, Any]) -> Path:
+        kind = "eval" if command == "evaluate" else command
+        if folder.parent == self.base and _is_finished(folder, kind):
+            self._check_pair(folder, kind)
+            return folder
+        plain = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+        if command == "calibrate":
+            workflows.calibrate(**plain, out=str(folder))
+        else:
+            getattr(workflows, command)(**plain, out=str(folder))
+        return folder
+
+    def _check_pair(self, folder: Path, command: str) -> None:
+        """Raise ConfigError where a base folder belongs to another SLM, LLM or task."""
+        found = load_run(folder, command)["config"]
+        for name in ("slm", "llm", "task"):
+            wanted = getattr(self.config, name)
+            if name in found and found[name] != wanted and not (command == "train" and name == "llm"):
+                raise ConfigError(
+                    f"--base {self.base} has {name} {found[name]}, not {wanted}; pass another --base or none."
+                )
+
+
+def parse_settings(text: str) -> dict[str, Any]:
+    """`name=value,name=value` as a dict of numbers, booleans and texts; ConfigError for a part without `=`."""
+    settings: dict[str, Any] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, mark, value = part.partition("=")
+        if not mark:
+            raise ConfigError(f"training must be name=value, comma-separated; got {part!r}.")
+        settings[name.strip()] = _value(value.strip())
+    return settings
+
+
+def _value(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def _is_finished(folder: Path, command: str) -> bool:
+    path = folder / "manifest.json"
+    if not path.is_file():
+        return False
+    manifest = read_json(path)
+    return manifest.get("command") == command and manifest.get("status") == "complete"
+
+
+def open_run(config: StudyConfig) -> RunFolder:
+    """The study's run folder; the same settings go on, others are refused."""
+    return RunFolder.open(config.out, "study", config, ignore=("workers",))

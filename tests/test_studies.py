@@ -1,0 +1,143 @@
+"""Studies on the embedded pair, small: every one runs, says what its runs say, and goes on where it was killed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from s2t.config import StudyConfig
+from s2t.errors import ConfigError
+from s2t.files import read_json
+from s2t.studies import STUDIES, adapters, study, triggers
+from s2t.studies.knowledge import equations, fault
+from s2t.studies.lab import parse_settings
+from s2t.studies.run import cell
+
+SMALL = {
+    "slm": "tiny:slm",
+    "llm": "tiny:llm",
+    "limit": 8,
+    "calibration_limit": 24,
+    "train_limit": 32,
+    "max_new_tokens": 96,
+    "num_seeds": 1,
+    "training": "learning_rate=5e-3,batch_groups=8,epochs=2,criticality_threshold=0.5",
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Base runs that all studies here share, made by the first of them."""
+    return str(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where studies go on from each other's tests."""
+    return tmp_path_factory.mktemp("studies")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shorter():
+    """Fewer arms of each kind; the whole set is what the command runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triggers, "RATES", (0.01, 0.1))
+        patch.setattr(triggers, "KS", (1, 8))
+        patch.setattr(adapters, "ARMS", {name: adapters.ARMS[name] for name in ("default", "scope always")})
+        patch.setattr(adapters, "_SHARES", (0.5, 1.0))
+        yield
+
+
+def run(name, base, folder, **settings):
+    config = StudyConfig(name=name, base=base, out=str(folder / name), **SMALL | settings)
+    return study(config), Path(config.out)
+
+
+SLOW = ("scaling", "size", "triggers")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in STUDIES]
+)
+def test_every_study_ends_with_a_table_and_a_picture(name, base, folder):
+    settings = {"slms": "tiny:slm,tiny:slm-small"} if name == "sufficiency" else {}
+    found, made = run(name, base, folder, **settings)
+    assert found["rows"]
+    assert all(len(row) == len(found["columns"]) for row in found["rows"])
+    assert (made / "picture.png").read_bytes().startswith(b"\x89PNG")
+    table = (made / "table.md").read_text()
+    assert found["title"] in table
+    assert len([line for line in table.splitlines() if line.startswith("|")]) == len(found["rows"]) + 2
+    assert json.loads((made / "study.json").read_text())["name"] == name
+    again, _ = run(name, base, folder, **settings)
+    assert json.dumps(again) == json.dumps(found)
+
+
+def test_no_study_changes_the_shared_runs(base, folder, tmp_path):
+    run("candidates", base, folder)
+    files = {path: path.stat().st_mtime_ns for path in Path(base).rglob("*") if path.is_file()}
+    run("positions", base, tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in Path(base).rglob("*") if path.is_file()} == files
+
+
+def test_one_candidate_is_greedy(base, folder):
+    found, made = run("candidates", base, folder)
+    at = {(row[0], row[1]): row[2] for row in found["rows"]}
+    greedy = read_json(made / "k-1" / "summary.json")["strategies"]
+    assert at["s2t", 1] == at["s2t-local", 1] == greedy["s2t"]["accuracy"]
+    assert all(row[4] == 0 for row in found["rows"] if row[1] == 1)
+
+
+def test_a_base_of_another_pair_is_refused(base, folder, tmp_path):
+    run("candidates", base, folder)
+    with pytest.raises(ConfigError, match=r"has slm tiny:slm, not tiny:slm-small"):
+        run("candidates", base, tmp_path / "other", slm="tiny:slm-small")
+
+
+def test_an_unknown_study_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="study must be one of sufficiency"):
+        study(StudyConfig(name="weather", out=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("text", "holds"),
+    [
+        ("3 + 4 = 7", [True]),
+        ("so 3+4=8. Then 2 * 5 = 10", [False, True]),
+        ("2 + 3 * 4 = 14 and 2 + 3 * 4 = 20", [True, False]),
+        ("1,200 / 4 = 300", [True]),
+        ("10 - 4 - 3 = 3", [True]),
+        ("0.5 * 3 = $1.5", [True]),
+        ("5 / 0 = 0", []),
+        ("x = 4, total 7", []),
+        ("-3 + 5 = 2", [True]),
+    ],
+)
+def test_equations_of_a_text(text, holds):
+    assert equations(text) == holds
+
+
+def test_faults_are_slips_or_others():
+    assert fault({"is_correct": True, "text": "3 + 4 = 8"}) == "none"
+    assert fault({"is_correct": False, "text": "3 + 4 = 8"}) == "slip"
+    assert fault({"is_correct": False, "text": "3 + 4 = 7"}) == "other"
+
+
+def test_training_settings_as_text():
+    assert parse_settings("epochs=2, learning_rate=5e-3,criticality=head") == {
+        "epochs": 2,
+        "learning_rate": 5e-3,
+        "criticality": "head",
+    }
+    with pytest.raises(ConfigError, match="name=value"):
+        parse_settings("fast")
+
+
+def test_cells_as_text():
+    assert cell("hit@8 %", 0.9512) == "95.1"
+    assert cell("95 %", (0.1, 0.255)) == "10.0 to 25.5"
+    assert cell("p", 0.0001) == "<0.001"
+    assert cell("groups", 12345) == "12,345"
+    assert cell("x", None) == "–"
