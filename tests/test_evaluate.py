@@ -141,5 +141,12 @@ def test_what_is_no_variant_is_refused(strategies, message):
 
 
 def test_a_trigger_that_does_not_fit_is_refused_before_a_model_is_loaded(tmp_path):
-    with pytest.raises(ConfigError, match="takes trigger criticality, entropy, random, never"):
-        evaluate(EvalConfig(strategies="s2t-local@divergence", adapter=None, slm="nowhere", out=str(tmp_path / "x")))
+    with pytest.raises(ConfigError, match="takes trigger divergence, entropy, random, never"):
+        evaluate(EvalConfig(strategies="s2t@criticality", llm="nowhere", slm="nowhere", out=str(tmp_path / "x")))
+
+
+def test_what_a_strategy_needs_is_said_before_its_threshold(tmp_path):
+    with pytest.raises(ConfigError, match="s2t-local needs --adapter"):
+        evaluate(EvalConfig(strategies="greedy,s2t-local", out=str(tmp_path / "x")))
+    with pytest.raises(ConfigError, match="s2t needs the LLM"):
+        evaluate(EvalConfig(strategies="greedy,s2t@entropy", out=str(tmp_path / "x")))

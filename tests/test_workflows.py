@@ -208,7 +208,7 @@ def test_collected_groups_are_the_divergence_points_past_the_warmup(chain):
         assert len(group.candidate_ids) == len(group.slm_logprobs) == len(group.llm_probs) == 16
         assert list(group.slm_logprobs) == sorted(group.slm_logprobs, reverse=True)
         assert min(group.llm_probs) >= 0 and sum(group.llm_probs) <= 1 + 1e-4
-        assert group.provenance.split == "train" and group.provenance.policy == "greedy"
+        assert group.provenance.split == "train" and group.provenance.policy == "s2t"
 
 
 def test_held_out_templates_are_never_collected(chain):

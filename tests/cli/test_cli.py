@@ -281,7 +281,7 @@ def test_flags_beat_the_file_and_only_given_flags_are_passed(fake, tmp_path):
         (["collect"], "s2t.collect", "collect", {"num_groups": 1234, "shards": ["a", "b"]}, "1,234"),
         (["train"], "s2t.train.trainer", "train", {"num_steps": 12, "adapter": "x/adapter"}, "x/adapter"),
         (["merge"], "s2t.merge", "merge", MERGED, "x/merged"),
-        (["eval"], "s2t.evaluate", "evaluate", SUMMARY, "s2t-local vs greedy"),
+        (["eval"], "s2t.evaluate", "evaluate", SUMMARY, "least"),
         (["report"], "s2t.report", "write_report", "x/report.html", "x/report.html"),
         (["demo"], "s2t.demo", "demo", SUMMARY, "75.0"),
     ],

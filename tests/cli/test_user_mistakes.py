@@ -143,9 +143,16 @@ def test_an_adapter_of_another_base_model(mistake, problems, out, adapter):
 
 
 def test_a_folder_that_is_no_adapter(mistake, problems, out, tmp_path):
-    for folder in (tmp_path, tmp_path / "nothing"):
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    (tmp_path / "run" / "adapter" / "s2t_config.json").write_text("{}")
+    said = {
+        tmp_path: "is no adapter folder",
+        tmp_path / "nothing": "does not exist",
+        tmp_path / "run": "its adapter is",
+    }
+    for folder, what in said.items():
         words = words_of("eval", problems, out, "--strategies", "s2t-local", "--adapter", folder)
-        assert "no adapter folder" in mistake(*words)
+        assert what in mistake(*words)
 
 
 def test_a_damaged_adapter(mistake, problems, out, adapter, tmp_path):

@@ -72,7 +72,7 @@ def _cost_row(name: str, scores: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _paired_row(name: str, test: Mapping[str, Any]) -> tuple[Any, ...]:
     return (
-        name,
+        name.replace(" vs ", "\nvs "),
         percent(test.get("difference")),
         percent_interval(test.get("ci95")),
         p_value(test.get("p_value")),

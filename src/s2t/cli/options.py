@@ -105,7 +105,7 @@ def _field_parameters(config_class: type[Any]) -> list[Parameter]:
     parameters = []
     for item in fields(config_class):
         info = typer.Option(
-            _declaration(item.name, hints[item.name], item.default),
+            _declaration(item.name, hints[item.name]),
             help=_escape(_help(item, docs.get(item.name, ""))),
             show_default=False,
             hidden=bool(item.metadata.get("hidden")),
@@ -131,9 +131,9 @@ def _parameter(name: str, kind: Any, default: Any, info: Any) -> Parameter:
     return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
 
 
-def _declaration(name: str, kind: Any, default: Any) -> str:
+def _declaration(name: str, kind: Any) -> str:
     flag = name.replace("_", "-")
-    return f"--{flag}/--no-{flag}" if kind is bool and default is True else f"--{flag}"
+    return f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}"
 
 
 def _help(item: Field[Any], doc: str) -> str:

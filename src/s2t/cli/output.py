@@ -26,9 +26,12 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+    )
     for index, name in enumerate(columns):
-        table.add_column(name, justify="right" if index else "left", overflow="fold")
+        header = "\n".join(name.rsplit(" ", 1)) if index else name  # narrow columns: numbers must fit 80 characters
+        table.add_column(header, justify="right" if index else "left", overflow="fold")
     for row in rows:
         table.add_row(*(number(value) for value in row))
     _print(table)
