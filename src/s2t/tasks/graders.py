@@ -5,14 +5,12 @@ Plain numbers compare exactly, the rest goes through math-verify. Knows no tasks
 
 from __future__ import annotations
 
-import logging
-import os
 import re
-import threading
 from fractions import Fraction
+from functools import lru_cache
 
-from s2t.errors import missing_extra
 from s2t.records import Grade
+from s2t.tasks import judge
 
 _NUMERAL = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
 _NUMBER = re.compile(rf"(?<![\w)])-?[$£€]?(?:{_NUMERAL})|(?:{_NUMERAL})")
@@ -27,7 +25,6 @@ _POWER = r"(?:\^|\*\*)[\s{(]*-?"
 _EXPLOSIVE = re.compile(rf"{_POWER}[0-9.]+[\s}})]*(?:\^|\*\*)|{_POWER}[0-9]{{6,}}|[0-9]{{5,}}\s*!")
 _MAX_NUMERAL = 200
 _MAX_EXPRESSION = 400
-_TIMEOUT_S = 5
 
 
 def extract_answer(text: str, gold_is_number: bool) -> str | None:
@@ -37,7 +34,7 @@ def extract_answer(text: str, gold_is_number: bool) -> str | None:
     "answer is"; else the last number (number golds) or the last line that is not empty. A box that follows
     the last `####` wins over it, since `####` then opened a heading.
     """
-    segments = [segment.strip() for segment in _marked_segments(text) if segment.strip()]
+    segments = [segment.strip() for segment in marked_segments(text) if segment.strip()]
     phrases = list(_PHRASE.finditer(text))
     phrase = text[phrases[-1].end() :].strip() if phrases else ""
     if gold_is_number:
@@ -117,7 +114,7 @@ def _extract_number(text: str, segments: list[str], phrase: str) -> str | None:
     return _numeral(found[-1]) if found else None
 
 
-def _marked_segments(text: str) -> list[str]:
+def marked_segments(text: str) -> list[str]:
     """What the `####`, boxed and tag markers enclose, the most trusted first."""
     boxed, tags = _last_boxed(text), re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
     _, mark, tail = text.rpartition("####")
@@ -171,24 +168,8 @@ def _is_words(text: str) -> bool:
     return re.fullmatch(r"[A-Za-z]{4,}(?:[ -][A-Za-z]+)*\.?", text.strip()) is not None
 
 
+@lru_cache(maxsize=4096)
 def _is_math_equal(gold: str, answer: str) -> bool:
     if any(len(side) > _MAX_EXPRESSION or _EXPLOSIVE.search(side) for side in (gold, answer)):
         return False
-    try:
-        from math_verify import parse, verify
-    except ImportError as error:
-        raise missing_extra("math-verify", "eval") from error
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns when it has no timeout
-    # Its timeouts are alarm signals, which only the main thread may set.
-    can_alarm = os.name == "posix" and threading.current_thread() is threading.main_thread()
-    seconds = _TIMEOUT_S if can_alarm else None
-    try:
-        left = parse(_as_latex(gold), parsing_timeout=seconds)  # type: ignore[arg-type]
-        right = parse(_as_latex(answer), parsing_timeout=seconds)  # type: ignore[arg-type]
-        return bool(left) and bool(right) and verify(left, right, timeout_seconds=seconds)
-    except Exception:  # the text is a model's: whatever breaks the parser is a wrong answer
-        return False
-
-
-def _as_latex(text: str) -> str:
-    return text if "$" in text else f"${text}$"
+    return bool(judge.ask("math_verify", kind="equal", gold=gold, answer=answer))
