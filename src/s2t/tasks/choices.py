@@ -15,23 +15,35 @@ from s2t.records import Grade
 from s2t.tasks.graders import marked_segments
 
 _ANSWER = re.compile(
-    r"\b(?:(?:correct|right|best|final)\s+)?(?:answer|choice|option)s?\b[*_\s]*"
+    r"\b(?:(?:correct|right|best|final)\s+)?(?:answer|choice|option|letter|correct)s?\b[*_\s]*"
     r"(?:(?:to|for)\s[^.:\n]{0,60}?)?(?:is|would\s+be|must\s+be|should\s+be|:|=)\s*:?",
     re.IGNORECASE,
 )
-_CHOOSE = re.compile(r"\b(?:choose|select|pick)\s+(?:(?:option|choice|answer|letter)\s+)?", re.IGNORECASE)
+_CHOOSE = re.compile(
+    r"\b(?:choose|select|pick|go(?:ing)? with|only|so|thus|hence|therefore)\b,?\s+(?:(?:option|choice|answer|letter)\s+)?",
+    re.IGNORECASE,
+)
 _IS_RIGHT = re.compile(
     r"(?:\b(?:option|choice|answer)\s+\(?([A-Z])\)?|\(([A-Z])\)|(?<![\w'])([B-HJ-Z]))[)*.\s]*"
     r"(?:is|looks|must\s+be|seems)\s+(?:(?:the|clearly|therefore|indeed)\s+)*(?:correct|right|best|true|answer)\b"
+)
+_IT_IS = re.compile(
+    r"\bit(?:'s|’s|\s+is|\s+must\s+be|\s+has\s+to\s+be)\s+(?=option\s|choice\s|\(|[A-Z]\b)", re.IGNORECASE
 )
 _MARKUP = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mathit|mbox|bf|rm|boxed|fbox)\b|\\[()\[\]!,;: ]|[${}*_`\"“”‘’]|~")
 _STATED = re.compile(
     r"(?:(?:(?:the|an?)\s+)?(?:correct\s+|right\s+|best\s+)?(?:option|choice|letter|answer)\s*:?\s*)?"
     r"(?:\(([A-Za-z])\)|\[([A-Za-z])\]|([A-Z])(?![A-Za-z0-9'’^+*/=_-]))"
 )
-_ANOTHER = re.compile(r"\s*(?:,|;|/|&|\band\b|\bor\b)+\s*(?:option|choice)?\s*\(?([A-Z])(?:\)|\b(?!['’]))")
-_ALONE = re.compile(r"\(?([A-Z])(?:\)|\.|\)\.|:)?|\(([a-z])\)\.?")
-_WORDS = {"A", "I"}  # letters that are words, too
+_ANOTHER = re.compile(
+    r"\s*(?:(?:[,;]\s*)?(?:/|&|\band\b|\bor\b)\s*(?:option\s|choice\s)?\s*\(?([A-Z])\b(?!['’])"
+    r"|[,;]\s*\(?([A-Z])\b\)?(?![)'’])(?!\s*[a-z]{3}))"
+)
+_ALONE = re.compile(r"['(\[]?([A-Z])['\]).:]*|[(\[]([a-z])[)\]]\.?")
+_BEHIND = re.compile(r"(.+?)\s*\((?:option\s+|choice\s+)?([A-Z])\)\.?", re.IGNORECASE)
+_WITH_TEXT = re.compile(r"\(?([A-Z])\s?(?:\)|\.|:)\s*(.+)")
+_WORDS = {"A", "I"}  # letters that are words, too, unless a reason follows
+_WORD_AFTER = re.compile(r"\s+(?!(?:because|since|as|due|for|which|not)\b)[A-Za-z]")
 
 
 def letters(count: int) -> str:
@@ -78,7 +90,7 @@ def extract_choice(text: str, choices: Sequence[str]) -> str | None:
     segments = [segment for segment in marked_segments(text) if segment.strip()]
     if segments:
         return _stated(segments[0], known, choices)
-    phrases = [*_ANSWER.finditer(text), *_CHOOSE.finditer(text)]
+    phrases = [match for pattern in (_ANSWER, _CHOOSE, _IT_IS) for match in pattern.finditer(text)]
     for match in sorted(phrases, key=lambda match: match.end(), reverse=True):
         rest = text[match.end() :].lstrip().split("\n", 1)[0]
         if found := _stated(rest, known, choices):
@@ -94,12 +106,14 @@ def _stated(segment: str, known: str, choices: Sequence[str]) -> str | None:
     if match is None and re.fullmatch(r"[a-z]\b[).]*", plain):
         return _known(plain[0].upper(), known)
     rest = plain[match.end() :] if match else ""
-    is_word = match is not None and match[3] in _WORDS and re.match(r"\s+[A-Za-z]", rest) is not None
+    is_word = match is not None and match[3] in _WORDS and _WORD_AFTER.match(rest) is not None
     another = _ANOTHER.match(rest)
-    if another is not None and another[1] in known and another[1] != letter:
+    if another is not None and (another[1] or another[2]) in known.replace(letter or "", ""):
         return None
     if letter is not None and letter in known and not is_word:
         return letter
+    if (behind := _BEHIND.fullmatch(plain)) and _same_choice(behind[1], known, choices) == behind[2]:
+        return behind[2]
     return _same_choice(plain, known, choices)
 
 
@@ -121,10 +135,14 @@ def _last(pattern: re.Pattern[str], text: str, known: str) -> str | None:
 def _alone(text: str, known: str, choices: Sequence[str]) -> str | None:
     """The letter of the last line that is one, of the text's start, or of its last brackets."""
     lines = [" ".join(_MARKUP.sub(" ", line).split()) for line in text.splitlines() if line.strip()]
+    if len(lines) == 1 and re.fullmatch(r"[a-z]\)?\.?", lines[0]):
+        return _known(lines[0][0].upper(), known)
     for line in reversed(lines):
         if match := _ALONE.fullmatch(line):
             return _known((match[1] or match[2]).upper(), known)
-    if lines and (match := re.match(r"\(?([A-Z])\s?(?:\)|\.|:)\s", lines[0])):
+        if (match := _WITH_TEXT.fullmatch(line)) and _same_choice(match[2], known, choices) == match[1]:
+            return match[1]
+    if lines and (match := _WITH_TEXT.match(lines[0])):
         return _known(match[1], known)
     bracketed = [letter for letter in re.findall(r"\(([A-Z])\)", text) if letter in known]
     if len(set(bracketed)) == 1:
