@@ -52,8 +52,18 @@ HUB_SPLITS = {
     "mmlu_pro": {"validation": 7, "test": 20},
     "arc_challenge": {"train": 30, "validation": 9, "test": 20},
 }
-SIZES = {"gsm8k": 1319, "svamp": 1000, "amc23": 40, "aime24": 30, "olympiadbench": 675, "humaneval": 164}
-DIGESTS: dict[str, dict[str, tuple[int, str]]] = {}
+DIGESTS = {
+    "gsm8k": {
+        "training": (6774, "3d8c704bbd48c82b"),
+        "calibration": (699, "76dbd0d2a402affd"),
+        "test": (1319, "d3a2f79670299474"),
+    },
+    "svamp": {"test": (1000, "8b23faa9a7808f2e")},
+    "amc23": {"test": (40, "77fd5e0f27f9c13d")},
+    "aime24": {"test": (30, "40143798e04d3795")},
+    "olympiadbench": {"test": (675, "c3bb7ee929c344e7")},
+    "humaneval": {"test": (164, "fbc64c11ebd566f9")},
+}
 needs_data = pytest.mark.skipif(
     not os.environ.get("S2T_DATA_DIR"), reason="S2T_DATA_DIR is not set: no benchmark files to read"
 )
@@ -200,7 +210,7 @@ def test_splits_are_the_documented_ones(name: str):
 
 
 @needs_data
-@pytest.mark.parametrize("name", [name for name in SIZES if name != "humaneval"])
+@pytest.mark.parametrize("name", [name for name in DIGESTS if name != "humaneval"])
 def test_every_published_answer_parses(name: str):
     task = load_task(name)
     unread = []

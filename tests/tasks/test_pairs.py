@@ -90,6 +90,15 @@ def test_meaningless_texts_neither_crash_nor_hang():
     assert is_same_answer("2\\sqrt{2}", "\\sqrt{8}")
 
 
+@pytest.mark.parametrize(
+    "part", [*FRAGMENTS, "1,234", "<answer>", "\\boxed{1} ", "answer is ", "(A) ", "\\text{", "```\n", "x\n"]
+)
+def test_a_long_text_of_one_thing_takes_no_longer_than_its_length(part: str):
+    start = time.perf_counter()
+    grade_everywhere([part * (100_000 // len(part)), "\\boxed{" + part * 20_000])
+    assert time.perf_counter() - start < 10
+
+
 @pytest.mark.slow
 def test_ten_thousand_meaningless_texts_neither_crash_nor_hang():
     start = time.perf_counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -115,8 +116,9 @@ def test_every_canonical_solution_of_humaneval_passes():
     task = load_task("humaneval")
     problems = task.problems("test", 1000)
     assert len(problems) == 164
-    failed = [p.problem_id for p in problems if not task.grade(p, p.answer).is_correct]
-    assert failed == []
+    with ThreadPoolExecutor(2) as pool:
+        grades = list(pool.map(lambda problem: task.grade(problem, problem.answer), problems))
+    assert [grade.is_correct for grade in grades] == [True] * 164
 
 
 @linux

@@ -72,19 +72,21 @@ _CAPABILITIES_3 = 0x20080522
 _MAX_ERROR = 500
 
 
-def confine(limits: dict[str, int], layers: tuple[str, ...] = ("namespaces", "uid", "landlock")) -> list[str]:
+def confine(limits: dict[str, int], layers: tuple[str, ...], is_tied: bool) -> list[str]:
     """Confine this process for good and return the names of the layers that hold; OSError without seccomp.
 
+    A tied process is killed with the thread that started it.
     The filter of system calls and the limits are always applied. The other layers are second walls behind
     it, each used where the system has it.
     """
     libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     held = []
     if "namespaces" in layers and _leave_namespaces(libc):
         held.append("namespaces")
     if "uid" in layers and _drop_root(libc):
         held.append("uid")
+    if is_tied:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # after the change of user, which clears it
     _set_limits(limits)
     if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "no_new_privs is refused")
@@ -108,7 +110,6 @@ def _drop_root(libc: Any) -> bool:
             os.setgroups([])
             os.setresgid(_NOBODY, _NOBODY, _NOBODY)
             os.setresuid(_NOBODY, _NOBODY, _NOBODY)
-            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # a change of user clears it
             return True
     except OSError:
         pass  # a container without these capabilities has none to drop
@@ -205,7 +206,7 @@ def _main() -> None:
         os.dup2(nothing, descriptor)
     sys.dont_write_bytecode = True
     try:
-        layers = confine(job["limits"], tuple(job["layers"]))
+        layers = confine(job["limits"], tuple(job["layers"]), is_tied=True)
     except OSError as error:
         _report(answer, job, "unavailable", str(error), [])
         return

@@ -84,10 +84,10 @@ def _main() -> None:
     sys.dont_write_bytecode = True
     replies, errors = os.fdopen(os.dup(1), "w", encoding="utf-8"), os.open(os.devnull, os.O_RDWR)
     os.dup2(errors, 1)
-    os.dup2(errors, 2)
     _warm_up(first["library"])
+    os.dup2(errors, 2)  # only now: why a library cannot be imported is for the user to read
     with suppress(OSError, AttributeError):  # not a Linux that can: the parent still bounds the time
-        _jail.confine({"AS": _MEMORY_BYTES, "CORE": 0}, layers=())
+        _jail.confine({"AS": _MEMORY_BYTES, "CORE": 0}, layers=(), is_tied=False)
     print(json.dumps({"value": True}), file=replies, flush=True)
     for line in sys.stdin:
         print(json.dumps(_answer(json.loads(line))), file=replies, flush=True)

@@ -47,6 +47,7 @@ _POWER = r"(?:\^|\*\*)[\s{(]*-?"
 _EXPLOSIVE = re.compile(rf"{_POWER}[0-9.]+[\s}})]*(?:\^|\*\*)|{_POWER}[0-9]{{6,}}|[0-9]{{5,}}\s*!")
 _STRICT = ("<", ">", "\\lt", "\\gt")
 _MAX_NUMERAL = 200
+_MAX_BOXED_LINE = 2000
 _MAX_EXPRESSION = 400
 
 
@@ -184,12 +185,19 @@ def _extract_number(text: str, segments: list[str], phrase: str) -> str | None:
 
 def marked_segments(text: str) -> list[str]:
     """What the `####`, boxed and tag markers enclose, the most trusted first."""
-    boxed, tags = _last_boxed(text), re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
+    boxed, tags = _last_boxed(text), _last_tagged(text)
     _, mark, tail = text.rpartition("####")
     hashed = [tail] if mark else []
     box = [boxed] if boxed is not None else []
     ordered = [*box, *hashed] if _last_boxed(tail) is not None else [*hashed, *box]
-    return [*ordered, *tags[-1:]]
+    return [*ordered, *tags]
+
+
+def _last_tagged(text: str) -> list[str]:
+    """The content of the last closed `<answer>` tag, or nothing."""
+    head, mark, _ = text.rpartition("</answer>")
+    _, begin, content = head.rpartition("<answer>")
+    return [content] if mark and begin else []
 
 
 def _last_boxed(text: str) -> str | None:
@@ -207,7 +215,7 @@ def _last_boxed(text: str) -> str | None:
 
 def _boxed_together(text: str) -> str | None:
     r"""The boxes of the last line that has some, as one list: "\boxed{8} and \boxed{2}" is "8, 2"."""
-    lines = [line for line in text.splitlines() if "\\boxed{" in line]
+    lines = [line for line in text.splitlines() if "\\boxed{" in line and len(line) <= _MAX_BOXED_LINE]
     rest, found = lines[-1] if lines else "", []
     while (box := _last_boxed(rest)) is not None:
         found.append(box)

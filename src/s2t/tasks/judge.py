@@ -10,9 +10,11 @@ import atexit
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +25,7 @@ from s2t.errors import missing_extra
 _SCRIPT = Path(__file__).with_name("_judge.py")
 _START_S = 120.0
 _JOB_S = 20.0  # wall clock; the judge's own bound is CPU time, so a busy machine grades alike
+_CPU_SIGNAL = getattr(signal, "SIGPROF", 0)
 _PACKAGES = {"math_verify": "math-verify", "reasoning_gym": "reasoning-gym"}
 _log = logging.getLogger(__name__)
 
@@ -57,14 +60,20 @@ class Judge:
                         stream.close()
 
     def _ask(self, job: dict[str, Any]) -> dict[str, Any] | None:
-        if self._process is not None and self._process.poll() is not None:
-            self.close()  # it was ended from outside between two questions
-        if self._process is None:
-            self._process = self._start()
-        reply = _exchange(self._process, job, _JOB_S)
-        if reply is None:
+        for _ in range(2):  # once more where the process was ended from outside, by neither bound
+            if self._process is not None and self._process.poll() is not None:
+                self.close()  # it was ended between two questions
+            if self._process is None:
+                self._process = self._start()
+            start = time.monotonic()
+            reply = _exchange(self._process, job, _JOB_S)
+            if reply is not None:
+                return reply
+            code = self._process.wait()
             self.close()
-        return reply
+            if code == -_CPU_SIGNAL or time.monotonic() - start >= _JOB_S:
+                return None
+        return None
 
     def _start(self) -> subprocess.Popen[str]:
         process = subprocess.Popen(
@@ -92,11 +101,15 @@ def _exchange(process: subprocess.Popen[str], job: dict[str, Any], seconds: floa
         process.stdin.write(json.dumps(job) + "\n")
         process.stdin.flush()
         line = process.stdout.readline()
-        return json.loads(line) if line.endswith("\n") else None
+        if line.endswith("\n"):
+            return json.loads(line)
     except BrokenPipeError:
-        return None
+        pass  # it has ended
+    else:
+        process.kill()  # half a line: it is ending
     finally:
         timer.cancel()
+    return None
 
 
 _judges = {library: Judge(library) for library in _PACKAGES}

@@ -16,6 +16,7 @@ from s2t.tasks.sandbox import run_program
 _FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 _PYTHON = {"", "python", "py", "python3"}
 _INDENT = "    "
+_MAX_CUTS = 100
 
 
 def grade_program(prompt: str, text: str, tests: str, entry_point: str | None, timeout_s: float = 10.0) -> Grade:
@@ -74,11 +75,13 @@ def _without_prose(code: str) -> str:
     starts = [i for i, line in enumerate(lines) if re.match(r"(?:async\s+def|def|import|from|class)\b|@", line)]
     lines = lines[starts[0] if starts else 0 :]
     end = len(lines)
-    while end > 0:
+    for _ in range(_MAX_CUTS):
         line = _error_line("\n".join(lines[:end]))
         if line is None:
             return "\n".join(lines[:end])
         end = min(end, line) - 1
+        if end <= 0:
+            break
     return code
 
 
