@@ -11,9 +11,8 @@ import pytest
 
 from s2t.errors import ConfigError, DataError
 from s2t.tasks import SPLITS, check_disjoint, load_task, split_digest
-from s2t.tasks import judge as judges
 from s2t.tasks.datasets import NAMED
-from s2t.tasks.graders import parse_number
+from s2t.tasks.graders import is_readable
 
 ROW: dict[str, dict[str, Any]] = {
     "gsm8k": {"question": "What is {n} + 1?", "answer": "It is <<{n}+1={m}>>{m}.\n#### {m}"},
@@ -210,14 +209,12 @@ def test_splits_are_the_documented_ones(name: str):
 
 
 @needs_data
-@pytest.mark.parametrize("name", [name for name in DIGESTS if name != "humaneval"])
+@pytest.mark.parametrize(
+    "name", ["gsm8k", "svamp", "amc23", "aime24", pytest.param("olympiadbench", marks=pytest.mark.slow)]
+)
 def test_every_published_answer_parses(name: str):
     task = load_task(name)
-    unread = []
     rows = [problem for split in SPLITS for problem in task.stream(split, 0)]
-    for problem in rows:
-        gold = problem.answer
-        if parse_number(gold) is None and not judges.ask("math_verify", kind="parses", text=gold):
-            unread.append(gold)
-    print(f"{name}: {len(rows) - len(unread)} of {len(rows)} published answers parse; not: {unread}")
-    assert not unread
+    unread = [problem.answer for problem in rows if not is_readable(problem.answer)]
+    print(f"{name}: {len(rows) - len(unread)} of {len(rows)} published answers parse")
+    assert unread == []

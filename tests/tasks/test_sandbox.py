@@ -118,7 +118,7 @@ def test_an_endless_loop_ends_in_time(layers: tuple[str, ...]):
         "while True: print('x' * 10000)",
     ):
         start = time.monotonic()
-        assert run_program(program, timeout_s=1, layers=layers).status == "timeout"
+        assert run_program(program, timeout_s=0.5, layers=layers).status == "timeout"
         assert time.monotonic() - start < 10
 
 
@@ -128,7 +128,7 @@ def test_a_program_that_takes_signals_in_its_hands_ends_in_time():
         "    except (OSError, ValueError): pass\nwhile True:\n    try:\n        while True: pass\n    except BaseException: pass"
     )
     start = time.monotonic()
-    assert run_program(program, timeout_s=2).status == "timeout"
+    assert run_program(program, timeout_s=1).status == "timeout"
     assert time.monotonic() - start < 20
 
 
@@ -137,7 +137,7 @@ def test_a_program_that_takes_signals_in_its_hands_ends_in_time():
     [
         "x = bytearray(10 << 30)",
         "x = [0] * (10 << 30)",
-        "x = []\nwhile True: x.append(bytearray(1 << 24))",
+        "x = []\nwhile True: x.append(bytearray(1 << 28))",
         "import mmap\nx = mmap.mmap(-1, 10 << 30)",
         "import resource\nresource.setrlimit(resource.RLIMIT_AS, (1 << 36, 1 << 36))",
     ],
@@ -311,4 +311,4 @@ def test_a_busy_sandbox_leaves_no_process_behind():
 
 
 def test_a_large_program_is_passed_whole():
-    assert run_program("x = 0\n" * 200_000 + "assert x == 0").is_passed
+    assert run_program("x = 0\n" * 20_000 + "assert x == 0").is_passed

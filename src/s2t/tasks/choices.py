@@ -42,6 +42,7 @@ _ANOTHER = re.compile(
 _ALONE = re.compile(r"['(\[]?([A-Z])['\]).:]*|[(\[]([a-z])[)\]]\.?")
 _BEHIND = re.compile(r"(.+?)\s*\((?:option\s+|choice\s+)?([A-Z])\)\.?", re.IGNORECASE)
 _WITH_TEXT = re.compile(r"\(?([A-Z])\s?(?:\)|\.|:)\s*(.+)")
+_STATEMENT = 400  # characters behind "the answer is" that may state it
 _WORDS = {"A", "I"}  # letters that are words, too, unless a reason follows
 _WORD_AFTER = re.compile(r"\s+(?!(?:because|since|as|due|for|which|not)\b)[A-Za-z]")
 
@@ -92,7 +93,7 @@ def extract_choice(text: str, choices: Sequence[str]) -> str | None:
         return _stated(segments[0], known, choices)
     phrases = [match for pattern in (_ANSWER, _CHOOSE, _IT_IS) for match in pattern.finditer(text)]
     for match in sorted(phrases, key=lambda match: match.end(), reverse=True):
-        rest = text[match.end() :].lstrip().split("\n", 1)[0]
+        rest = text[match.end() : match.end() + _STATEMENT].lstrip().split("\n", 1)[0]
         if found := _stated(rest, known, choices):
             return found
     return _last(_IS_RIGHT, text, known) or _alone(text, known, choices)

@@ -33,6 +33,7 @@ _TENS = {word: 10 * (2 + place) for place, word in enumerate(_TENS_NAMES.split()
 _TEXT_COMMAND = re.compile(r"\\(?:text|textbf|mathrm|mbox)\s*\{([^{}]*)\}")
 _SIMPLE_FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{\s*(-?[0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}|([0-9])\s*([0-9]))")
 _IN_BASE = re.compile(r"([0-9A-Z]+)_\{?([0-9]+)\}?")
+_LETTER = re.compile(r"[A-Za-z]")
 _LESS = r"(<|\\leqslant|\\leq|\\le|\\lt|≤)"
 _RELATION = re.compile(r"[<>≤≥]|\\(?:leqslant|geqslant|leq|geq|le|ge|lt|gt)(?![a-z])")
 _ONE_SIDED = re.compile(rf"[A-Za-z]\s*({_RELATION.pattern})\s*([^<>≤≥]+)")
@@ -41,6 +42,7 @@ _JOINED = re.compile(r"[\s,;]*\\text\s*\{[\s,;]*(?:and|or)?\s*\}[\s,;]*")
 _MODULO = re.compile(r"\\pmod\s*\{[^{}]*\}")
 _DEGREES_IN = re.compile(r"(\\(?:sin|cos|tan|cot|sec|csc))\s*[({]?\s*([0-9]+)\s*\^\s*\{?\s*\\circ\s*\}?\s*[)}]?")
 _SUBSCRIPTED = re.compile(r"^(\$?[A-Za-z])_(?:\{[^{}]*\}|\w)\s*=")
+_STRAY_LETTER = re.compile(r"^\$?[a-z](\([^()]*\]|\[[^\[\]]*\))\$?$")  # t(0,4] can only be an interval
 _SPACES = re.compile(r"\\[!,;: ]|~")
 # Towers and huge exponents would keep exact arithmetic busy for ever, out of reach of any timeout.
 _POWER = r"(?:\^|\*\*)[\s{(]*-?"
@@ -93,8 +95,9 @@ def is_same_answer(gold: str, answer: str, tolerance: float | None = None) -> bo
         return _is_number_equal(left, right, gold + answer, Fraction(tolerance or 0))
     if canonical_answer(gold) == canonical_answer(answer):
         return True
-    if all(_IN_BASE.fullmatch(_without_markup(side)) for side in (gold, answer)):
-        return False  # digits in a base, which math-verify reads without the base
+    for form in (_IN_BASE, _LETTER):
+        if all(form.fullmatch(_without_markup(side)) for side in (gold, answer)):
+            return False  # math-verify is blind to the base of digits and to the case of a letter
     return not _is_words(gold) and _is_math_equal(gold, answer)
 
 
@@ -106,6 +109,13 @@ def _is_number_equal(left: Fraction, right: Fraction, marks: str, tolerance: Fra
         return True
     is_fraction = any(mark in marks for mark in ("/", "frac", "overline"))
     return is_fraction and round(left, 6) == round(right, 6)
+
+
+def is_readable(answer: str) -> bool:
+    """Whether an answer is a plain number or something that math-verify can parse."""
+    return parse_number(answer) is not None or bool(
+        judge.ask("math_verify", kind="parses", text=_as_math(answer, answer))
+    )
 
 
 def canonical_answer(text: str | None) -> str | None:
@@ -284,6 +294,7 @@ def _judged(gold: str, answer: str) -> bool:
 def _as_math(text: str, other: str) -> str:
     """The text in a spelling that math-verify knows: "2 < x \\le 5" is "(2, 5]", so is "x > 2" beside intervals."""
     text = _JOINED.sub(", ", _MODULO.sub("", text.replace("\\varnothing", "\\emptyset")))
+    text = _STRAY_LETTER.sub(r"\1", text)
     text = _SUBSCRIPTED.sub(r"\1 =", _DEGREES_IN.sub(r"\1(\2\\pi/180)", text))
     plain = _without_markup(text)
     if match := _BETWEEN.fullmatch(plain):

@@ -5,7 +5,6 @@ Knows the shape of HumanEval's fields and no datasets.
 
 from __future__ import annotations
 
-import ast
 import re
 import textwrap
 import warnings
@@ -51,10 +50,15 @@ def complete(prompt: str, code: str, entry_point: str | None) -> str:
     if _defines(code, entry_point):
         return _preamble(prompt, entry_point) + _without_prose(code)
     body = _body(code)
+    if code[:1].isspace():
+        return prompt + body
     lines = body.split("\n")
-    first_indented = "\n".join([_INDENT + lines[0].lstrip(), *lines[1:]])
-    tries = [prompt + body, prompt + first_indented, prompt + textwrap.indent(body, _INDENT)]
-    return next((program for program in tries if _compiles(program)), tries[0])
+    tries = [  # a text is often stripped, and its first line or all of it has lost the indentation
+        prompt + textwrap.indent(code, _INDENT),
+        prompt + "\n".join([_INDENT + lines[0], *lines[1:]]),
+        prompt + textwrap.indent(body, _INDENT),
+    ]
+    return next((program for program in tries if _compiles(program)), prompt + body)
 
 
 def _defines(code: str, entry_point: str | None) -> bool:
@@ -105,7 +109,7 @@ def _error_line(code: str) -> int | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # such as unknown escapes: the model's own, not ours
-            ast.parse(code)
+            compile(code, "<answer>", "exec", dont_inherit=True)  # parsing alone lets a stray return pass
     except SyntaxError as error:
         return error.lineno or 1
     except (ValueError, RecursionError, MemoryError):
