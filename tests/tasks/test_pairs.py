@@ -93,9 +93,9 @@ def test_meaningless_texts_neither_crash_nor_hang():
     "part", [*FRAGMENTS, "1,234", "<answer>", "\\boxed{1} ", "answer is ", "(A) ", "\\text{", "```\n", "x\n"]
 )
 def test_a_long_text_of_one_thing_takes_no_longer_than_its_length(part: str):
-    start = time.perf_counter()
+    start = time.process_time()
     grade_everywhere([part * (40_000 // len(part)), "\\boxed{" + part * 5_000])
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 @pytest.mark.slow

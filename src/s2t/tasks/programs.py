@@ -91,12 +91,12 @@ def _without_prose(code: str) -> str:
 
 def _body(code: str) -> str:
     """The lines of a function's body: up to the first that stands at the margin below an indented one."""
-    lines = code.split("\n")
-    kept = []
-    for line in lines:
-        if kept and line[:1].strip() and any(other.startswith((" ", "\t")) for other in kept):
+    kept, has_indented = [], False
+    for line in code.split("\n"):
+        if has_indented and line[:1].strip():
             break
         kept.append(line)
+        has_indented = has_indented or line.startswith((" ", "\t"))
     return "\n".join(kept)
 
 
