@@ -42,6 +42,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     adapter = selector_config(config.adapter, config.slm)
     run = RunFolder.open(config.out, "eval", config, ignore=("workers",))
     task = open_task(config, config.slm)
+    task.check_gradable()
     problems = task.problems(config.split, config.limit, config.seed)
     trained = selector_problems(config.adapter, config.slm)
     check_disjoint(problems, trained, f"the {config.split} problems and the adapter's")

@@ -12,6 +12,7 @@ from s2t.tasks.problems import (
     heldout_templates,
     load_task,
     question_hash,
+    split_digest,
     split_fraction,
     split_of,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "heldout_templates",
     "load_task",
     "question_hash",
+    "split_digest",
     "split_fraction",
     "split_of",
 ]

@@ -9,22 +9,26 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from s2t.errors import ConfigError, DataError, missing_extra
 from s2t.files import read_jsonl_lines
 from s2t.records import Grade, Problem
+from s2t.tasks.choices import gold_letter, grade_choice, with_choices
 from s2t.tasks.graders import extract_answer, grade_math
-from s2t.tasks.problems import Task, make_problem, parse_spec, question_hash, split_fraction, split_of
+from s2t.tasks.problems import KINDS, Task, make_problem, parse_spec, question_hash, split_fraction, split_of
+from s2t.tasks.programs import grade_program
 
 DATA_DIR = "S2T_DATA_DIR"
 _TRAIN_SHARE = 0.9  # of a train file; the rest is the calibration split
 
 Row = tuple[str, dict[str, Any]]  # where the row stands (file:line), and its fields
-Readers = dict[str, Callable[[], list[Row]]]  # role (train, test or all) -> what reads its rows
+Readers = dict[str, Callable[[], list[Row]]]  # role (train, calibration, test or all) -> what reads its rows
+_ROLES = ("train", "calibration", "test")
+_FIELDS = ("question", "answer", "template", "tolerance", "choices", "test", "entry_point", "kind")
 
 
 @dataclass(frozen=True)
@@ -40,20 +44,49 @@ class Source:
     tolerance: str | None = None
     """Field with the absolute error allowed, where the benchmark states one."""
     splits: dict[str, str] = field(default_factory=lambda: {"test": "test"})
-    """Role (train, test, all) -> split on the hub; `all` is divided by wording."""
+    """Role (train, calibration, test, all) -> split on the hub; `all` is divided by wording, and so is `train`
+    where there is no `calibration`."""
+    kind: str = "math"
+    choices: str = "choices"
+    """Field with the choices: a list of texts, or a mapping with `text` and `label`."""
+    test: str = "test"
+    """Field with the tests of a code problem: a text or a list of texts."""
+    entry_point: str | None = None
+    """Field with the name of the function that the tests call; without it the tests are run as they are."""
 
 
+_TRAIN_AND_TEST = {"train": "train", "test": "test"}
 NAMED = {
-    "gsm8k": Source("openai/gsm8k", "main", splits={"train": "train", "test": "test"}),
-    "svamp": Source("ChilleD/SVAMP", None, ("Body", "Question"), "Answer", splits={"train": "train", "test": "test"}),
+    "gsm8k": Source("openai/gsm8k", "main", splits=_TRAIN_AND_TEST),
+    "math500": Source("HuggingFaceH4/MATH-500", None, ("problem",)),
+    "svamp": Source("ChilleD/SVAMP", None, ("Body", "Question"), "Answer", splits=_TRAIN_AND_TEST),
     "amc23": Source("math-ai/amc23"),
     "aime24": Source("HuggingFaceH4/aime_2024", None, ("problem",), splits={"test": "train"}),
+    "aime25": Source("math-ai/aime25", None, ("problem",)),
     "olympiadbench": Source(
         "Hothan/OlympiadBench",
         "OE_TO_maths_en_COMP",
         answer="final_answer",
         tolerance="error",
         splits={"test": "train"},
+    ),
+    "mmlu_pro": Source(
+        "TIGER-Lab/MMLU-Pro", splits={"calibration": "validation", "test": "test"}, kind="choice", choices="options"
+    ),
+    "arc_challenge": Source(
+        "allenai/ai2_arc",
+        "ARC-Challenge",
+        answer="answerKey",
+        splits={"train": "train", "calibration": "validation", "test": "test"},
+        kind="choice",
+    ),
+    "humaneval": Source(
+        "openai/openai_humaneval",
+        None,
+        ("prompt",),
+        "canonical_solution",
+        kind="code",
+        entry_point="entry_point",
     ),
 }
 
@@ -65,7 +98,7 @@ class FileTask(Task):
         self, name: str, source: Source, find_readers: Callable[[], Readers], prompt_style: str = "plain"
     ) -> None:
         super().__init__(name, prompt_style)
-        self.source = source
+        self.source, self.kind = source, source.kind
         self._find_readers = find_readers
 
     def stream(self, split: str, seed: int) -> Iterator[Problem]:
@@ -79,35 +112,89 @@ class FileTask(Task):
         return tuple(sorted({item.template for item in self._problems if item.template is not None}))
 
     def grade(self, problem: Problem, text: str) -> Grade:
-        """Graded by value: exactly for plain numbers, else by math-verify."""
-        return grade_math(problem.answer, text, problem.extra.get("tolerance"))
+        """By value (exactly for plain numbers, else by math-verify), by letter, or by the problem's tests."""
+        extra = problem.extra
+        if self.kind == "choice":
+            return grade_choice(problem.answer, text, extra["choices"])
+        if self.kind == "code":
+            return grade_program(problem.question, text, extra["test"], extra.get("entry_point"))
+        return grade_math(problem.answer, text, extra.get("tolerance"))
+
+    def canonical(self, answer_text: str | None) -> str | None:
+        """The form in which answers vote; code votes as it stands."""
+        return answer_text if self.kind == "code" else super().canonical(answer_text)
 
     @cached_property
     def _problems(self) -> list[Problem]:
         readers = self._find_readers()
         rows = {role: [self._problem(row) for row in read()] for role, read in readers.items()}
-        test = rows.get("test", [])
-        taken = {question_hash(problem.question) for problem in test}
-        found = [_in_split(problem, "test") for problem in test]
-        for problem in rows.get("train", []):
-            if question_hash(problem.question) not in taken:  # a train file may repeat a test question
-                is_training = split_fraction(problem.question) < _TRAIN_SHARE
-                found.append(_in_split(problem, "training" if is_training else "calibration"))
-        return found + [_in_split(problem, split_of(problem.question)) for problem in rows.get("all", [])]
+        found = [_in_split(problem, split_of(problem.question)) for problem in rows.get("all", [])]
+        taken: set[str] = set()
+        for role in ("test", "calibration", "train"):  # a train file may repeat a test question
+            for problem in rows.get(role, []):
+                if role == "test" or question_hash(problem.question) not in taken:
+                    is_training = "calibration" in rows or split_fraction(problem.question) < _TRAIN_SHARE
+                    split = role if role != "train" else "training" if is_training else "calibration"
+                    found.append(_in_split(problem, split))
+            taken |= {question_hash(problem.question) for problem in rows.get(role, [])}
+        return found
 
     def _problem(self, row: Row) -> Problem:
         where, values = row
         source = self.source
-        question = " ".join(_text(values, name, where) for name in source.question)
+        separator = "\n" if source.kind == "code" else " "
+        question = separator.join(_text(values, name, where) for name in source.question)
         template = None if source.template is None else _text(values, source.template, where)
-        error = values.get(source.tolerance) if source.tolerance else None
-        extra = {} if error is None else {"tolerance": float(error)}
-        gold = _gold(_text(values, source.answer, where))
+        question, gold, extra = _READ_KIND[source.kind](source, question, values, where)
         return make_problem(self.name, "", question, gold, template=template, extra=extra)
 
 
+Asked = tuple[str, str, dict[str, Any]]  # the question as it is asked, the gold answer, what its grader needs
+
+
+def _math(source: Source, question: str, values: dict[str, Any], where: str) -> Asked:
+    error = values.get(source.tolerance) if source.tolerance else None
+    extra = {} if error is None else {"tolerance": float(error)}
+    return question, _gold(_text(values, source.answer, where)), extra
+
+
+def _choice(source: Source, question: str, values: dict[str, Any], where: str) -> Asked:
+    choices, labels = _choices(source, values, where)
+    try:
+        gold = gold_letter(values.get(source.answer), choices, labels)
+        return with_choices(question, choices), gold, {"choices": choices}
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+
+
+def _code(source: Source, question: str, values: dict[str, Any], where: str) -> Asked:
+    tests = values.get(source.test)
+    tests = "\n".join(tests) if isinstance(tests, list) else _text(values, source.test, where)
+    entry_point = None if source.entry_point is None else _text(values, source.entry_point, where)
+    gold = _text(values, source.answer, where)
+    return question, gold, {"test": tests, "entry_point": entry_point}
+
+
+_READ_KIND: dict[str, Callable[[Source, str, dict[str, Any], str], Asked]] = {
+    "math": _math,
+    "choice": _choice,
+    "code": _code,
+}
+
+
+def _choices(source: Source, values: dict[str, Any], where: str) -> tuple[list[str], list[str] | None]:
+    """The choices' texts, and their labels where the field has them."""
+    found, labels = values.get(source.choices), None
+    if isinstance(found, dict):
+        found, labels = found.get("text"), [str(label) for label in found.get("label", [])]
+    if not isinstance(found, list):
+        _text(values, source.choices, where)  # the field's absence has its own error
+        raise DataError(f"{where}: the choices in {source.choices!r} must be a list of texts; map the field.")
+    return [str(choice) for choice in found], labels
+
+
 def load_named(name: str, prompt_style: str = "plain") -> FileTask:
-    """A benchmark of the table, from $S2T_DATA_DIR/<name>/<split>.jsonl if there, else from the hub."""
+    """A benchmark of the table, from $S2T_DATA_DIR/<name>/{train,calibration,test}.{jsonl,parquet} or the hub."""
     source = NAMED[name]
 
     def readers() -> Readers:
@@ -118,7 +205,7 @@ def load_named(name: str, prompt_style: str = "plain") -> FileTask:
 
 
 def load_hub(spec: str, prompt_style: str = "plain") -> FileTask:
-    """`OWNER/NAME[,config=,question=,answer=,split=,template=]`; a named split is divided by wording.
+    """`OWNER/NAME[,config=,split=]` and the fields of `load_jsonl`; a named split is divided by wording.
 
     Without `split`, the dataset's own train and test splits are used; a lone train split is divided.
     """
@@ -126,7 +213,7 @@ def load_hub(spec: str, prompt_style: str = "plain") -> FileTask:
     if hub_id.count("/") != 1:
         raise ConfigError(f"a hub task must be hub:OWNER/NAME; got hub:{hub_id}.")
     split = options.pop("split", None)
-    source = _mapped(Source(hub_id), options, ("config", "question", "answer", "template"), f"hub:{hub_id}")
+    source = _mapped(Source(hub_id), options, ("config", *_FIELDS), f"hub:{hub_id}")
 
     def readers() -> Readers:
         names = {"all": split} if split else _hub_roles(source)
@@ -136,10 +223,14 @@ def load_hub(spec: str, prompt_style: str = "plain") -> FileTask:
 
 
 def load_jsonl(spec: str, prompt_style: str = "plain") -> FileTask:
-    """`path.jsonl[,question=field,answer=field,template=field]`, divided by wording; `a+b` joins fields."""
+    """`path.jsonl[,question=field,answer=field,template=field,...]`, divided by wording; `a+b` joins fields.
+
+    `choices=field` makes it multiple choice, `test=field` (and `entry_point=field`) code; `kind=choice` or
+    `kind=code` does the same with the fields `choices` and `test`.
+    """
     path_text, options = parse_spec(spec)
     path = Path(path_text).expanduser()
-    source = _mapped(Source(str(path)), options, ("question", "answer", "template"), path_text)
+    source = _mapped(Source(str(path)), options, _FIELDS, path_text)
     return FileTask(path.stem, source, lambda: {"all": lambda: read_jsonl_lines(path)}, prompt_style)
 
 
@@ -147,21 +238,33 @@ def _mapped(source: Source, options: dict[str, str], known: tuple[str, ...], wha
     for key in options:
         if key not in known:
             raise ConfigError(f"task {what} has no option {key!r}; expected one of {', '.join(known)}.")
-    return Source(
-        source.hub_id,
-        options.get("config"),
-        tuple(options.get("question", "question").split("+")),
-        options.get("answer", "answer"),
-        options.get("template"),
-    )
+    implied = "choice" if "choices" in options else "code" if "test" in options else "math"
+    kind = options.get("kind", implied)
+    if kind not in KINDS:
+        raise ConfigError(f"task {what}: kind must be one of {', '.join(KINDS)}; got {kind!r}.")
+    plain = {key: value for key, value in options.items() if key not in ("question", "kind")}
+    return replace(source, question=tuple(options.get("question", "question").split("+")), kind=kind, **plain)
 
 
 def _local_readers(name: str) -> Readers:
     root = os.environ.get(DATA_DIR)
     if not root:
         return {}
-    paths = {role: Path(root) / name / f"{role}.jsonl" for role in ("train", "test")}
-    return {role: lambda path=path: read_jsonl_lines(path) for role, path in paths.items() if path.is_file()}
+    found: Readers = {}
+    for role in _ROLES:
+        stem = Path(root) / name / role
+        if stem.with_suffix(".jsonl").is_file():
+            found[role] = partial(read_jsonl_lines, stem.with_suffix(".jsonl"))
+        elif stem.with_suffix(".parquet").is_file():
+            found[role] = partial(_read_parquet, stem.with_suffix(".parquet"))
+    return found
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(path).to_pylist()
+    return [(f"{path.name} row {index}", row) for index, row in enumerate(rows)]
 
 
 def _hub_reader(source: Source, split: str, local_name: str | None) -> Callable[[], list[Row]]:

@@ -15,17 +15,27 @@ from itertools import islice
 from s2t.errors import ConfigError, DataError, OverlapError
 from s2t.records import Grade, Problem
 from s2t.tasks.graders import canonical_answer
+from s2t.tasks.sandbox import check_allowed
 
 SPLITS = ("training", "calibration", "test")
 PROMPTS = ("plain", "cot")
 
-_COT_SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+KINDS = ("math", "choice", "code")
+_COT_SUFFIXES = {
+    "math": "\nPlease reason step by step, and put your final answer within \\boxed{}.",
+    "choice": "\nPlease reason step by step, and put the letter of your choice within \\boxed{}.",
+    "code": "\n\nComplete the function above. Write nothing but code: the whole function and the imports that it "
+    "needs, in one ```python block.",
+}
 _SPLIT_ALIASES = {"train": "training"}
 _HASH_LENGTH = 16
 
 
 class Task(ABC):
     """Problems of one kind: where they come from, how they are asked and how an answer is graded."""
+
+    kind = "math"
+    """What an answer is: a value (math), the letter of a choice, or code."""
 
     def __init__(self, name: str, prompt_style: str = "plain") -> None:
         if prompt_style not in PROMPTS:
@@ -60,8 +70,13 @@ class Task(ABC):
         return ()
 
     def prompt(self, problem: Problem) -> str:
-        """The user message: the question, and under `cot` the request to reason and box the answer."""
-        return problem.question + (_COT_SUFFIX if self.prompt_style == "cot" else "")
+        """The user message: the question, and under `cot` the request to reason and box the answer, or for code."""
+        return problem.question + (_COT_SUFFIXES[self.kind] if self.prompt_style == "cot" else "")
+
+    def check_gradable(self) -> None:
+        """Raise ConfigError when answers could not be graded here: code runs only where that is allowed."""
+        if self.kind == "code":
+            check_allowed()
 
     def canonical(self, answer_text: str | None) -> str | None:
         """The form in which extracted answers vote; None for no answer."""
@@ -92,6 +107,11 @@ def split_name(split: str) -> str:
 def question_hash(question: str) -> str:
     """16 hexadecimal characters that identify a question, blind to white space."""
     return _digest(question).hex()
+
+
+def split_digest(problems: Iterable[Problem]) -> str:
+    """16 hexadecimal characters that identify a set of problems by their questions, whatever their order."""
+    return _digest(" ".join(sorted(question_hash(problem.question) for problem in problems))).hex()
 
 
 def check_disjoint(left: Iterable[Problem | str], right: Iterable[Problem | str], what: str) -> None:
@@ -127,7 +147,8 @@ def load_task(spec: str, prompt: str = "plain") -> Task:
     """The task that a spec names, its problems asked in a prompt style (plain or cot).
 
     Specs: `rg:NAME[,key=value]` (a reasoning-gym generator), a named benchmark such as `gsm8k`,
-    `hub:OWNER/NAME[,config=,question=,answer=,split=,template=]`, `path.jsonl[,question=,answer=,template=]`.
+    `hub:OWNER/NAME[,config=,split=,FIELDS]`, `path.jsonl[,FIELDS]`, where FIELDS are question=, answer=, template=,
+    tolerance=, and for multiple choice choices=, for code test= and entry_point=.
     ConfigError when the spec names nothing.
     """
     from s2t.tasks import datasets, reasoning

@@ -15,6 +15,7 @@ from typing import Any
 
 from s2t.errors import ConfigError, missing_extra
 from s2t.records import Grade, Problem
+from s2t.tasks import judge
 from s2t.tasks.graders import extract_answer, parse_number
 from s2t.tasks.problems import Task, did_you_mean, make_problem, parse_spec, question_hash, split_of
 
@@ -77,16 +78,14 @@ class ReasoningTask(Task):
         found = {problem.template for problem in self._items(seed=0, size=_TEMPLATE_SAMPLE)}
         return tuple(sorted((name for name in found if name is not None), key=int))
 
-    @cached_property
-    def _scorer(self) -> Any:
-        return self._dataset(seed=0, size=1)
-
     def _score(self, problem: Problem, answer: str) -> float:
+        """The generator's own score, 0 where its scorer breaks or takes too long: the text is a model's."""
         stored = problem.extra.get("entry") or {"answer": problem.answer, "metadata": {}}
-        try:
-            return float(self._scorer.score_answer(answer, {"question": problem.question, **stored}))
-        except Exception:  # the text is a model's: whatever breaks the scorer is a wrong answer
-            return 0.0
+        entry = {"question": problem.question, **stored}
+        value = judge.ask(
+            "reasoning_gym", kind="score", name=self.name, settings=self.settings, entry=entry, answer=answer
+        )
+        return 0.0 if value is None else value
 
     def _items(self, seed: int, size: int) -> Iterator[Problem]:
         dataset = self._dataset(seed, size)
