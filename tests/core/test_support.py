@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from s2t.config import DIVERGENCES
 from s2t.core.candidates import propose
 from s2t.core.stats import hit_rate_curve
-from s2t.core.support import align_vocabulary, divergence, entropy, kl_divergence, rank_of
+from s2t.core.support import (
+    align_vocabulary,
+    bucket_logprobs,
+    bucket_probs,
+    divergence,
+    entropy,
+    kl_divergence,
+    rank_of,
+)
 from s2t.errors import ConfigError
 
 BUCKETED = tuple(kind for kind in DIVERGENCES if kind != "released-code")
@@ -165,3 +173,13 @@ def test_hit_rate_grows_with_k_and_reaches_one_at_the_whole_vocabulary(ranks):
     curve = list(hit_rate_curve(ranks, (1, 2, 4, 8, 16, 41)).values())
     assert curve == sorted(curve)
     assert curve[-1] == 1
+
+
+@given(pair=rows(), support_size=st.integers(1, 14))
+def test_log_buckets_are_the_logarithms_of_the_buckets(pair, support_size):
+    llm, slm = map(torch.tensor, pair)
+    ids = llm.topk(min(support_size, len(llm))).indices
+    found, probs = bucket_logprobs(slm, ids), bucket_probs(slm, ids)
+    torch.testing.assert_close(found.exp(), probs[: len(found)], rtol=1e-4, atol=1e-6)
+    assert len(found) == len(probs) - (len(ids) == len(slm))
+    assert found.isfinite().all()

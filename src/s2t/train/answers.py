@@ -58,11 +58,6 @@ class Answer:
         """Every token that some token of the answer is predicted from."""
         return np.concatenate([self.prompt_ids, self.token_ids[:-1]])
 
-    @property
-    def columns(self) -> np.ndarray:
-        """Places in `ids` whose states the answer's tokens are predicted from; [T]."""
-        return len(self.prompt_ids) - 1 + np.arange(len(self.token_ids))
-
 
 def write_answers(config: DistillConfig, run: RunFolder, task: Task, problems: Sequence[Problem]) -> None:
     """Write every shard that is not in the run folder yet; models are loaded only when one is missing."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,9 @@ from s2t.errors import ConfigError
 from s2t.files import RunFolder, read_json, versions, write_json
 from s2t.model.engine import Head
 from s2t.model.load import LoadedModel, load_model
-from s2t.model.lora import DISTILL_CONFIG, lora_parameters, new_lora, save_lora
+from s2t.model.lora import DISTILL_CONFIG, find_lora, lora_parameters, new_lora, save_lora
 from s2t.model.merged import PROBLEMS_FILE, base_model
+from s2t.model.tiny import is_embedded
 from s2t.tasks.problems import heldout_templates
 from s2t.train.answers import Answer, read_answers, write_answers
 from s2t.train.dataset import pad_ids
@@ -35,8 +37,7 @@ from s2t.train.forward import sum_in_chunks
 
 def distill(config: DistillConfig) -> dict[str, Any]:
     """Distil the LLM into a LoRA and return distill.json; same command again: resumes, or returns the finished run."""
-    if (base := base_model(config.slm)) != config.slm:
-        raise ConfigError(f"distill trains a model, and {config.slm} is made from {base}; pass --slm {base}.")
+    _check_plain(config)
     run = RunFolder.open(config.out, "distill", config, ignore=("workers",))
     if run.is_complete:
         return read_json(run.file("distill.json"))
@@ -54,6 +55,17 @@ def distill(config: DistillConfig) -> dict[str, Any]:
     run.finish()
     distiller.clear()
     return result
+
+
+def _check_plain(config: DistillConfig) -> None:
+    """Raise ConfigError where the SLM is an adapter or a merged model: a LoRA names one base, which others can load."""
+    base = base_model(config.slm)
+    if base == config.slm and not is_embedded(base):
+        with suppress(OSError):  # of a model that is not there, which loading says in its own words
+            lora = find_lora(config.slm, config.revision)
+            base = lora.base if lora is not None else base
+    if base != config.slm:
+        raise ConfigError(f"distill trains a model, and {config.slm} is made from {base}; pass --slm {base}.")
 
 
 class Distiller(Fit):
@@ -87,12 +99,16 @@ class Distiller(Fit):
         return {"kl": sum_in_chunks(self._kl, self.head, states, ids, probs) / len(states)}
 
     def _states(self, batch: Sequence[Answer]) -> Tensor:
-        """Last hidden states that the tokens of all answers are predicted from, one after another; [N, H]."""
-        rows = np.concatenate([np.full(len(answer.token_ids), row) for row, answer in enumerate(batch)])
-        columns = np.concatenate([answer.columns for answer in batch])
-        padded = pad_ids(batch).to(self.device)  # on the right, where no token of an answer looks
-        hidden = self.base_model.get_decoder()(input_ids=padded, use_cache=False).last_hidden_state
-        return hidden[torch.from_numpy(rows).to(self.device), torch.from_numpy(columns).to(self.device)]
+        """Last hidden states that the tokens of all answers are predicted from, answer by answer; [N, H]."""
+        found: dict[int, Tensor] = {}
+        for group in _similar([len(answer.ids) for answer in batch]):
+            padded = pad_ids([batch[i] for i in group]).to(
+                self.device
+            )  # on the right, where no token of an answer looks
+            hidden = self.base_model.get_decoder()(input_ids=padded, use_cache=False).last_hidden_state
+            for row, i in enumerate(group):
+                found[i] = hidden[row, len(batch[i].prompt_ids) - 1 : len(batch[i].ids)]
+        return torch.cat([found[i] for i in range(len(batch))])
 
     def _stack(self, parts: Sequence[np.ndarray]) -> Tensor:
         return torch.from_numpy(np.concatenate(parts)).to(self.device)
@@ -132,6 +148,19 @@ class Distiller(Fit):
             "README.md": _card(record),
         }
         save_lora(self.peft_model, self.run.file("adapter"), config.slm, config.revision, texts)
+
+
+def _similar(lengths: Sequence[int]) -> list[list[int]]:
+    """Indices by length, cut where padding would take more than an eighth beside the tokens."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if groups:
+            wider = [*groups[-1], i]
+            if 8 * lengths[i] * len(wider) <= 9 * sum(lengths[k] for k in wider):
+                groups[-1].append(i)
+                continue
+        groups.append([i])
+    return groups
 
 
 _RECORDED = (
