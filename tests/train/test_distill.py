@@ -258,12 +258,12 @@ def held_out_kl(slm: str, llm: Any) -> float:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_loss_falls_and_the_slm_comes_nearer_to_the_llm(method, worn_slm, tiny_llm, tmp_path):
-    config = settings(tmp_path, method, slm=worn_slm, prompt="plain", limit=16, max_steps=12, max_new_tokens=100)
+    config = settings(tmp_path, method, slm=worn_slm, prompt="plain", limit=24, max_steps=16, max_new_tokens=100)
     distill(config)
     log = [line["loss"] for line in read_jsonl(tmp_path / method / "train_log.jsonl")]
-    assert len(log) == 12
-    assert np.mean(log[-4:]) < 0.8 * np.mean(log[:4])
-    assert held_out_kl(str(tmp_path / method / "adapter"), tiny_llm) < 0.85 * held_out_kl(worn_slm, tiny_llm)
+    assert len(log) == 16
+    assert np.mean(log[-4:]) < 0.85 * np.mean(log[:4])
+    assert held_out_kl(str(tmp_path / method / "adapter"), tiny_llm) < 0.9 * held_out_kl(worn_slm, tiny_llm)
 
 
 def test_steps_are_those_of_the_epochs_or_as_many_as_asked_for(random_model, tmp_path):
@@ -281,9 +281,9 @@ def test_the_recipe_is_that_of_the_selector():
 
 
 def test_a_finished_run_is_returned_as_it_is(distilled, monkeypatch):
+    config = DistillConfig(**load_run(distilled("sft"), "distill")["config"])
     monkeypatch.setattr("s2t.train.distill.load_model", None)
     monkeypatch.setattr(answers_module, "load_model", None)
-    config = DistillConfig(**load_run(distilled("sft"), "distill")["config"])
     assert distill(config) == read_json(distilled("sft") / "distill.json")
 
 
