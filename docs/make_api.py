@@ -20,7 +20,7 @@ Written by `python docs/make_api.py` from the docstrings themselves; do not edit
 one line. Settings that are passed as keywords are those of the command line: [cli.md](cli.md).
 """
 FUNCTIONS = [name for name in s2t.__all__ if callable(getattr(s2t, name))]
-WORKFLOWS = ("measure", "calibrate", "collect", "train", "evaluate")
+WORKFLOWS = ("measure", "calibrate", "collect", "train", "distill", "evaluate")
 RECORDS = ("Step", "Candidates", "Cost", "SelectionGroup", "Provenance", "Problem", "Result")
 
 

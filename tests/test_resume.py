@@ -22,16 +22,16 @@ import pytest
 from safetensors.torch import load_file
 
 from s2t.collect import read_groups
-from s2t.config import CollectConfig, EvalConfig, TrainConfig
+from s2t.config import CollectConfig, DistillConfig, EvalConfig, TrainConfig
 from s2t.errors import DataError
-from s2t.files import load_run, read_json, read_jsonl
+from s2t.files import load_run, read_json, read_jsonl, read_tables
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 
 NURSERY = """
 import os, sys
 import peft, pyarrow.parquet, torch, transformers
-import s2t.cli.main, s2t.collect, s2t.evaluate, s2t.train.trainer
+import s2t.cli.main, s2t.collect, s2t.evaluate, s2t.train.distill, s2t.train.trainer
 torch.set_num_threads(1)
 for line in sys.stdin:
     child = os.fork()
@@ -154,7 +154,12 @@ def assert_is_alive(process: int) -> None:
 
 
 def has_everything(folder: Path, command: str) -> bool:
-    names = {"collect": "collect.json", "train": "adapter/s2t_config.json", "eval": "summary.json"}
+    names = {
+        "collect": "collect.json",
+        "train": "adapter/s2t_config.json",
+        "distill": "adapter/adapter_config.json",
+        "eval": "summary.json",
+    }
     return (folder / names[command]).is_file()
 
 
@@ -215,6 +220,33 @@ def test_resumed_training_ends_with_the_same_weights(trained):
     assert read_jsonl(killed / "train_log.jsonl") == read_jsonl(calm / "train_log.jsonl")
     assert read_json(killed / "train.json") == read_json(calm / "train.json")
     assert read_json(calm / "train.json")["num_steps"] >= 8, "too few steps to interrupt"
+
+
+def test_resumed_distillation_ends_with_the_same_answers_and_weights(nursery, problems, tmp_path):
+    def make(out: str) -> DistillConfig:
+        return DistillConfig(
+            **COMMON,
+            task=problems,
+            out=out,
+            method="on-policy-kd",
+            policy="sample",
+            batch_answers=3,
+            epochs=4.0,
+            learning_rate=1e-3,
+            lora_rank=2,
+            shard_size=4,
+            checkpoint_steps=2,
+        )
+
+    calm, killed = interrupted_and_not(nursery, tmp_path, "distill", make, seed=4)
+    left, right = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (calm, killed))
+    assert left.keys() == right.keys()
+    assert all(left[key].equal(right[key]) for key in left)
+    tables = [[read_tables([folder / f"answers-{i:05d}.parquet"]) for i in range(3)] for folder in (calm, killed)]
+    assert tables[0] == tables[1]
+    assert read_jsonl(killed / "train_log.jsonl") == read_jsonl(calm / "train_log.jsonl")
+    assert read_json(killed / "distill.json") == read_json(calm / "distill.json")
+    assert read_json(calm / "distill.json")["num_steps"] == 16
 
 
 def test_resumed_evaluation_equals_uninterrupted(nursery, problems, trained, tmp_path):

@@ -18,7 +18,14 @@ from s2t.config import CollectConfig, DecodeConfig
 from s2t.decode.label import Labels
 from s2t.decode.session import Session
 from s2t.decode.strategies import Strategy, build_strategy
-from s2t.decode.workload import open_task, read_thresholds, requests_for, shards_of, task_for_workers
+from s2t.decode.workload import (
+    open_task,
+    problems_outside,
+    read_thresholds,
+    requests_for,
+    shards_of,
+    task_for_workers,
+)
 from s2t.errors import ConfigError, DataError
 from s2t.files import RunFolder, read_tables, write_json, write_table
 from s2t.model.load import load_model
@@ -52,7 +59,7 @@ def collect(config: CollectConfig) -> dict[str, Any]:
     run = RunFolder.open(config.out, "collect", config, ignore=("workers",))
     task = open_task(config, config.slm)
     heldout = heldout_templates(task.templates(), config.heldout_templates)
-    problems = _problems(task, config, heldout)
+    problems = problems_outside(task, config.split, config.limit, config.seed, heldout)
     shards = dict(enumerate(shards_of(problems, config.shard_size)))
     jobs = [(i, shard) for i, shard in shards.items() if not run.shard("groups", i, "parquet").exists()]
     if jobs:
@@ -77,19 +84,6 @@ def _threshold(config: CollectConfig) -> float:
     if "divergence" not in thresholds:
         raise ConfigError("collect needs a divergence threshold; pass --calibration calibration.json or --threshold.")
     return thresholds["divergence"]
-
-
-def _problems(task: Task, config: CollectConfig, heldout: frozenset[str]) -> list[Problem]:
-    """The first `limit` problems of the split whose template is not held out."""
-    if not heldout:
-        return task.problems(config.split, config.limit, config.seed)
-    wanted = config.limit
-    while True:
-        found = task.problems(config.split, wanted, config.seed)
-        kept = [problem for problem in found if problem.template not in heldout]
-        if len(kept) >= config.limit or len(found) < wanted:
-            return kept[: config.limit]
-        wanted = wanted * 3 // 2 + 8
 
 
 class _Collector:

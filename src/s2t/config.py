@@ -23,6 +23,7 @@ CRITICALITY_READINGS = ("head", "reserved")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 EXECUTIONS = ("auto", "eager", "static", "compile")
 DIVERGENCES = ("llm-slm", "slm-llm", "js", "released-code")
+DISTILLATIONS = ("sft", "kd", "on-policy-kd")
 
 TRIGGERED = ("takeover", "s2t", "s2t-local")
 NEEDS_LLM = frozenset({"llm", "takeover", "s2t"})
@@ -286,7 +287,39 @@ class CollectConfig(StepConfig, TaskConfig, ModelConfig):
 
 
 @dataclass(frozen=True)
-class TrainConfig(ModelConfig):
+class FitConfig:
+    """The LoRA and how it is fitted; shared by train and distill, so that the two can be compared on equal terms."""
+
+    lora_rank: int = 16
+    """Rank of the LoRA matrices."""
+    lora_alpha: float = 32.0
+    """Scale of the LoRA, over its rank."""
+    lora_dropout: float = 0.05
+    """Dropout inside the LoRA while training."""
+    learning_rate: float = 5e-5
+    """Peak of the schedule: linear warm-up, then a cosine to a tenth."""
+    weight_decay: float = 0.0
+    """Weight decay of AdamW."""
+    epochs: float = 3.0
+    """Passes over the training data; may be a fraction."""
+    warmup_ratio: float = 0.03
+    """Share of the steps over which the learning rate rises."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    checkpoint_steps: int = 200
+    """Optimizer steps between checkpoints; a killed run resumes from the last one."""
+
+    def check_fit(self) -> None:
+        _at_least(1, lora_rank=self.lora_rank, checkpoint_steps=self.checkpoint_steps)
+        _positive(epochs=self.epochs, lora_alpha=self.lora_alpha)
+        _positive(learning_rate=self.learning_rate, max_grad_norm=self.max_grad_norm)
+        _at_least(0, weight_decay=self.weight_decay)
+        _between("lora_dropout", self.lora_dropout, 0, 0.99)
+        _between("warmup_ratio", self.warmup_ratio, 0, 1)
+
+
+@dataclass(frozen=True)
+class TrainConfig(FitConfig, ModelConfig):
     """`s2t train`: selection groups become an adapter."""
 
     groups: str = "runs/collect"
@@ -309,24 +342,8 @@ class TrainConfig(ModelConfig):
     """Lambda: the weight of log p_S in the score."""
     criticality_threshold: float = 0.7
     """Criticality above which a step triggers; stored in the adapter."""
-    lora_rank: int = 16
-    """Rank of the LoRA matrices."""
-    lora_alpha: float = 32.0
-    """Scale of the LoRA, over its rank."""
-    lora_dropout: float = 0.05
-    """Dropout inside the LoRA while training."""
-    learning_rate: float = 5e-5
-    """Peak of the schedule: linear warm-up, then a cosine to a tenth."""
-    weight_decay: float = 0.0
-    """Weight decay of AdamW."""
     batch_groups: int = 4
     """Selection groups per step, at least; whole trajectories are kept together."""
-    epochs: float = 3.0
-    """Passes over the groups; may be a fraction."""
-    warmup_ratio: float = 0.03
-    """Share of the steps over which the learning rate rises."""
-    max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm."""
     ce_weight: float = 1.0
     """Weight of the cross-entropy against the LLM's choice among the candidates."""
     pairwise_weight: float = 1.0
@@ -341,26 +358,73 @@ class TrainConfig(ModelConfig):
     """Weight of the criticality loss."""
     prefix_cache_gib: float = 4.0
     """Memory for the frozen prefixes of scope candidates, read once if all fit; 0 reads them at every step."""
-    checkpoint_steps: int = 200
-    """Steps between checkpoints; a killed run resumes from the last one."""
     seed: int = 0
     """Seed of the order of groups, of dropout and of new weights."""
 
     def __post_init__(self) -> None:
         self.check_model()
+        self.check_fit()
         _choice("adapter_scope", self.adapter_scope, SCOPES)
         _choice("criticality", self.criticality, CRITICALITY_READINGS)
         _at_least(2, num_bins=self.num_bins)
-        _at_least(1, num_candidates=self.num_candidates, head_size=self.head_size, lora_rank=self.lora_rank)
-        _at_least(1, batch_groups=self.batch_groups, checkpoint_steps=self.checkpoint_steps)
-        _positive(score_temperature=self.score_temperature, epochs=self.epochs, lora_alpha=self.lora_alpha)
-        _positive(learning_rate=self.learning_rate, max_grad_norm=self.max_grad_norm)
+        _at_least(1, num_candidates=self.num_candidates, head_size=self.head_size, batch_groups=self.batch_groups)
+        _positive(score_temperature=self.score_temperature)
         _at_least(0, **{name: value for name, value in vars(self).items() if name.endswith("_weight")})
-        _at_least(0, pairwise_margin=self.pairwise_margin, weight_decay=self.weight_decay)
-        _at_least(0, prefix_cache_gib=self.prefix_cache_gib)
+        _at_least(0, pairwise_margin=self.pairwise_margin, prefix_cache_gib=self.prefix_cache_gib)
         _between("criticality_threshold", self.criticality_threshold, 0, 1)
-        _between("lora_dropout", self.lora_dropout, 0, 0.99)
-        _between("warmup_ratio", self.warmup_ratio, 0, 1)
+
+
+@dataclass(frozen=True)
+class DistillConfig(FitConfig, TaskConfig, ModelConfig):
+    """`s2t distill`: an ordinary LoRA of the SLM, fitted to the LLM's answers or distributions."""
+
+    llm: str | None = "tiny:llm"
+    """Hub id, folder, or `tiny:llm`: the reference that is distilled."""
+    method: str = "sft"
+    """sft (cross-entropy on the LLM's answers), kd (KL to the LLM on its answers) or on-policy-kd (KL on the SLM's own)."""
+    out: str = "runs/distill"
+    """Folder of this run; the adapter goes into its `adapter` folder, and rerunning resumes."""
+    split: str = "train"
+    """train or calibration."""
+    heldout_templates: float = 0.25
+    """Share of templates kept out of training."""
+    only_correct: bool = False
+    """Train on the answers that the task grades as right, only."""
+    policy: str = "greedy"
+    """Of on-policy-kd: how the SLM writes its answers, greedy or sample."""
+    temperature: float = 1.0
+    """Of policy sample; above 0."""
+    kd_temperature: float = 1.0
+    """Of kd and on-policy-kd: both distributions are softened by it; above 0."""
+    support_size: int = 64
+    """Of kd and on-policy-kd: the LLM's likeliest tokens whose probabilities are kept; all others are one bucket."""
+    max_new_tokens: int = 256
+    """Length limit of one answer, in tokens."""
+    batch_size: int = 64
+    """Sequences written at once."""
+    batch_answers: int = 8
+    """Answers per optimizer step."""
+    max_steps: int | None = None
+    """Optimizer steps, in place of --epochs."""
+    shard_size: int = 256
+    """Problems per file; a killed run loses one shard at most."""
+
+    def __post_init__(self) -> None:
+        self.check_model()
+        self.check_task()
+        self.check_fit()
+        _choice("method", self.method, DISTILLATIONS)
+        _choice("split", self.split, ("train", "training", "calibration"))
+        _choice("policy", self.policy, ("greedy", "sample"))
+        if self.policy != "greedy" and self.method != "on-policy-kd":
+            raise ConfigError(f"policy {self.policy} is of method on-policy-kd; {self.method} reads the LLM's answers.")
+        _between("heldout_templates", self.heldout_templates, 0, 0.9)
+        _positive("; use policy greedy for 0", temperature=self.temperature)
+        _positive(kd_temperature=self.kd_temperature)
+        _at_least(1, support_size=self.support_size, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size)
+        _at_least(1, batch_answers=self.batch_answers, shard_size=self.shard_size)
+        if self.max_steps is not None:
+            _at_least(1, max_steps=self.max_steps)
 
 
 @dataclass(frozen=True)

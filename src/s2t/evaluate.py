@@ -23,6 +23,7 @@ from s2t.decode.strategies import Strategy, build_strategy, choose_sample
 from s2t.decode.workload import open_task, read_thresholds, requests_for, shards_of, task_for_workers
 from s2t.files import RunFolder, read_json, write_json, write_text
 from s2t.model.adapter import AdapterConfig, selector_config, selector_problems
+from s2t.model.lora import distilled_from
 from s2t.progress import progress
 from s2t.records import Cost, Problem, Result, Step
 from s2t.tasks.problems import Task, check_disjoint, heldout_templates
@@ -270,9 +271,7 @@ def _summary(
 ) -> dict[str, Any]:
     rows = {name: [found[0] for found in seeds] for name, seeds in results.items()}
     seconds = {name: sum(found[1] for found in seeds) / len(seeds) for name, seeds in results.items()}
-    held = set(adapter.heldout_templates) if adapter is not None else set()
-    if not held:
-        held = set(heldout_templates(task.templates(), config.heldout_templates))
+    held = _heldout(config, task, adapter)
     summary = {
         "task": config.task,
         "split": config.split,
@@ -296,6 +295,14 @@ def _summary(
                 "gap_closed": _gap_closed(part),
             }
     return summary
+
+
+def _heldout(config: EvalConfig, task: Task, adapter: AdapterConfig | None) -> set[str]:
+    """The templates that neither the selector nor the distillation of the SLM has seen; where neither says, the setting's."""
+    lists = [set(adapter.heldout_templates)] if adapter is not None and adapter.heldout_templates else []
+    if (distilled := distilled_from(config.slm)) is not None:
+        lists.append(set(distilled["heldout_templates"]))
+    return set.intersection(*lists) if lists else set(heldout_templates(task.templates(), config.heldout_templates))
 
 
 def _section(rows: Mapping[str, _Rows], seconds: Mapping[str, float] | None, seed: int) -> dict[str, Any]:

@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from s2t.config import CalibrateConfig, CollectConfig, EvalConfig, MeasureConfig, TrainConfig, build_config
+from s2t.config import (
+    CalibrateConfig,
+    CollectConfig,
+    DistillConfig,
+    EvalConfig,
+    MeasureConfig,
+    TrainConfig,
+    build_config,
+)
 
 
 def measure(**settings: Any) -> dict[str, Any]:
@@ -37,6 +45,13 @@ def train(**settings: Any) -> dict[str, Any]:
     from s2t.train.trainer import train as run
 
     return run(build_config(TrainConfig, flags=settings))
+
+
+def distill(**settings: Any) -> dict[str, Any]:
+    """The LLM's answers or distributions become a LoRA of the SLM, in the run folder's `adapter`; returns distill.json."""
+    from s2t.train.distill import distill as run
+
+    return run(build_config(DistillConfig, flags=settings))
 
 
 def evaluate(**settings: Any) -> dict[str, Any]:

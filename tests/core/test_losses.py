@@ -10,11 +10,13 @@ from torch.nn import functional as F
 
 from s2t.core.losses import (
     criticality_loss,
+    distillation_kl,
     listwise_kl,
     lm_preserving_kl,
     pairwise_margin,
     selection_cross_entropy,
 )
+from s2t.core.support import bucket_probs
 
 groups = st.integers(0, 10_000)
 
@@ -115,3 +117,20 @@ def test_criticality_learns_towards_the_label():
     labels = torch.tensor([1.0, 0.0])
     right, wrong = torch.tensor([4.0, -4.0]), torch.tensor([-4.0, 4.0])
     assert criticality_loss(right, labels, 5.0) < criticality_loss(wrong, labels, 5.0)
+
+
+@given(seed=groups, size=st.integers(1, 9), temperature=st.sampled_from([0.5, 1.0, 4.0]))
+def test_distillation_is_a_lower_bound_of_the_full_kl_and_zero_for_equal_models(seed, size, temperature):
+    generator = torch.Generator().manual_seed(seed)
+    llm, slm = (3 * torch.randn(4, 9, generator=generator) for _ in range(2))
+    ids = llm.topk(size, dim=-1).indices
+    probs = bucket_probs(llm / temperature, ids)
+    slm.requires_grad_(True)
+    loss = distillation_kl(slm, ids, probs, temperature)
+    full = F.kl_div((slm / temperature).log_softmax(-1), (llm / temperature).softmax(-1), reduction="sum")
+    assert -1e-4 <= loss <= temperature**2 * full + 1e-3
+    assert float(distillation_kl(llm, ids, probs, temperature)) == pytest.approx(0, abs=1e-3)
+    [gradient] = torch.autograd.grad(loss, slm)
+    assert gradient.isfinite().all()
+    if size == 9:
+        torch.testing.assert_close(loss, temperature**2 * full, rtol=1e-4, atol=1e-4)

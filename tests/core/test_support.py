@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from s2t.config import DIVERGENCES
 from s2t.core.candidates import propose
 from s2t.core.stats import hit_rate_curve
-from s2t.core.support import align_vocabulary, divergence, entropy, kl_divergence, rank_of, self_certainty
+from s2t.core.support import (
+    align_vocabulary,
+    bucket_logprobs,
+    bucket_probs,
+    divergence,
+    entropy,
+    kl_divergence,
+    rank_of,
+    self_certainty,
+)
 from s2t.errors import ConfigError
 
 BUCKETED = tuple(kind for kind in DIVERGENCES if kind != "released-code")
@@ -174,3 +183,13 @@ def test_self_certainty_is_the_divergence_of_uniform_from_the_model():
     assert self_certainty(logits) == pytest.approx(expected.tolist(), abs=1e-6)
     assert self_certainty(logits)[1] == 0.0
     assert self_certainty(5 * logits)[0] > self_certainty(logits)[0]  # surer
+
+
+@given(pair=rows(), support_size=st.integers(1, 14))
+def test_log_buckets_are_the_logarithms_of_the_buckets(pair, support_size):
+    llm, slm = map(torch.tensor, pair)
+    ids = llm.topk(min(support_size, len(llm))).indices
+    found, probs = bucket_logprobs(slm, ids), bucket_probs(slm, ids)
+    torch.testing.assert_close(found.exp(), probs[: len(found)], rtol=1e-4, atol=1e-6)
+    assert len(found) == len(probs) - (len(ids) == len(slm))
+    assert found.isfinite().all()

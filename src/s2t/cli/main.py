@@ -16,7 +16,21 @@ from typing import Annotated
 import typer
 
 from s2t import __version__
-from s2t.cli import bench, calibrate, chat, collect, demo, evaluate, generate, measure, merge, report, study, train
+from s2t.cli import (
+    bench,
+    calibrate,
+    chat,
+    collect,
+    demo,
+    distill,
+    evaluate,
+    generate,
+    measure,
+    merge,
+    report,
+    study,
+    train,
+)
 from s2t.errors import S2TError
 
 COMMANDS = {
@@ -25,6 +39,7 @@ COMMANDS = {
     "calibrate": calibrate.command,
     "collect": collect.command,
     "train": train.command,
+    "distill": distill.command,
     "merge": merge.command,
     "generate": generate.command,
     "chat": chat.command,

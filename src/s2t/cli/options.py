@@ -26,6 +26,7 @@ PANELS = {
     "TaskConfig": "Problems",
     "StepConfig": "Decoding",
     "DecodeConfig": "Decoding",
+    "FitConfig": "Fitting",
 }
 OWN_PANEL = "Options"
 COMMON_PANEL = "Every command"

@@ -1,6 +1,7 @@
-"""Losses of the selector: cross-entropy, pairwise margin and listwise KL over candidates, KL to the base LM, criticality.
+"""Losses of the selector (cross-entropy, pairwise margin, listwise KL over candidates, KL to the base LM, criticality) and of
+distillation (KL to the LLM on buckets).
 
-All take what the model produced and what the LLM said, in float32, and return one mean. No model here.
+All take what the model produced and what the LLM said, in float32, and return one mean or sum. No model here.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from s2t.core.support import bucket_logprobs
 
 
 def selection_cross_entropy(scores: Tensor, llm_probs: Tensor) -> Tensor:
@@ -43,3 +46,15 @@ def criticality_loss(logits: Tensor, labels: Tensor, positive_weight: float) -> 
     """Class-weighted binary cross-entropy over all steps; logits [N], labels [N] in {0, 1} -> []."""
     weight = torch.tensor(positive_weight, device=logits.device)
     return F.binary_cross_entropy_with_logits(logits.float(), labels.float(), pos_weight=weight)
+
+
+def distillation_kl(logits: Tensor, ids: Tensor, llm_probs: Tensor, temperature: float = 1.0) -> Tensor:
+    """T^2 KL(p_L || p_S) on listed tokens and one rest bucket, nats, summed over positions; [N, V], [N, S], [N, S + 1] -> [].
+
+    `llm_probs` are the LLM's at the same temperature T, the rest last; p_S is the softmax of `logits` / T over all of its rows.
+    A lower bound of the KL over the whole vocabulary, and equal to it where S covers all that the LLM may say.
+    Source: token-level knowledge distillation (arXiv 1503.02531), with the rest bucket of the divergence.
+    """
+    slm_logprobs = bucket_logprobs(logits.float() / temperature, ids)
+    probs = llm_probs.float()[..., : slm_logprobs.shape[-1]]
+    return temperature**2 * (torch.xlogy(probs, probs) - probs * slm_logprobs).sum()

@@ -42,8 +42,8 @@ def divergence(llm_logits: Tensor, slm_logits: Tensor, support_size: int = 64, k
         return _masked_divergence(llm_logits, slm_logits)
     support_size = min(support_size, slm_logits.shape[-1])
     top = slm_logits.topk(support_size, dim=-1)  # [..., S]
-    slm_probs = _buckets(slm_logits, top.indices)  # [..., S + 1]
-    llm_probs = _buckets(llm_logits, top.indices)  # [..., S + 1]
+    slm_probs = bucket_probs(slm_logits, top.indices)  # [..., S + 1]
+    llm_probs = bucket_probs(llm_logits, top.indices)  # [..., S + 1]
     if kind == "llm-slm":
         return kl_divergence(llm_probs, slm_probs)
     if kind == "slm-llm":
@@ -54,7 +54,7 @@ def divergence(llm_logits: Tensor, slm_logits: Tensor, support_size: int = 64, k
     raise ConfigError(f"divergence must be llm-slm, slm-llm, js or released-code; got {kind!r}.")
 
 
-def _buckets(logits: Tensor, ids: Tensor) -> Tensor:
+def bucket_probs(logits: Tensor, ids: Tensor) -> Tensor:
     """Probabilities of listed ids and of all others together; [..., V], [..., S] -> [..., S + 1], float32.
 
     The rest is summed from its own tokens: `1 - sum` in float32 would lose it below 1e-7, and its logarithm with it.
@@ -63,6 +63,20 @@ def _buckets(logits: Tensor, ids: Tensor) -> Tensor:
     listed = probs.gather(-1, ids)
     rest = probs.scatter_(-1, ids, 0.0).sum(-1, keepdim=True)
     return torch.cat([listed, rest], dim=-1)
+
+
+def bucket_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
+    """Logarithms of `bucket_probs`, fit for gradients; [..., V], [..., S] -> [..., S + 1], or [..., S] where S = V.
+
+    The listed ids must differ from each other.
+    """
+    logits = logits.float()
+    total = logits.logsumexp(-1, keepdim=True)
+    listed = logits.gather(-1, ids)
+    if ids.shape[-1] == logits.shape[-1]:
+        return listed - total
+    rest = logits.scatter(-1, ids, float("-inf")).logsumexp(-1, keepdim=True)
+    return torch.cat([listed, rest], dim=-1) - total
 
 
 def _masked_divergence(llm_logits: Tensor, slm_logits: Tensor) -> Tensor:

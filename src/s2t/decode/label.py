@@ -1,7 +1,7 @@
 """Labelling by prefill: read whole trajectories with both models and say, at every step, how they disagree.
 
-One batched forward per model and trajectory; the logits of all positions are never held at once. `measure`
-and `collect` both stand on this.
+One batched forward per model and trajectory; the logits of all positions are never held at once. `measure`, `collect`
+and `distill` stand on this.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from s2t.core.candidates import mask_forbidden, propose
-from s2t.core.support import align_vocabulary, divergence, entropy, rank_of
+from s2t.core.support import align_vocabulary, bucket_probs, divergence, entropy, rank_of
 from s2t.decode.state import log_softmax_at
 from s2t.decode.text_reference import TextReference
 from s2t.model.engine import Engine
@@ -39,6 +39,14 @@ class Labels:
     llm_probs: np.ndarray  # [T, K] float32, absolute
 
 
+@dataclass(slots=True)
+class Targets:
+    """What the LLM gives to its S likeliest tokens, and to all others together, at each of T steps."""
+
+    ids: np.ndarray  # [T, S] int32, likeliest first
+    probs: np.ndarray  # [T, S + 1] float32, the last one of all other tokens
+
+
 def label(
     slm: LoadedModel,
     llm: LoadedModel,
@@ -60,6 +68,48 @@ def label(
         found = reader.read([prompts[i] for i in batch], [generated[i] for i in batch])
         labels.update(zip(batch, found, strict=True))
     return [labels[i] for i in range(len(prompts))]
+
+
+@torch.inference_mode()
+def llm_targets(
+    slm: LoadedModel,
+    llm: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    generated: Sequence[Sequence[int]],
+    support_size: int = 64,
+    temperature: float = 1.0,
+) -> list[Targets]:
+    """The LLM's distribution at every step of trajectories, at a temperature, over tokens that the SLM may generate.
+
+    Buckets are those of the divergence, here of the LLM's likeliest tokens, since it is they that are to be learnt.
+    """
+    found: dict[int, Targets] = {}
+    size = min(support_size, slm.vocab_size)
+    forbidden = torch.tensor([i for i in slm.reserved.all if i < slm.vocab_size], device=llm.device).long()
+    limit = _TOKENS_AT_ONCE.get(llm.device.type, 2**13)
+    for batch in _batches([len(p) + len(g) for p, g in zip(prompts, generated, strict=True)], limit):
+        engine = Engine(llm, len(batch))
+        hidden = _states(engine, [prompts[i] for i in batch], [generated[i] for i in batch])
+        parts = []
+        for chunk in hidden.split(_steps_at_once(llm)):
+            logits = mask_forbidden(align_vocabulary(engine.head(chunk), slm.vocab_size), forbidden, slm.vocab_size)
+            ids = logits.topk(size, dim=-1).indices
+            parts.append((ids.int().cpu().numpy(), bucket_probs(logits / temperature, ids).cpu().numpy()))
+        ends = np.cumsum([len(generated[i]) for i in batch])[:-1]
+        columns = [np.split(np.concatenate([part[c] for part in parts]), ends) for c in range(2)]
+        found.update((i, Targets(*both)) for i, both in zip(batch, zip(*columns, strict=True), strict=True))
+    return [found[i] for i in range(len(prompts))]
+
+
+def _states(engine: Engine, prompts: Sequence[Sequence[int]], generated: Sequence[Sequence[int]]) -> Tensor:
+    """Hidden states that every generated token is predicted from, trajectory by trajectory; [N, H]."""
+    texts = [[*p, *g[:-1]] for p, g in zip(prompts, generated, strict=True)]
+    read = engine.read(list(range(len(prompts))), texts)
+    return torch.cat([hidden[len(p) - 1 :] for p, hidden in zip(prompts, read, strict=True)])
+
+
+def _steps_at_once(loaded: LoadedModel) -> int:
+    return max(_STEPS_AT_ONCE, _LOGITS_AT_ONCE.get(loaded.device.type, 2**24) // loaded.vocab_size)
 
 
 def label_by_text(
@@ -107,13 +157,8 @@ class _PairReader:
 
     @torch.inference_mode()
     def read(self, prompts: Sequence[Sequence[int]], generated: Sequence[Sequence[int]]) -> list[Labels]:
-        rows = list(range(len(prompts)))
-        texts = [[*p, *g[:-1]] for p, g in zip(prompts, generated, strict=True)]
-        slm_hidden, llm_hidden = (
-            torch.cat([hidden[len(p) - 1 :] for p, hidden in zip(prompts, engine.read(rows, texts), strict=True)])
-            for engine in (self.slm, self.llm)
-        )  # [N, H], [N, H']
-        size = max(_STEPS_AT_ONCE, _LOGITS_AT_ONCE.get(self.slm.device.type, 2**24) // self.slm.vocab_size)
+        slm_hidden, llm_hidden = (_states(engine, prompts, generated) for engine in (self.slm, self.llm))
+        size = _steps_at_once(self.slm.loaded)
         parts = [
             self._compare(*self._logits(slm_hidden[i : i + size], llm_hidden[i : i + size]))
             for i in range(0, len(slm_hidden), size)

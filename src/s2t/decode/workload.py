@@ -30,6 +30,19 @@ def task_for_workers(task: Task, config: TaskConfig) -> Task | None:
     return task if config.workers == 1 else None
 
 
+def problems_outside(task: Task, split: str, limit: int, seed: int, heldout: frozenset[str]) -> list[Problem]:
+    """The first `limit` problems of a split whose template is not held out."""
+    if not heldout:
+        return task.problems(split, limit, seed)
+    wanted = limit
+    while True:
+        found = task.problems(split, wanted, seed)
+        kept = [problem for problem in found if problem.template not in heldout]
+        if len(kept) >= limit or len(found) < wanted:
+            return kept[:limit]
+        wanted = wanted * 3 // 2 + 8
+
+
 def requests_for(
     session: Session, task: Task, problems: Sequence[Problem], num_samples: int = 1, system: str | None = None
 ) -> list[Request]:

@@ -8,7 +8,6 @@ model itself. Knows nothing of decoding or losses.
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -24,9 +23,10 @@ from torch.nn import functional as F
 
 from s2t import __version__
 from s2t.core.bins import candidate_score, expected_bin
-from s2t.errors import ModelError, missing_extra
+from s2t.errors import ModelError
 from s2t.files import read_json, write_bytes, write_json, write_text
 from s2t.model.load import LoadedModel
+from s2t.model.lora import import_peft, lora_parameters, new_lora, quiet_peft
 from s2t.model.merged import (
     ADAPTER_FOLDER,
     CONFIG_FILE,
@@ -151,8 +151,9 @@ class SelectorAdapter(SelectorReader):
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Everything that training changes: LoRA weights and the selector's own parameters."""
-        named = {name: p for name, p in self.base_model.named_parameters() if "lora_" in name}
-        return named | {f"selector.{name}": p for name, p in self.selector.named_parameters()}
+        return lora_parameters(self.base_model) | {
+            f"selector.{name}": p for name, p in self.selector.named_parameters()
+        }
 
     def save(self, folder: str | Path, train_problems: tuple[str, ...] = (), card: str | None = None) -> None:
         """Write the folder; `s2t_config.json` goes last, so a half-written folder is never taken for an adapter."""
@@ -236,9 +237,8 @@ def selector_config(adapter: str | Path | None, slm: str) -> AdapterConfig | Non
 
 
 def selector_problems(adapter: str | Path | None, slm: str) -> frozenset[str]:
-    """Hashes of the problems that what `load_selector` would give was trained on."""
-    folder = adapter if adapter is not None else local_folder(slm)
-    return problem_hashes(folder) if adapter is not None or is_merged(folder) else frozenset()
+    """Hashes of the problems that this SLM (distilled, or merged), or what `load_selector` would give, was trained on."""
+    return problem_hashes(local_folder(slm)) | (problem_hashes(adapter) if adapter is not None else frozenset())
 
 
 def attached_adapter(model: nn.Module) -> SelectorAdapter | None:
@@ -295,14 +295,14 @@ def load_adapter(folder: str | Path, loaded: LoadedModel) -> SelectorAdapter:
         raise ModelError(
             f"adapter {folder} is damaged: {LORA_FILE} is missing; weights are read from safetensors only."
         )
-    peft, peft_model = _peft(), None
+    peft, peft_model = import_peft(), None
     try:
         state = load_file(Path(folder) / SELECTOR_FILE)
         with safe_open(
             Path(folder) / LORA_FILE, framework="pt"
         ):  # its header and length, before PEFT touches the model
             pass
-        with _quiet_peft():
+        with quiet_peft():
             peft_model = peft.PeftModel.from_pretrained(loaded.model, str(folder))
         adapter = SelectorAdapter(loaded, config, peft_model)
         adapter.selector.load_state_dict(state)
@@ -319,33 +319,8 @@ def train_problem_hashes(folder: str | Path) -> frozenset[str]:
     return problem_hashes(folder)
 
 
-def _peft() -> Any:
-    try:
-        import peft
-    except ImportError as error:
-        raise missing_extra("peft", "train") from error
-    return peft
-
-
 def _new_peft_model(loaded: LoadedModel, config: AdapterConfig) -> Any:
-    peft = _peft()
-    lora = peft.LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    with _quiet_peft():
-        return peft.get_peft_model(loaded.model, lora).eval()  # training turns dropout on
-
-
-@contextmanager
-def _quiet_peft() -> Iterator[None]:
-    """Keep to itself what PEFT's use of a renamed transformers property would print."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        yield
+    return new_lora(loaded.model, config.lora_rank, config.lora_alpha, config.lora_dropout)
 
 
 def _tuner_layers(model: nn.Module) -> list[Any]:

@@ -1,4 +1,5 @@
-"""A plain PEFT adapter (one that somebody trained, not a selector) found by its folder or hub id, and merged into its base.
+"""A plain PEFT adapter (one that somebody trained, not a selector): found by its folder or hub id and merged into its base,
+or new on a model, and saved.
 
 Everything above sees an ordinary model. Weights load from safetensors only. Knows nothing of how a base is loaded.
 """
@@ -6,19 +7,23 @@ Everything above sees an ordinary model. Weights load from safetensors only. Kno
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from transformers.utils.hub import cached_file
 
 from s2t.errors import ModelError, missing_extra
-from s2t.files import read_json
+from s2t.files import read_json, write_bytes, write_json, write_text
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
 SELECTOR_CONFIG = "s2t_config.json"
+DISTILL_CONFIG = "s2t_distill.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,22 +62,79 @@ def find_lora(name: str, revision: str | None = None) -> Lora | None:
 
 def merge_lora(model: Any, lora: Lora) -> Any:
     """The base with the adapter added to its weights, and no trace of PEFT; raises ModelError for what cannot be merged."""
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise missing_extra("peft", "train") from error
+    peft = import_peft()
     try:
         with safe_open(lora.folder / PEFT_WEIGHTS, framework="pt"):  # its header and length, before PEFT reads it
             pass
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            merged = PeftModel.from_pretrained(model, str(lora.folder)).merge_and_unload()
+            merged = peft.PeftModel.from_pretrained(model, str(lora.folder)).merge_and_unload()
     except (OSError, ValueError, TypeError, RuntimeError, KeyError, AttributeError, SafetensorError) as error:
         text = " ".join(str(error).split())[:200]
         raise ModelError(f"adapter {lora.name} cannot be merged into {lora.base}: {text}") from error
     for parameter in merged.parameters():
         parameter.requires_grad_(False)
     return merged
+
+
+def lora_base(folder: str | Path) -> str | None:
+    """The base model that an adapter in a folder of this machine names; None for anything else."""
+    path = Path(folder) / PEFT_CONFIG
+    if not path.is_file():
+        return None
+    config = read_json(path)
+    return config.get("base_model_name_or_path") if isinstance(config, dict) else None
+
+
+def distilled_from(folder: str | Path) -> dict[str, Any] | None:
+    """What `s2t distill` wrote of an adapter in a folder of this machine: method, task, held-out templates; else None."""
+    path = Path(folder) / DISTILL_CONFIG
+    return read_json(path) if path.is_file() else None
+
+
+def new_lora(model: Any, rank: int, alpha: float, dropout: float) -> Any:
+    """A PEFT model: a fresh LoRA on all linear layers but the output embedding, in eval mode; zero as it starts."""
+    peft = import_peft()
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    with quiet_peft():
+        return peft.get_peft_model(model, config).eval()  # training turns dropout on
+
+
+def lora_parameters(model: Any) -> dict[str, Any]:
+    """The LoRA's weights among a model's parameters, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
+
+
+def save_lora(peft_model: Any, folder: str | Path, base: str, revision: str | None, texts: Mapping[str, str]) -> None:
+    """Write a PEFT adapter of `base`, and further files by name; its config goes last, so a half-written folder is none."""
+    folder = Path(folder)
+    state = import_peft().get_peft_model_state_dict(peft_model)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    write_bytes(folder / PEFT_WEIGHTS, save(tensors, metadata={"format": "pt"}))
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    [config] = peft_model.peft_config.values()
+    named = {"base_model_name_or_path": base, "revision": revision, "inference_mode": True}
+    write_json(folder / PEFT_CONFIG, config.to_dict() | named)
+
+
+def import_peft() -> Any:
+    """The package; MissingExtraError, one line, where it is not installed."""
+    try:
+        import peft
+    except ImportError as error:
+        raise missing_extra("peft", "train") from error
+    return peft
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Keep to itself what PEFT's use of a renamed transformers property would print."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        yield
 
 
 def _fetched(name: str, revision: str | None) -> Path | None:

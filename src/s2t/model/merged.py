@@ -16,6 +16,7 @@ from typing import Any
 from s2t import __version__
 from s2t.errors import DataError, ModelError
 from s2t.files import read_json
+from s2t.model.lora import lora_base
 from s2t.model.reserved import ReservedIds
 
 CONFIG_FILE = "s2t_config.json"
@@ -121,9 +122,11 @@ def read_merged(folder: str | Path) -> MergedConfig:
 
 
 def base_model(name: str) -> str:
-    """The model that a merged one was made from; any other name as it is."""
+    """The model that a merged one, or an adapter in a folder, was made from; any other name as it is."""
     folder = local_folder(name)
-    return str(read_merged(folder).adapter["base_model"]) if is_merged(folder) else name
+    if is_merged(folder):
+        return base_model(str(read_merged(folder).adapter["base_model"]))
+    return lora_base(folder) or name
 
 
 def open_merged(name: str | Path) -> MergedConfig | None:
@@ -163,6 +166,7 @@ def sha256(path: str | Path) -> str:
 
 
 def problem_hashes(folder: str | Path) -> frozenset[str]:
-    """Hashes of the problems a selector was trained on, of an adapter or a merged folder (empty without the list)."""
+    """Hashes of the problems that an adapter (a selector's, or a distilled SLM's) or a merged folder was trained on; empty
+    without the list."""
     places: Iterable[Path] = (Path(folder) / PROBLEMS_FILE, Path(folder) / ADAPTER_FOLDER / PROBLEMS_FILE)
     return frozenset(word for path in places if path.is_file() for word in path.read_text().split())

@@ -13,7 +13,7 @@ from contextlib import suppress
 from functools import cache
 from typing import Any
 
-import _jail
+import _jail  # pyright: ignore[reportMissingImports]  (a script beside this one)
 
 CPU_S = 3.0  # of one job
 _MEMORY_BYTES = 4 << 30

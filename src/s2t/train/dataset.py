@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -161,7 +161,14 @@ def plan_batches(group_counts: Sequence[int], batch_groups: int, seed: int, epoc
     return batches
 
 
-def pad_ids(trajectories: Sequence[Trajectory]) -> Tensor:
+class HasIds(Protocol):
+    """A sequence of tokens that others are predicted from."""
+
+    @property
+    def ids(self) -> np.ndarray: ...  # [T]
+
+
+def pad_ids(trajectories: Sequence[HasIds]) -> Tensor:
     """Ids of all trajectories, right-padded with zeros, [b, T]."""
     ids = [t.ids for t in trajectories]
     padded = np.zeros((len(ids), max(map(len, ids))), dtype=np.int64)

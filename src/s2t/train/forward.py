@@ -7,7 +7,7 @@ Frozen prefixes are the same in every epoch: `FrozenPrefixes` reads them once, i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -184,14 +184,22 @@ def lm_kl(adapter: SelectorAdapter, states: States) -> Tensor:
     """KL(base LM || adapted LM) over the trained steps, in chunks whose logits are recomputed for the backward."""
     assert states.base_steps is not None
     head = Head(adapter.base_model)
-    size = max(1, _LOGITS_AT_ONCE // head.linear.weight.shape[0])
-    total = states.steps.new_zeros((), dtype=torch.float32)
 
     def part(base: Tensor, adapted: Tensor) -> Tensor:
         return lm_preserving_kl(head(base), head(adapted)) * len(base)
 
-    for i in range(0, len(states.steps), size):
-        total = total + checkpoint(
-            part, states.base_steps[i : i + size], states.steps[i : i + size], use_reentrant=False
-        )
-    return total / max(len(states.steps), 1)
+    return sum_in_chunks(part, head, states.base_steps, states.steps) / max(len(states.steps), 1)
+
+
+def sum_in_chunks(part: Callable[..., Tensor], head: Head, *tensors: Tensor) -> Tensor:
+    """Sum of a scalar function of rows, [N, ...] each -> [], float32; logits of few rows are held at a time.
+
+    Where there is more than one chunk its logits are computed again for the backward.
+    """
+    size = max(1, _LOGITS_AT_ONCE // head.linear.weight.shape[0])
+    total = tensors[0].new_zeros((), dtype=torch.float32)
+    if len(tensors[0]) <= size:
+        return total + part(*tensors) if len(tensors[0]) else total
+    for chunk in zip(*(tensor.split(size) for tensor in tensors), strict=True):
+        total = total + checkpoint(part, *chunk, use_reentrant=False)
+    return total

@@ -1,37 +1,30 @@
-"""The training run: adapter, losses, schedule, checkpoints, and the adapter folder at the end.
+"""The selector's training run: adapter, losses, and the adapter folder at the end.
 
-Every step depends on (seed, step) alone, so a killed run that resumes from its last checkpoint ends with the
-weights of an undisturbed one. Source of the recipe: arXiv 2604.26940; see docs/method.md for where we differ.
+Schedule, checkpoints and resuming are those of `fit.py`. Source of the recipe: arXiv 2604.26940; see docs/method.md for
+where we differ.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import math
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from s2t.config import TrainConfig
 from s2t.core.bins import candidate_score, expected_bin
 from s2t.core.losses import criticality_loss, listwise_kl, pairwise_margin, selection_cross_entropy
 from s2t.errors import ModelError
-from s2t.files import RunFolder, read_json, read_jsonl, versions, write_bytes, write_json, write_text
-from s2t.model.adapter import AdapterConfig, SelectorAdapter
+from s2t.files import RunFolder, read_json, versions, write_json
+from s2t.model.adapter import AdapterConfig, SelectorAdapter, selector_problems
 from s2t.model.load import LoadedModel, load_model
-from s2t.progress import progress
-from s2t.train.dataset import Batch, GroupData, make_batch, plan_batches, read_group_data
-from s2t.train.forward import FrozenPrefixes, Prefixes, States, forward, lm_kl
+from s2t.train.dataset import Batch, GroupData, make_batch, read_group_data
+from s2t.train.fit import Fit
+from s2t.train.forward import FrozenPrefixes, States, forward, lm_kl
 
-_CHECKPOINT = "checkpoint.safetensors"
-_LOG = "train_log.jsonl"
 _TRAJECTORIES_TO_CHECK = 64
 _TRAJECTORIES_AT_ONCE = 8
 
@@ -52,11 +45,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
     trainer = Trainer(config, data, adapter, run)
     trainer.fit()
     result = trainer.summary()
-    problems = tuple(sorted({t.problem_id.rsplit("-", 1)[-1] for t in data.trajectories}))
-    adapter.save(run.file("adapter"), problems)
+    problems = {t.problem_id.rsplit("-", 1)[-1] for t in data.trajectories} | selector_problems(None, config.slm)
+    adapter.save(run.file("adapter"), tuple(problems))
     write_json(run.file("train.json"), result)
     run.finish()
-    run.file(_CHECKPOINT).unlink(missing_ok=True)  # last: a run killed before is finished from it, not begun again
+    trainer.clear()
     return result
 
 
@@ -85,21 +78,16 @@ def _adapter_config(config: TrainConfig, data: GroupData, loaded: LoadedModel) -
     )
 
 
-class Trainer:
+class Trainer(Fit):
     """One training run over fixed data; `fit` resumes from the run folder's checkpoint if there is one."""
 
     def __init__(self, config: TrainConfig, data: GroupData, adapter: SelectorAdapter, run: RunFolder) -> None:
-        self.config, self.data, self.adapter, self.run = config, data, adapter, run
-        self.parameters = adapter.trainable()
-        self.optimizer = torch.optim.AdamW(
-            list(self.parameters.values()), lr=config.learning_rate, weight_decay=config.weight_decay
-        )
-        self.counts = [len(t.group_steps) for t in data.trajectories]
-        self.steps_per_epoch = len(plan_batches(self.counts, config.batch_groups, config.seed, 0))
-        self.num_steps = max(1, math.ceil(config.epochs * self.steps_per_epoch))
+        counts = [len(t.group_steps) for t in data.trajectories]
+        parameters = adapter.trainable()
+        super().__init__(config, config.seed, adapter.base_model, parameters, counts, config.batch_groups, run)
+        self.config, self.data, self.adapter = config, data, adapter
         self.positive_weight = self._positive_weight()
-        self.log: list[dict[str, float]] = []
-        self.step = 0
+        self.frozen: FrozenPrefixes | None = None
 
     def _positive_weight(self) -> float:
         """Negatives over positives among all trained steps."""
@@ -109,71 +97,30 @@ class Trainer:
 
     def fit(self) -> None:
         """Run all remaining steps."""
-        self._resume()
-        frozen = self._frozen_prefixes()
-        self.train_mode()
-        with progress("train", self.num_steps, self.step) as advance:
-            for chosen, batch in self._batches():
-                self.log.append(self.one_step(batch, frozen.take(chosen) if frozen is not None else None))
-                advance(1)
-                if self.step % self.config.checkpoint_steps == 0:
-                    self._save()
-        self._save()
-        self.adapter.base_model.eval()
+        super().fit()
         self.adapter.act(False)
 
-    def _frozen_prefixes(self) -> FrozenPrefixes | None:
-        """All prefixes, read once, where they never change, are needed more than once, and fit."""
+    def begin(self) -> None:
+        """Read the checkpoint, and all prefixes where they never change, are needed more than once, and fit."""
+        super().begin()
         room = self.config.prefix_cache_gib * 2**30
         if self.adapter.scope == "always" or self.num_steps <= self.steps_per_epoch:
-            return None
-        if FrozenPrefixes.size(self.adapter, self.data.trajectories) > room:
-            return None
-        return FrozenPrefixes(self.adapter, self.data.trajectories)
+            return
+        if FrozenPrefixes.size(self.adapter, self.data.trajectories) <= room:
+            self.frozen = FrozenPrefixes(self.adapter, self.data.trajectories)
 
-    def train_mode(self) -> None:
-        """Dropout inside the LoRA only; the base model stays in eval mode."""
-        for name, module in self.adapter.base_model.named_modules():
-            module.training = "lora_dropout" in name
-        for parameter in self.parameters.values():
-            parameter.requires_grad_(True)
+    def terms(self, chosen: Sequence[int]) -> dict[str, Tensor]:
+        """Terms of the loss on a batch of those trajectories."""
+        data = self.data
+        trajectories = [data.trajectories[i] for i in chosen]
+        batch = make_batch(trajectories, data.threshold, data.warmup_steps, self.adapter.loaded.device)
+        frozen = self.frozen.take(chosen) if self.frozen is not None else None
+        return self.losses(forward(self.adapter, batch, frozen), batch)
 
-    def _batches(self) -> Iterator[tuple[list[int], Batch]]:
-        """Trajectories and batches from the current step on; a plan of every epoch depends on (seed, epoch) alone."""
-        epoch, plan = -1, []
-        data, device = self.data, self.adapter.loaded.device
-        while self.step < self.num_steps:
-            wanted, place = divmod(self.step, self.steps_per_epoch)
-            if wanted != epoch:
-                epoch, plan = wanted, self._plan(wanted)
-            chosen = [data.trajectories[i] for i in plan[place]]
-            yield plan[place], make_batch(chosen, data.threshold, data.warmup_steps, device)
-
-    def _plan(self, epoch: int) -> list[list[int]]:
-        plan = plan_batches(self.counts, self.config.batch_groups, self.config.seed, epoch)
-        return (plan * 2)[: self.steps_per_epoch]  # every epoch has as many steps as the first
-
-    def one_step(self, batch: Batch, frozen: Prefixes | None = None) -> dict[str, float]:
-        """One optimizer step; returns the line of the log."""
-        torch.manual_seed(self.config.seed * 1_000_003 + self.step)
-        rate = self._learning_rate()
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        losses = self.losses(forward(self.adapter, batch, frozen), batch)
-        total = torch.stack(list(losses.values())).sum()
-        total.backward()
-        torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        values = {name: float(value.detach()) for name, value in losses.items()}
-        return {
-            "step": self.step,
-            "epoch": self.step / self.steps_per_epoch,
-            "loss": float(total.detach()),
-            **values,
-            "learning_rate": rate,
-        }
+    def one_step(self, batch: Batch) -> dict[str, float]:
+        """One optimizer step on a batch of one's own; returns the line of the log."""
+        self.seed_step()
+        return self.optimize(self.losses(forward(self.adapter, batch), batch))
 
     def losses(self, states: States, batch: Batch) -> dict[str, Tensor]:
         """Weighted terms of the loss; their sum is minimised. Source: METHOD section 3, arXiv 2604.26940."""
@@ -194,42 +141,6 @@ class Trainer:
             terms["lm"] = config.lm_weight * lm_kl(adapter, states)
         return terms
 
-    def _learning_rate(self) -> float:
-        """Linear warm-up, then a cosine to a tenth."""
-        config = self.config
-        warmup = max(1, int(config.warmup_ratio * self.num_steps))
-        if self.step < warmup:
-            return config.learning_rate * (self.step + 1) / warmup
-        part = (self.step - warmup) / max(1, self.num_steps - warmup)
-        return config.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * part)))
-
-    def _save(self) -> None:
-        tensors = {f"parameter.{name}": p.detach().cpu() for name, p in self.parameters.items()}
-        for index, name in enumerate(self.parameters):
-            for key, value in self.optimizer.state_dict()["state"].get(index, {}).items():
-                tensors[f"optimizer.{key}.{name}"] = value.detach().cpu()
-        write_text(self.run.file(_LOG), "".join(json.dumps(line) + "\n" for line in self.log))
-        write_bytes(self.run.file(_CHECKPOINT), save(tensors, metadata={"step": str(self.step)}))
-
-    def _resume(self) -> None:
-        path = self.run.file(_CHECKPOINT)
-        if not path.exists():
-            return
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            self.step = int(file.metadata()["step"])
-        state: dict[int, dict[str, Tensor]] = {}
-        with torch.no_grad():
-            for index, (name, parameter) in enumerate(self.parameters.items()):
-                parameter.copy_(tensors[f"parameter.{name}"])
-                keys = ("step", "exp_avg", "exp_avg_sq")
-                state[index] = {
-                    key: tensors[f"optimizer.{key}.{name}"] for key in keys if f"optimizer.{key}.{name}" in tensors
-                }
-        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
-        if Path(self.run.file(_LOG)).exists():
-            self.log = [line for line in read_jsonl(self.run.file(_LOG)) if line["step"] <= self.step]
-
     @torch.no_grad()
     def _triggers(self) -> dict[str, float]:
         """Share of the steps of some training trajectories that are divergence points, and that the adapter fires at."""
@@ -249,15 +160,14 @@ class Trainer:
     def summary(self) -> dict[str, Any]:
         """Counts, the losses over the first and the last tenth of the run, and how often the adapter triggers."""
         count = max(1, len(self.log) // 10)
-        head, tail = self.log[:count], self.log[-count:]
-        names = [name for name in ("loss", "ce", "pairwise", "listwise", "lm", "criticality") if name in tail[-1]]
+        losses = [line["loss"] for line in self.log]
         return {
             "num_trajectories": len(self.data.trajectories),
             "num_groups": self.data.num_groups,
             "num_steps": self.num_steps,
-            "num_trainable": sum(p.numel() for p in self.parameters.values()),
-            "first_loss": float(np.mean([line["loss"] for line in head])),
-            "final_loss": float(np.mean([line["loss"] for line in tail])),
+            "num_trainable": self.num_trainable,
+            "first_loss": float(np.mean(losses[:count])),
+            "final_loss": float(np.mean(losses[-count:])),
             **self._triggers(),
-            "final": {name: float(np.mean([line[name] for line in tail])) for name in names},
+            "final": self.final(("loss", "ce", "pairwise", "listwise", "lm", "criticality")),
         }

@@ -1,0 +1,182 @@
+"""Distillation as everybody does it, to compare selection with: one LoRA of the SLM, fitted to the LLM.
+
+Three methods share the problems, the LoRA and the steps of `s2t train`: cross-entropy on the LLM's answers (`sft`), KL to
+the LLM on them (`kd`), and KL on the SLM's own answers (`on-policy-kd`). What comes out is an ordinary PEFT adapter.
+Sources: knowledge distillation, arXiv 1503.02531; on answers of the LLM, arXiv 1606.07947; on the SLM's own, arXiv 2306.13649.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from s2t.config import DistillConfig
+from s2t.core.losses import distillation_kl
+from s2t.decode.workload import open_task, problems_outside
+from s2t.errors import ConfigError
+from s2t.files import RunFolder, read_json, versions, write_json
+from s2t.model.engine import Head
+from s2t.model.load import LoadedModel, load_model
+from s2t.model.lora import DISTILL_CONFIG, find_lora, lora_parameters, new_lora, save_lora
+from s2t.model.merged import PROBLEMS_FILE, base_model
+from s2t.model.tiny import is_embedded
+from s2t.tasks.problems import heldout_templates
+from s2t.train.answers import Answer, read_answers, write_answers
+from s2t.train.dataset import pad_ids
+from s2t.train.fit import Fit
+from s2t.train.forward import sum_in_chunks
+
+
+def distill(config: DistillConfig) -> dict[str, Any]:
+    """Distil the LLM into a LoRA and return distill.json; same command again: resumes, or returns the finished run."""
+    _check_plain(config)
+    run = RunFolder.open(config.out, "distill", config, ignore=("workers",))
+    if run.is_complete:
+        return read_json(run.file("distill.json"))
+    task = open_task(config, config.slm)
+    heldout = heldout_templates(task.templates(), config.heldout_templates)
+    problems = problems_outside(task, config.split, config.limit, config.seed, heldout)
+    write_answers(config, run, task, problems)
+    answers = read_answers(run)
+    torch.manual_seed(config.seed)
+    distiller = Distiller(config, answers, load_model(config.slm, **config.load_options), run)
+    distiller.fit()
+    result = {"num_problems": len(problems), **distiller.summary(), "heldout_templates": sorted(heldout)}
+    distiller.save(result)
+    write_json(run.file("distill.json"), result)
+    run.finish()
+    distiller.clear()
+    return result
+
+
+def _check_plain(config: DistillConfig) -> None:
+    """Raise ConfigError where the SLM is an adapter or a merged model: a LoRA names one base, which others can load."""
+    base = base_model(config.slm)
+    if base == config.slm and not is_embedded(base):
+        with suppress(OSError):  # of a model that is not there, which loading says in its own words
+            lora = find_lora(config.slm, config.revision)
+            base = lora.base if lora is not None else base
+    if base != config.slm:
+        raise ConfigError(f"distill trains a model, and {config.slm} is made from {base}; pass --slm {base}.")
+
+
+class Distiller(Fit):
+    """One training run over fixed answers; the LoRA acts on every token."""
+
+    def __init__(self, config: DistillConfig, answers: Sequence[Answer], loaded: LoadedModel, run: RunFolder) -> None:
+        self.peft_model = new_lora(loaded.model, config.lora_rank, config.lora_alpha, config.lora_dropout)
+        self.base_model: Any = self.peft_model.get_base_model()
+        super().__init__(
+            config,
+            config.seed,
+            self.base_model,
+            lora_parameters(self.base_model),
+            [1] * len(answers),
+            config.batch_answers,
+            run,
+            config.max_steps,
+        )
+        self.config, self.answers, self.device = config, answers, loaded.device
+        self.head = Head(self.base_model)
+
+    def terms(self, chosen: Sequence[int]) -> dict[str, Tensor]:
+        """The loss on those answers, mean over their tokens, nats."""
+        batch = [self.answers[i] for i in chosen]
+        states = self._states(batch)  # [N, H]
+        if self.config.method == "sft":
+            wanted = (self._stack([answer.token_ids for answer in batch]).long(),)
+            return {"ce": sum_in_chunks(self._cross_entropy, self.head, states, *wanted) / len(states)}
+        ids = self._stack([answer.target_ids for answer in batch]).long()
+        probs = self._stack([answer.target_probs for answer in batch])
+        return {"kl": sum_in_chunks(self._kl, self.head, states, ids, probs) / len(states)}
+
+    def _states(self, batch: Sequence[Answer]) -> Tensor:
+        """Last hidden states that the tokens of all answers are predicted from, answer by answer; [N, H]."""
+        found: dict[int, Tensor] = {}
+        for group in _similar([len(answer.ids) for answer in batch]):
+            padded = pad_ids([batch[i] for i in group]).to(
+                self.device
+            )  # on the right, where no token of an answer looks
+            hidden = self.base_model.get_decoder()(input_ids=padded, use_cache=False).last_hidden_state
+            for row, i in enumerate(group):
+                found[i] = hidden[row, len(batch[i].prompt_ids) - 1 : len(batch[i].ids)]
+        return torch.cat([found[i] for i in range(len(batch))])
+
+    def _stack(self, parts: Sequence[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.concatenate(parts)).to(self.device)
+
+    def _cross_entropy(self, states: Tensor, token_ids: Tensor) -> Tensor:
+        return F.cross_entropy(self.head(states), token_ids, reduction="sum")
+
+    def _kl(self, states: Tensor, ids: Tensor, probs: Tensor) -> Tensor:
+        return distillation_kl(self.head(states), ids, probs, self.config.kd_temperature)
+
+    def summary(self) -> dict[str, Any]:
+        """Counts, and the loss over the last tenth of the run."""
+        return {
+            "num_answers": len(self.answers),
+            "num_tokens": sum(len(answer.token_ids) for answer in self.answers),
+            "num_steps": self.num_steps,
+            "num_trainable": self.num_trainable,
+            "final": self.final(("loss", "ce", "kl")),
+        }
+
+    def save(self, result: dict[str, Any]) -> None:
+        """Write the adapter folder: PEFT's two files, where it comes from, its problems' hashes and a model card."""
+        config = self.config
+        hashes = sorted({answer.problem_id.rsplit("-", 1)[-1] for answer in self.answers})
+        record = {
+            **{name: getattr(config, name) for name in _RECORDED},
+            "base_model": config.slm,
+            "heldout_templates": result["heldout_templates"],
+            "num_answers": result["num_answers"],
+            "num_steps": result["num_steps"],
+            "problems_digest": hashlib.blake2b("\n".join(hashes).encode(), digest_size=16).hexdigest(),
+            "versions": versions(),
+        }
+        texts = {
+            PROBLEMS_FILE: "".join(f"{item}\n" for item in hashes),
+            DISTILL_CONFIG: json.dumps(record, indent=2) + "\n",
+            "README.md": _card(record),
+        }
+        save_lora(self.peft_model, self.run.file("adapter"), config.slm, config.revision, texts)
+
+
+def _similar(lengths: Sequence[int]) -> list[list[int]]:
+    """Indices by length, cut where padding would take more than an eighth beside the tokens."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if groups:
+            wider = [*groups[-1], i]
+            if 8 * lengths[i] * len(wider) <= 9 * sum(lengths[k] for k in wider):
+                groups[-1].append(i)
+                continue
+        groups.append([i])
+    return groups
+
+
+_RECORDED = (
+    *("method", "llm", "task", "split", "seed", "only_correct", "policy", "kd_temperature", "support_size"),
+    *("lora_rank", "lora_alpha", "lora_dropout", "learning_rate", "batch_answers"),
+)
+
+
+def _card(record: dict[str, Any]) -> str:
+    rows = "\n".join(f"| {key} | {json.dumps(value)} |" for key, value in record.items() if value is not None)
+    front = (
+        f"---\nlibrary_name: peft\nbase_model: {json.dumps(record['base_model'])}\ntags: [lora, distillation]\n---\n\n"
+    )
+    return (
+        f"{front}# {record['base_model']}, distilled from {record['llm']}\n\n"
+        "An ordinary LoRA, written by `s2t distill`: `--slm FOLDER` loads it merged into its base, and so does "
+        "`PeftModel.from_pretrained(base, FOLDER)`.\n\n"
+        f"| setting | value |\n| --- | --- |\n{rows}\n"
+    )

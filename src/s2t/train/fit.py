@@ -1,0 +1,177 @@
+"""One optimisation: AdamW, warm-up and cosine, clipping, a log, and checkpoints that resume exactly.
+
+Knows parameters, batches and named losses, not what they stand for; the selector's training and distillation are
+both subclasses. Every step depends on (seed, step) alone, so a killed run that resumes from its last checkpoint ends
+with the weights of an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from s2t.config import FitConfig
+from s2t.files import RunFolder, read_jsonl, write_bytes, write_text
+from s2t.progress import progress
+from s2t.train.dataset import plan_batches
+
+CHECKPOINT = "checkpoint.safetensors"
+LOG = "train_log.jsonl"
+
+
+class Fit(ABC):
+    """Fits the LoRA weights in `model` (and whatever else is in `parameters`) to examples.
+
+    `sizes` says how much each example adds to a batch of at least `batch_size`. `fit` runs all steps and resumes from the
+    run folder's checkpoint if there is one.
+    """
+
+    def __init__(
+        self,
+        config: FitConfig,
+        seed: int,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        sizes: Sequence[int],
+        batch_size: int,
+        run: RunFolder,
+        max_steps: int | None = None,
+    ) -> None:
+        self.recipe, self.seed, self.model, self.run = config, seed, model, run
+        self.parameters = dict(parameters)
+        self.sizes, self.batch_size = sizes, batch_size
+        self.optimizer = torch.optim.AdamW(
+            list(self.parameters.values()), lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+        self.steps_per_epoch = len(plan_batches(sizes, batch_size, seed, 0))
+        self.num_steps = max_steps or max(1, math.ceil(config.epochs * self.steps_per_epoch))
+        self.log: list[dict[str, float]] = []
+        self.step = 0
+
+    @abstractmethod
+    def terms(self, chosen: Sequence[int]) -> dict[str, Tensor]:
+        """Weighted terms of the loss on a batch of those examples; their sum is minimised."""
+
+    def fit(self) -> None:
+        """Run all remaining steps."""
+        self.begin()
+        self.train_mode()
+        with progress("train", self.num_steps, self.step) as advance:
+            for chosen in self._batches():
+                self.log.append(self.optimize(self.terms(chosen)))
+                advance(1)
+                if self.step % self.recipe.checkpoint_steps == 0:
+                    self._save()
+        self._save()
+        self.model.eval()
+
+    def begin(self) -> None:
+        """What is done once before the first step: read the checkpoint, if there is one."""
+        self._resume()
+
+    def train_mode(self) -> None:
+        """Dropout inside the LoRA only; the base model stays in eval mode."""
+        for name, module in self.model.named_modules():
+            module.training = "lora_dropout" in name
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(True)
+
+    def _batches(self) -> Iterator[list[int]]:
+        """Examples of every batch from the current step on; a plan of every epoch depends on (seed, epoch) alone.
+
+        What is drawn while a batch is worked depends on (seed, step).
+        """
+        epoch, plan = -1, []
+        while self.step < self.num_steps:
+            wanted, place = divmod(self.step, self.steps_per_epoch)
+            if wanted != epoch:
+                epoch, plan = wanted, self._plan(wanted)
+            self.seed_step()
+            yield plan[place]
+
+    def seed_step(self) -> None:
+        """Dropout of a step depends on nothing before it."""
+        torch.manual_seed(self.seed * 1_000_003 + self.step)
+
+    def _plan(self, epoch: int) -> list[list[int]]:
+        plan = plan_batches(self.sizes, self.batch_size, self.seed, epoch)
+        return (plan * 2)[: self.steps_per_epoch]  # every epoch has as many steps as the first
+
+    def optimize(self, terms: Mapping[str, Tensor]) -> dict[str, float]:
+        """One optimizer step on the sum of some terms; returns the line of the log."""
+        rate = self._learning_rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        total = torch.stack(list(terms.values())).sum()
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.recipe.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        values = {name: float(value.detach()) for name, value in terms.items()}
+        return {
+            "step": self.step,
+            "epoch": self.step / self.steps_per_epoch,
+            "loss": float(total.detach()),
+            **values,
+            "learning_rate": rate,
+        }
+
+    def _learning_rate(self) -> float:
+        """Linear warm-up, then a cosine to a tenth."""
+        config = self.recipe
+        warmup = max(1, int(config.warmup_ratio * self.num_steps))
+        if self.step < warmup:
+            return config.learning_rate * (self.step + 1) / warmup
+        part = (self.step - warmup) / max(1, self.num_steps - warmup)
+        return config.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * part)))
+
+    def final(self, names: Sequence[str]) -> dict[str, float]:
+        """Means of the log's columns over the last tenth of the run."""
+        tail = self.log[-max(1, len(self.log) // 10) :]
+        return {name: float(np.mean([line[name] for line in tail])) for name in names if name in tail[-1]}
+
+    @property
+    def num_trainable(self) -> int:
+        return sum(p.numel() for p in self.parameters.values())
+
+    def _save(self) -> None:
+        tensors = {f"parameter.{name}": p.detach().cpu() for name, p in self.parameters.items()}
+        for index, name in enumerate(self.parameters):
+            for key, value in self.optimizer.state_dict()["state"].get(index, {}).items():
+                tensors[f"optimizer.{key}.{name}"] = value.detach().cpu()
+        write_text(self.run.file(LOG), "".join(json.dumps(line) + "\n" for line in self.log))
+        write_bytes(self.run.file(CHECKPOINT), save(tensors, metadata={"step": str(self.step)}))
+
+    def _resume(self) -> None:
+        path = self.run.file(CHECKPOINT)
+        if not path.exists():
+            return
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            self.step = int(file.metadata()["step"])
+        state: dict[int, dict[str, Tensor]] = {}
+        with torch.no_grad():
+            for index, (name, parameter) in enumerate(self.parameters.items()):
+                parameter.copy_(tensors[f"parameter.{name}"])
+                keys = ("step", "exp_avg", "exp_avg_sq")
+                state[index] = {
+                    key: tensors[f"optimizer.{key}.{name}"] for key in keys if f"optimizer.{key}.{name}" in tensors
+                }
+        options: dict[str, Any] = {"param_groups": self.optimizer.state_dict()["param_groups"]}
+        self.optimizer.load_state_dict({"state": state, **options})
+        if self.run.file(LOG).exists():
+            self.log = [line for line in read_jsonl(self.run.file(LOG)) if line["step"] <= self.step]
+
+    def clear(self) -> None:
+        """Remove the checkpoint; last of all, so that a run killed before is finished from it, not begun again."""
+        self.run.file(CHECKPOINT).unlink(missing_ok=True)
