@@ -291,8 +291,11 @@ function place(token) {
   const fitsBelow = box.bottom + 8 + card.offsetHeight < window.innerHeight || box.top < card.offsetHeight + 8;
   card.style.left = (left + window.scrollX) + "px";
   card.style.top = ((fitsBelow ? box.bottom + 8 : box.top - card.offsetHeight - 8) + window.scrollY) + "px";
-  const hidden = box.bottom + 12 - (window.innerHeight - card.offsetHeight);
-  if (isNarrow.matches && hidden > 0) window.scrollBy(0, hidden);  // the card lies at the bottom there
+  if (state.isPinned || token.matches(":focus-visible")) reveal(token);  // not while a tap is still looking for its target
+}
+function reveal(token) {  // on a phone the card lies at the bottom, over what is there
+  const hidden = token.getClientRects()[0].bottom + 12 - (window.innerHeight - card.offsetHeight);
+  if (isNarrow.matches && hidden > 0) window.scrollBy(0, hidden);
 }
 function hide() {
   clearTimeout(state.hiding);
@@ -322,6 +325,7 @@ function toggle(token) {
 function goTo(token) {
   token.scrollIntoView({ block: "center" });
   token.focus({ preventScroll: true });
+  reveal(token);
 }
 const order = (token) => Number(token.dataset.index) * 2 + Number(token.parentElement.dataset.side);
 function flipTokens() {
