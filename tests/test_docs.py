@@ -23,7 +23,7 @@ from s2t.model.tiny import embedded_path
 ROOT = Path(__file__).parents[1]
 PAGES = [
     "README",
-    *(f"docs/{page}" for page in ("evaluate", "generate", "lm_eval", "loading", "measure", "merge", "train")),
+    *(f"docs/{page}" for page in ("evaluate", "generate", "lm_eval", "loading", "measure", "merge", "report", "train")),
 ]
 BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 NOT_RUN = ("make ", "pip install ")  # setting up, which is how the tests came here

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from s2t.decode.loop import Request
 from s2t.decode.session import Generated, Session
 from s2t.decode.strategies import Strategy, build_strategy, vote
 from s2t.decode.workload import open_task, read_thresholds, requests_for, shards_of, task_for_workers
-from s2t.files import RunFolder, read_json, write_json, write_text
+from s2t.files import RunFolder, read_json, write_json, write_lines, write_text
 from s2t.model.adapter import AdapterConfig, selector_config, selector_problems
 from s2t.progress import progress
 from s2t.records import Cost, Problem, Result, Step
@@ -46,7 +46,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     results = {name: _read_results(run, name) for name in names}
     summary = _summary(config, run, task, problems, results, adapter)
     write_text(run.file("results.jsonl"), "".join(_line(r) for name in names for r in results[name][0]))
-    write_text(run.file("traces.jsonl"), "".join(_line(t) for name in names for t in results[name][2]))
+    write_lines(run.file("traces.jsonl"), _trace_lines(run, names))
     write_json(run.file("summary.json"), summary)
     run.finish()
     return summary
@@ -54,6 +54,10 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
 
 def _line(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False) + "\n"
+
+
+def _compact(trace: Mapping[str, Any]) -> str:
+    return json.dumps(trace, ensure_ascii=False, separators=(",", ":"))
 
 
 def _run_missing(
@@ -105,7 +109,7 @@ class _Evaluator:
         return {
             "seconds": seconds,
             "results": [asdict(result) for result in results],
-            "traces": self._traces(strategy, problems[:traced], requests, done, results),
+            "traces": [_compact(t) for t in self._traces(strategy, problems[:traced], requests, done, results)],
             "pair": _pair(session),
         }
 
@@ -251,14 +255,20 @@ def requests_for_warm_up(session: Session) -> list[Any]:
     return [session.request(0, "1 + 1 =")]
 
 
-def _read_results(run: RunFolder, name: str) -> tuple[list[dict[str, Any]], float, list[dict[str, Any]]]:
-    shards = [read_json(path) for path in run.shards(f"results-{name}", "json")]
-    results = [result for shard in shards for result in shard["results"]]
-    return (
-        results,
-        sum(shard["seconds"] for shard in shards),
-        [t for shard in shards for t in shard["traces"]],
-    )
+def _read_results(run: RunFolder, name: str) -> tuple[list[dict[str, Any]], float]:
+    results, seconds = [], 0.0
+    for path in run.shards(f"results-{name}", "json"):
+        shard = read_json(path)
+        results += shard["results"]
+        seconds += shard["seconds"]
+    return results, seconds
+
+
+def _trace_lines(run: RunFolder, names: Sequence[str]) -> Iterator[str]:
+    """The traces of all strategies, one shard in memory at a time."""
+    for name in names:
+        for path in run.shards(f"results-{name}", "json"):
+            yield from read_json(path)["traces"]
 
 
 def _summary(
@@ -266,7 +276,7 @@ def _summary(
     run: RunFolder,
     task: Task,
     problems: Sequence[Problem],
-    results: Mapping[str, tuple[list[dict[str, Any]], float, Any]],
+    results: Mapping[str, tuple[list[dict[str, Any]], float]],
     adapter: AdapterConfig | None,
 ) -> dict[str, Any]:
     rows = {name: found[0] for name, found in results.items()}

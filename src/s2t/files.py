@@ -33,6 +33,16 @@ def write_text(path: str | Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
+def write_lines(path: str | Path, lines: Iterable[str]) -> None:
+    """Write lines as UTF-8, each ended by a newline, atomically and without holding them all in memory."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(f"{line}\n" for line in lines)
+
+    _write_atomically(Path(path), write)
+
+
 def write_json(path: str | Path, obj: Any) -> None:
     """Write one indented JSON document atomically; numpy values, paths and dataclasses become plain JSON."""
     write_text(path, json.dumps(obj, indent=2, ensure_ascii=False, default=_plain) + "\n")

@@ -352,6 +352,7 @@ def test_hostile_text_is_shown_and_never_run(browser: Browser, tmp_path: Path) -
             for step in {4, problem}:
                 page.click(token(side, step))
                 assert page.is_visible("#card")
+                page.keyboard.press("Escape")
     assert page.text_content(token(0, 0)) == HOSTILE[0]
     assert page.locator("main script, main img, #list b, .pane b").count() == 0
     assert page.evaluate("window.owned") is None and opened.errors == []
