@@ -25,7 +25,7 @@ PAGES = [
     "README",
     *(
         f"docs/{page}"
-        for page in ("distill", "evaluate", "generate", "lm_eval", "loading", "measure", "merge", "train")
+        for page in ("distill", "evaluate", "generate", "lm_eval", "loading", "measure", "merge", "report", "train")
     ),
 ]
 BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)

@@ -169,3 +169,20 @@ def test_versions_are_known_without_importing_torch():
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert {"s2t", "python", "torch", "transformers", "peft", "platform"} <= json.loads(shown.stdout).keys()
+
+
+def test_lines_are_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "x.jsonl"
+    files.write_lines(path, (json.dumps(i) for i in range(3)))
+    assert path.read_text() == "0\n1\n2\n"
+    with pytest.raises(ZeroDivisionError):
+        files.write_lines(path, (str(1 // i) for i in (1, 0)))
+    assert path.read_text() == "0\n1\n2\n" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_line_that_is_not_text_is_named_by_its_place(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b'{"a": 1}\n{"b": "\xff"}\n')
+    lines = files.iter_jsonl(tmp_path / "x.jsonl")
+    assert next(lines) == (f"{tmp_path}/x.jsonl:1", {"a": 1})
+    with pytest.raises(DataError, match="not UTF-8 text \\(byte 16\\)"):
+        next(lines)

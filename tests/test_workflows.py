@@ -77,7 +77,7 @@ def chain_configs(folder: Path) -> dict[str, Any]:
             calibration=calibration,
             adapter=f"{at['train']}/adapter",
             num_samples=3,
-            num_traces=2,
+            num_traces=9,  # one more than a shard
             shard_size=8,
         ),
     }
@@ -345,15 +345,33 @@ def test_traces_show_the_tokens_of_the_results(chain):
     results = {
         (line["problem_id"], line["strategy"]): line for line in read_jsonl(chain.path("eval") / "results.jsonl")
     }
-    assert len(traces) == 2 * (len(NAMES) - 1)  # votes have no single trace
+    assert len(traces) == 9 * (len(NAMES) - 1)  # votes have no single trace
     for trace in traces:
         result = results[trace["problem_id"], trace["strategy"]]
         assert len(trace["steps"]) == result["cost"]["generated"]
-        assert sum(step["fired"] for step in trace["steps"]) == result["num_triggered"]
-        assert sum(step["flip"] for step in trace["steps"]) == result["num_flips"]
+        assert sum(step.get("fired", False) for step in trace["steps"]) == result["num_triggered"]
+        assert sum(step.get("flip", False) for step in trace["steps"]) == result["num_flips"]
         for step in trace["steps"]:
-            chosen = [c["id"] for c in step["candidates"] if c["selected"]]
-            assert chosen == [step["token_id"]] or trace["strategy"] == "takeover"
+            assert step.get("flip", False) <= (step.get("greedy_id", step["token_id"]) != step["token_id"])
+            if step.get("fired"):
+                chosen = [c["id"] for c in step["candidates"] if c["selected"]]
+                assert chosen == [step["token_id"]] or trace["strategy"] == "takeover"
+
+
+def test_traces_say_what_the_llm_thinks_of_every_strategys_tokens(chain):
+    """Divergence at every step; candidates wherever the LLM would have gone on otherwise, not only where a step fired."""
+    unfired = 0
+    for trace in read_jsonl(chain.path("eval") / "traces.jsonl"):
+        for step in trace["steps"]:
+            assert step["divergence"] >= 0
+            if trace["strategy"] in ("s2t", "takeover"):
+                assert step["value"] == pytest.approx(step["divergence"], rel=1e-2, abs=1e-4)
+            for candidate in step.get("candidates", []):
+                assert 0 <= candidate["llm_prob"] <= 1
+            if step.get("candidates") and not step.get("fired"):
+                unfired += 1
+                assert step["candidates"][0]["llm_prob"] < 0.5
+    assert unfired > 0
 
 
 def test_an_adapter_trained_on_the_test_problems_is_refused(chain, tmp_path, no_models):

@@ -467,8 +467,8 @@ class EvalConfig(DecodeConfig, TaskConfig, ModelConfig):
     """Share of templates reported as unseen; the adapter's own list goes first."""
     shard_size: int = 128
     """Problems per file; a killed run loses one shard at most."""
-    num_traces: int = 8
-    """Problems whose every token is kept for the report's trace."""
+    num_traces: int = 1000
+    """Problems of which every token is kept, for the report to show; the first ones of the run."""
     num_seeds: int = 1
     """Seeds of whatever draws at random (samples and the trigger random); the problems are those of --seed."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -18,10 +18,12 @@ from transformers import PreTrainedTokenizerBase
 
 from s2t.config import MANY_SAMPLES, NEEDS_LLM, EvalConfig
 from s2t.core.stats import bootstrap_interval, holm_p_values, paired_comparison, pass_at
+from s2t.decode.label import Labels
+from s2t.decode.loop import Request
 from s2t.decode.session import Generated, Session, check_needs
 from s2t.decode.strategies import Strategy, build_strategy, choose_sample
 from s2t.decode.workload import open_task, read_thresholds, requests_for, shards_of, task_for_workers
-from s2t.files import RunFolder, read_json, write_json, write_text
+from s2t.files import RunFolder, read_json, write_json, write_lines, write_text
 from s2t.model.adapter import AdapterConfig, selector_config, selector_problems
 from s2t.model.lora import distilled_from
 from s2t.progress import progress
@@ -31,8 +33,8 @@ from s2t.workers import Workers
 
 _Rows = list[list[dict[str, Any]]]
 """Results of one strategy: seed by seed, problem by problem."""
-_Run = tuple[list[dict[str, Any]], float, list[dict[str, Any]]]
-"""Results, seconds and traces of one strategy under one seed."""
+_Run = tuple[list[dict[str, Any]], float]
+"""Results and seconds of one strategy under one seed."""
 _COSTS = ("slm_forwards", "llm_forwards", "slm_processed", "llm_processed", "slm_flops", "llm_flops")
 
 
@@ -53,7 +55,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     results = {name: [found[one.shards] for one in contestants if one.name == name] for name in names}
     summary = _summary(config, run, task, problems, results, adapter)
     write_text(run.file("results.jsonl"), "".join(_line(r) for each in found.values() for r in each[0]))
-    write_text(run.file("traces.jsonl"), "".join(_line(t) for each in found.values() for t in each[2]))
+    write_lines(run.file("traces.jsonl"), _trace_lines(run, contestants))
     write_json(run.file("summary.json"), summary)
     run.finish()
     return summary
@@ -94,6 +96,10 @@ def _line(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False) + "\n"
 
 
+def _compact(trace: Mapping[str, Any]) -> str:
+    return json.dumps(trace, ensure_ascii=False, separators=(",", ":"))
+
+
 def _run_missing(
     config: EvalConfig, run: RunFolder, task: Task, problems: Sequence[Problem], contestants: Sequence[_Contestant]
 ) -> None:
@@ -130,17 +136,19 @@ class _Evaluator:
         samples = self.config.num_samples if strategy.name in MANY_SAMPLES else 1
         requests = requests_for(session, self.task, problems, samples, self.config.system)
         start = time.perf_counter()
-        done = session.run(strategy, requests, self.config.max_new_tokens, stop=self.config.stop)
+        traced = self._num_traced(index) if samples == 1 and one.is_first else 0
+        done = session.run(
+            strategy, requests, self.config.max_new_tokens, keep_steps=traced > 0, trace=False, stop=self.config.stop
+        )
         seconds = time.perf_counter() - start
         results = [
             self._grade(session, one, problem, done[i * samples : (i + 1) * samples])
             for i, problem in enumerate(problems)
         ]
-        traced = problems[: self.config.num_traces] if index == 0 and samples == 1 and one.is_first else []
         return {
             "seconds": seconds,
             "results": [asdict(result) for result in results],
-            "traces": self._traces(session, one, traced, results),
+            "traces": [_compact(t) for t in self._traces(one, problems[:traced], requests, done, results)],
             "pair": _pair(session),
         }
 
@@ -176,14 +184,21 @@ class _Evaluator:
             samples=votes,
         )
 
+    def _num_traced(self, shard: int) -> int:
+        """How many of a shard's problems are among the run's first `num_traces`."""
+        return max(0, self.config.num_traces - shard * self.config.shard_size)
+
     def _traces(
-        self, session: Session, one: _Contestant, problems: Sequence[Problem], results: Sequence[Result]
+        self,
+        one: _Contestant,
+        problems: Sequence[Problem],
+        requests: Sequence[Request],
+        done: Sequence[Generated],
+        results: Sequence[Result],
     ) -> list[dict[str, Any]]:
-        if not problems:
-            return []
-        config, strategy = self.config, one.strategy
-        requests = requests_for(session, self.task, problems, system=config.system)
-        done = session.run(strategy, requests, config.max_new_tokens, keep_steps=True, stop=config.stop)
+        strategy = one.strategy
+        texts = TokenTexts(self.session.tokenizer_of(strategy.name))
+        labels = self._labels(strategy, requests[: len(problems)], done[: len(problems)])
         return [
             {
                 "problem_id": problem.problem_id,
@@ -193,42 +208,79 @@ class _Evaluator:
                 "is_correct": result.is_correct,
                 "extracted": result.extracted,
                 "prompt_text": self.task.prompt(problem),
-                "steps": [trace_step(session.tokenizer_of(strategy.name), step) for step in sequence.steps],
+                "steps": [trace_step(texts, step, found) for step in sequence.steps],
             }
-            for problem, result, sequence in zip(problems, results, done, strict=False)
+            for problem, result, sequence, found in zip(problems, results, done, labels, strict=False)
         ]
 
+    def _labels(
+        self, strategy: Strategy, requests: Sequence[Request], done: Sequence[Generated]
+    ) -> list[Labels] | list[None]:
+        """What both models say of the written tokens; None where no LLM is loaded or it has tokens of its own."""
+        session, config = self.session, self.config
+        if session.llm is None or session.vocabulary is not None or not requests:
+            return [None] * len(requests)
+        written = [sequence.token_ids for sequence in done]
+        return session.label(requests, written, strategy.num_candidates, config.support_size, config.divergence)
 
-def trace_step(tokenizer: PreTrainedTokenizerBase, step: Step) -> dict[str, Any]:
-    """A step as the trace page shows it, with the text of every token."""
 
-    def text(token_id: int) -> str:
-        return str(tokenizer.decode([token_id]))
+class TokenTexts(dict[int, str]):
+    """The text of every token id, decoded once."""
 
-    candidates = None
-    if step.candidates is not None:
-        llm, scores = step.llm_probs, step.scores
-        candidates = [
-            {
-                "id": token_id,
-                "text": text(token_id),
-                "slm_prob": float(np.exp(logprob)),
-                "llm_prob": llm[place] if llm is not None else None,
-                "score": scores[place] if scores is not None else None,
-                "selected": token_id == step.token_id,
-            }
-            for place, (token_id, logprob) in enumerate(zip(step.candidates.ids, step.candidates.logprobs, strict=True))
-        ]
-    return {
-        "token_id": step.token_id,
-        "text": text(step.token_id),
-        "greedy_id": step.greedy_id,
-        "greedy_text": text(step.greedy_id),
-        "fired": step.fired,
-        "value": step.value,
-        "flip": step.flip and step.fired,
-        "candidates": candidates,
-    }
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+
+    def __missing__(self, token_id: int) -> str:
+        return self.setdefault(token_id, str(self.tokenizer.decode([token_id])))
+
+
+def trace_step(texts: Mapping[int, str], step: Step, labels: Labels | None = None) -> dict[str, Any]:
+    """A step as the trace page shows it; what is false or not known is left out.
+
+    Candidates stand where the step triggered and, with `labels`, where the LLM would have written another token than
+    the SLM's greedy one.
+    """
+    found: dict[str, Any] = {"token_id": step.token_id, "text": texts[step.token_id]}
+    if step.greedy_id != step.token_id:
+        found |= {"greedy_id": step.greedy_id, "greedy_text": texts[step.greedy_id]}
+    found |= {key: True for key, is_so in (("fired", step.fired), ("flip", step.flip and step.fired)) if is_so}
+    if step.value is not None:
+        found["value"] = _short(step.value)
+    if labels is not None:
+        found["divergence"] = _short(labels.divergence[step.index])
+    if candidates := _trace_candidates(texts, step, labels):
+        found["candidates"] = candidates
+    return found
+
+
+def _trace_candidates(texts: Mapping[int, str], step: Step, labels: Labels | None) -> list[dict[str, Any]]:
+    llm: dict[int, float] = {}
+    ids, logprobs = (step.candidates.ids, step.candidates.logprobs) if step.candidates is not None else ((), ())
+    if labels is not None:
+        row = labels.candidate_ids[step.index].tolist()
+        llm = dict(zip(row, labels.llm_probs[step.index].tolist(), strict=True))
+        if not ids and labels.rank[step.index] > 0:
+            ids, logprobs = row, labels.slm_logprobs[step.index].tolist()
+    if step.llm_probs is not None:
+        llm = dict(zip(ids, step.llm_probs, strict=True))
+    scores = step.scores or (None,) * len(ids)
+    return [
+        {
+            "id": token_id,
+            "text": texts[token_id],
+            "slm_prob": _short(np.exp(logprob)),
+            "llm_prob": _short(llm.get(token_id)),
+            "score": _short(score),
+            "selected": token_id == step.token_id,
+        }
+        for token_id, logprob, score in zip(ids, logprobs, scores, strict=True)
+    ]
+
+
+def _short(value: float | None) -> float | None:
+    """Four significant digits: enough to look at."""
+    return None if value is None else float(f"{value:.4g}")
 
 
 def _pair(session: Session) -> dict[str, Any]:
@@ -252,13 +304,20 @@ def requests_for_warm_up(session: Session) -> list[Any]:
 
 
 def _read_results(run: RunFolder, one: _Contestant) -> _Run:
-    shards = [read_json(path) for path in run.shards(one.shards, "json")]
-    results = [result for shard in shards for result in shard["results"]]
-    return (
-        results,
-        sum(shard["seconds"] for shard in shards),
-        [t for shard in shards for t in shard["traces"]],
-    )
+    results, seconds = [], 0.0
+    for path in run.shards(one.shards, "json"):
+        shard = read_json(path)
+        results += shard["results"]
+        seconds += shard["seconds"]
+    return results, seconds
+
+
+def _trace_lines(run: RunFolder, contestants: Sequence[_Contestant]) -> Iterator[str]:
+    """The traces of all strategies under their first seed, one shard in memory at a time."""
+    for one in contestants:
+        if one.is_first:
+            for path in run.shards(one.shards, "json"):
+                yield from read_json(path)["traces"]
 
 
 def _summary(

@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -31,6 +31,16 @@ _ABSENT = object()
 def write_text(path: str | Path, text: str) -> None:
     """Write UTF-8 text atomically; DataError when the place cannot be written."""
     write_bytes(path, text.encode())
+
+
+def write_lines(path: str | Path, lines: Iterable[str]) -> None:
+    """Write lines as UTF-8, each ended by a newline, atomically and without holding them all in memory."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(f"{line}\n" for line in lines)
+
+    _write_atomically(Path(path), write)
 
 
 def write_json(path: str | Path, obj: Any) -> None:
@@ -72,9 +82,16 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
 
 def read_jsonl_lines(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
     """Like `read_jsonl`, each object with its file:line; blank lines are skipped."""
-    lines = enumerate(_read_text(Path(path)).split("\n"), start=1)
-    places = [(f"{path}:{number}", line) for number, line in lines if line.strip()]
-    return [(where, _json_object(line, where)) for where, line in places]
+    return list(iter_jsonl(path))
+
+
+def iter_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Like `read_jsonl_lines`, with one line in memory at a time."""
+    with _readable(Path(path)), Path(path).open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                where = f"{path}:{number}"
+                yield where, _json_object(_decoded(line, file.tell() - len(line)), where)
 
 
 def read_tables(paths: Iterable[str | Path], columns: Sequence[str] | None = None) -> pyarrow.Table:
@@ -217,8 +234,22 @@ def _remove_quietly(path: Path) -> None:
 
 
 def _read_text(path: Path) -> str:
-    try:
+    with _readable(path):
         return path.read_text(encoding="utf-8")
+
+
+def _decoded(line: bytes, start: int) -> str:
+    """The text of a line; a mistake in it is counted from the start of the file, where the line is `start` bytes in."""
+    try:
+        return line.rstrip(b"\n").decode()
+    except UnicodeDecodeError as error:
+        raise UnicodeDecodeError("utf-8", line, start + error.start, start + error.end, error.reason) from error
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}; check the path.") from error
     except UnicodeDecodeError as error:

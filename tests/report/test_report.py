@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import builtins
+import hashlib
 import json
 import math
 import random
@@ -17,7 +19,7 @@ import pytest
 
 from s2t.errors import DataError, MissingExtraError
 from s2t.report import build, plots, write_report
-from s2t.report.trace import load_traces, script_json
+from s2t.report.trace import Traces, load_traces, script_json, unpack
 
 NAMES = ("greedy", "sample", "self-consistency", "llm", "takeover", "s2t", "s2t-local")
 EVIL = '</script><script>alert("x")</script><!-- <img src=x onerror=alert(1)>\u2028&amp;'
@@ -108,7 +110,7 @@ def make_trace(strategy: str, problem: int, text: str, flips: dict[int, str], is
         offered = [greedy, piece, " so", " the", "\n"] if piece != greedy else [piece, " and", " so", " the", "\n"]
         candidates = [
             {
-                "id": 40 + rank,
+                "id": crc32(offer.encode()) % 9999,
                 "text": offer,
                 "slm_prob": 0.52 / 2**rank,
                 "llm_prob": 0.9 / 9 ** abs(offered.index(piece) - rank) if strategy == "s2t" else None,
@@ -117,14 +119,12 @@ def make_trace(strategy: str, problem: int, text: str, flips: dict[int, str], is
             }
             for rank, offer in enumerate(offered)
         ]
-        step = {
-            "token_id": crc32(piece.encode()) % 9999,
-            "text": piece,
-            "greedy_id": 7,
-            "greedy_text": greedy,
-        }
-        step |= {"fired": fired, "value": None if strategy == "greedy" else value, "flip": piece != greedy}
-        steps.append(step | {"candidates": candidates if fired else None})
+        step: dict[str, Any] = {"token_id": crc32(piece.encode()) % 9999, "text": piece}
+        if piece != greedy:
+            step |= {"greedy_id": 7, "greedy_text": greedy, "flip": True}
+        if strategy != "greedy":
+            step["value"] = value
+        steps.append(step | ({"fired": True, "candidates": candidates} if fired else {}))
     question = "Mara fills 3 boxes with 14 pears each and gives 9 pears away. How many pears are left?"
     extracted = text.rsplit(" ", 1)[-1]
     trace = {"problem_id": f"rg-{problem:04d}", "question": question, "gold": "33", "strategy": strategy}
@@ -216,6 +216,9 @@ def test_page_names_every_strategy_with_its_numbers(run: Path, measure: Path) ->
         "32.9 %, 95.8 %",
     ):
         assert said in page.text
+    for entry in make_summary()["strategies"].values():
+        for key in ("num_problems", "slm_tokens", "llm_tokens", "slm_forwards", "llm_forwards"):
+            assert f"{entry[key]:,}" in page.text
     assert "Made by hand." in page.text and "Twice." in page.text
     assert "n\xa0=\xa0371" in page.text and "n\xa0=\xa0129" in page.text
 
@@ -229,25 +232,37 @@ def test_page_loads_nothing_from_outside(run: Path, measure: Path) -> None:
             assert (attributes.get(key) or "data:").startswith("data:")
 
 
-@pytest.mark.parametrize("field", ["text", "question", "gold", "extracted", "candidate", "strategy", "prompt_text"])
+FIELDS = ["text", "greedy_text", "question", "gold", "extracted", "candidate", "strategy", "prompt_text", "problem_id"]
+
+
+@pytest.mark.parametrize("field", FIELDS)
 @pytest.mark.usefixtures("no_pictures")
 def test_model_text_cannot_leave_its_script_element(tmp_path: Path, field: str) -> None:
     traces = make_traces()
     for trace in traces[-3:]:
         if field == "text":
             trace["steps"][3]["text"] = EVIL
+        elif field == "greedy_text":
+            trace["steps"][3] |= {"greedy_id": 9, "greedy_text": EVIL}
         elif field == "candidate":
-            trace["steps"][5]["candidates"] = [{"text": EVIL, "slm_prob": 1.0, "llm_prob": None, "score": None}]
+            trace["steps"][5]["candidates"] = [
+                {"id": 1, "text": EVIL, "slm_prob": 1.0, "llm_prob": None, "score": None}
+            ]
             trace["steps"][5]["candidates"][0]["selected"] = True
         else:
             trace[field] = EVIL
     run = write_run(tmp_path, "eval", {"summary.json": make_summary(), "traces.jsonl": traces})
     html = write_report(run).read_text(encoding="utf-8")
     page = Page(html)
-    assert [tag for tag, _ in page.tags].count("script") == len(page.scripts) == 2
+    index, *blocks, script = page.scripts
+    num_strategies = len({trace["strategy"] for trace in traces})
+    assert [tag for tag, _ in page.tags].count("script") == len(page.scripts) == 4 + num_strategies
+    assert script == Path(plots.__file__).with_name("report.js").read_text()
     assert "\u2028" not in html and "onerror=alert" not in page.text
     assert not any("onerror" in attributes for _, attributes in page.tags)
-    assert json.dumps(EVIL)[1:-1] in json.dumps(json.loads(page.scripts[0]))
+    data = json.dumps([json.loads(index), [unpack(block) for block in blocks]])
+    assert json.dumps(EVIL)[1:-1] in data
+    assert all(re.fullmatch(r"[A-Za-z0-9+/=]+", block) for block in blocks)
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -263,10 +278,35 @@ def test_summary_and_note_are_escaped(tmp_path: Path) -> None:
 
 
 def test_script_writes_text_only() -> None:
-    source = Path(plots.__file__).with_name("report.html").read_text()
-    assert not re.search(
-        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function|\|\s*safe", source
-    )
+    for name in ("report.js", "report.html"):
+        source = Path(plots.__file__).with_name(name).read_text()
+        assert not re.search(
+            r"innerHTML|outerHTML|insertAdjacentHTML|setHTML|document\.write|eval\(|new Function|\|\s*safe", source
+        )
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_only_the_pages_own_script_and_style_are_allowed(run: Path) -> None:
+    html = write_report(run).read_text()
+    page = Page(html)
+    [policy] = [attributes["content"] for _, attributes in page.tags if "http-equiv" in attributes]
+    assert policy is not None and "unsafe" not in policy and "default-src 'none'" in policy
+    [style] = re.findall(r"<style>(.*?)</style>", html, re.DOTALL)
+    for directive, text in (("script-src", page.scripts[-1]), ("style-src", style)):
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"{directive} 'sha256-{digest}'" in policy
+    for _, attributes in page.tags:
+        assert not any(name == "style" or name.startswith("on") for name in attributes)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_text_without_a_utf8_form_is_replaced(tmp_path: Path) -> None:
+    traces = make_traces()
+    traces[0]["steps"][0]["text"] = "\ud800"
+    run = write_run(tmp_path, "eval", {"summary.json": make_summary() | {"task": "\ud800"}, "traces.jsonl": traces})
+    assert "<h1>?</h1>" in write_report(run).read_text(encoding="utf-8")
+    data = load_traces(run / "traces.jsonl", {})
+    assert data is not None and unpack(data.blocks["pieces"])[0][1] == "\ud800"
 
 
 def test_script_json_is_ascii_and_has_no_nan() -> None:
@@ -283,6 +323,7 @@ def test_pictures_are_real_pngs(run: Path, measure: Path, tmp_path: Path) -> Non
         "accuracy_cost.png",
         "hit_at_k.png",
         "hit_by_divergence.png",
+        "rank_ring.png",
     ]
     for picture in pictures:
         data = picture.read_bytes()
@@ -294,7 +335,11 @@ def test_pictures_are_real_pngs(run: Path, measure: Path, tmp_path: Path) -> Non
 def test_without_measure_the_curve_comes_from_the_summary(run: Path, measure: Path) -> None:
     write_report(run, measure=measure)
     write_report(run)  # the picture only the measure run could give must not linger
-    assert sorted(path.name for path in (run / "plots").iterdir()) == ["accuracy_cost.png", "hit_at_k.png"]
+    assert sorted(path.name for path in (run / "plots").iterdir()) == [
+        "accuracy_cost.png",
+        "hit_at_k.png",
+        "rank_ring.png",
+    ]
 
 
 def test_page_without_optional_parts(tmp_path: Path) -> None:
@@ -308,6 +353,7 @@ def test_page_without_optional_parts(tmp_path: Path) -> None:
         "Token by token",
         "Gap closed",
         "Local sufficiency",
+        "Where the LLM's token stands",
     ):
         assert absent not in page.text
     assert [path.name for path in (tmp_path / "plots").iterdir()] == ["accuracy_cost.png"]
@@ -336,12 +382,106 @@ def test_cost_falls_back_to_forwards() -> None:
     assert label.startswith("total forwards") and costs["greedy"] == strategies["greedy"]["slm_forwards"]
 
 
-def test_first_pair_and_scales_follow_the_run(run: Path) -> None:
+def test_ring_shares_are_hit_rates() -> None:
+    assert plots.rank_shares({"1": 0.25, "8": 0.75, "16": 0.9}) == (0.25, 0.5, 0.25)
+    assert plots.rank_shares({"1": 0.25}) is None and plots.rank_shares({"1": None, "8": 0.5}) is None
+
+
+def test_pair_and_scales_follow_the_run(run: Path) -> None:
     data = load_traces(run / "traces.jsonl", {"trigger": "auto"})
-    assert data is not None and data["pair"] == ["greedy", "s2t-local"]
-    assert data["scales"]["s2t-local"] == {"name": "criticality", "unit": "0 to 1", "top": 1.0, "any": True}
-    assert data["scales"]["s2t"]["unit"] == "nats" and not data["scales"]["greedy"]["any"]
-    assert data["problems"][0]["id"] == "rg-0001"  # strategies disagree on it
+    assert data is not None
+    assert [data.index["strategies"][place] for place in data.index["pair"]] == ["greedy", "s2t-local"]
+    assert list(data.index["measures"]) == ["divergence", "criticality"]
+    assert data.index["measures"]["criticality"] == {"unit": "", "top": 1.0}
+    assert data.index["measures"]["divergence"]["unit"] == "nats" and data.index["measures"]["divergence"]["top"] > 0.7
+    assert load_traces(run / "missing.jsonl", {}) is None
+
+
+def read_back(data: Traces, strategy: str, problem: int) -> list[dict[str, Any]]:
+    """The steps of one run as the page's script reads them."""
+    block, place = divmod(problem, data.index["blockSize"])
+    run = unpack(data.blocks[f"{data.index['strategies'].index(strategy)}-{block}"])[place]
+    pieces = unpack(data.blocks["pieces"])
+    steps = []
+    for i, piece in enumerate(run["t"]):
+        step: dict[str, Any] = {"text": pieces[piece][1], "fired": i in run["f"], "flip": i in run["x"]}
+        step |= {name: values[i] for name, values in run["m"].items()}
+        if str(i) in run["g"]:
+            step["greedy_text"] = pieces[run["g"][str(i)]][1]
+        if str(i) in run["c"]:
+            texts, slm, llm, marks, taken = run["c"][str(i)]
+            step["candidates"] = [pieces[text][1] for text in texts], slm, llm, marks, taken
+        steps.append(step)
+    return steps
+
+
+def test_packed_runs_say_what_the_traces_said(tmp_path: Path) -> None:
+    traces = make_traces() * 20  # more than one block of problems
+    for number, trace in enumerate(traces):
+        traces[number] = trace | {"problem_id": f"p{number // 3}"}
+    write_run(tmp_path, "eval", {"traces.jsonl": traces})
+    data = load_traces(tmp_path / "traces.jsonl", {})
+    assert data is not None and len(data.index["ids"]) == 60
+    for number, trace in enumerate(traces):
+        strategy, problem = trace["strategy"], number // 3
+        name = {"s2t": "divergence", "s2t-local": "criticality"}.get(strategy)
+        scores = data.index["scores"][data.index["strategies"].index(strategy)]
+        assert scores["flips"][problem] == sum(step.get("flip", False) for step in trace["steps"])
+        assert (scores["correct"][problem], scores["answer"][problem]) == (trace["is_correct"], trace["extracted"])
+        for step, packed in zip(trace["steps"], read_back(data, strategy, problem), strict=True):
+            assert packed["text"] == step["text"] and packed.get("greedy_text") == step.get("greedy_text")
+            assert packed["fired"] == step.get("fired", False) and packed["flip"] == step.get("flip", False)
+            if name is not None:
+                assert packed[name] == pytest.approx(1000 * step["value"], abs=0.5)
+            offered = step.get("candidates", [])
+            texts, slm, llm, marks, taken = packed.get("candidates", ([], 0, 0, 0, -1))
+            assert texts == [candidate["text"] for candidate in offered]
+            if offered:
+                assert slm == pytest.approx([1e6 * candidate["slm_prob"] for candidate in offered], abs=0.5)
+                assert (llm != 0) == (strategy == "s2t") and (marks != 0) == (strategy == "s2t-local")
+                assert offered[taken]["selected"]
+
+
+def test_traces_of_the_first_release_are_read(tmp_path: Path) -> None:
+    """They name every field of every step, and carry candidates where nothing fired."""
+    candidate = {"id": 3, "text": " a", "slm_prob": 0.5, "llm_prob": None, "score": None, "selected": True}
+    step = {"token_id": 3, "text": " a", "greedy_id": 3, "greedy_text": " a", "fired": False, "value": None}
+    step |= {"flip": False, "candidates": [candidate]}
+    write_run(tmp_path, "eval", {"traces.jsonl": [make_traces()[0] | {"steps": [step]}]})
+    data = load_traces(tmp_path / "traces.jsonl", {})
+    assert data is not None and data.index["measures"] == {}
+    [read] = read_back(data, "greedy", 0)
+    assert read == {"text": " a", "fired": False, "flip": False, "candidates": ([" a"], [500000], 0, 0, 0)}
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_run_of_two_thousand_problems_stays_small(tmp_path: Path) -> None:
+    """A twentieth of 2,000 problems of 300 tokens under two strategies takes less than a twentieth of 50 MB."""
+    draw = random.Random(0)
+    vocabulary = [f" {draw.randrange(16**6):x}" for _ in range(5000)]
+    traces = [random_trace(draw, vocabulary, name, i) for name in ("greedy", "s2t-local") for i in range(100)]
+    run = write_run(tmp_path, "eval", {"summary.json": make_summary(("greedy",)), "traces.jsonl": traces})
+    size = write_report(run).stat().st_size
+    assert 100_000 < size < 2_500_000
+
+
+def random_trace(draw: random.Random, vocabulary: list[str], strategy: str, problem: int) -> dict[str, Any]:
+    """300 tokens with nothing in them to compress but that some words are frequent; 5 % triggered."""
+    steps = []
+    for _ in range(300):
+        ids = [int(len(vocabulary) * draw.random() ** 3) for _ in range(8)]
+        step: dict[str, Any] = {"token_id": ids[0], "text": vocabulary[ids[0]], "divergence": draw.random() ** 4}
+        if strategy != "greedy":
+            step["value"] = draw.random() ** 4
+        if draw.random() < 0.05:
+            offered = [{"id": i, "text": vocabulary[i], "selected": i == ids[0]} for i in ids]
+            for candidate in offered:
+                candidate |= {"slm_prob": draw.random(), "llm_prob": draw.random(), "score": draw.random()}
+            step |= {"fired": True, "candidates": offered}
+        steps.append(step)
+    words = "".join(draw.choices(vocabulary, k=40))
+    trace = {"problem_id": f"p{problem}", "question": words, "gold": "1", "strategy": strategy, "steps": steps}
+    return trace | {"is_correct": draw.random() < 0.5, "extracted": "1", "prompt_text": words}
 
 
 @pytest.mark.parametrize("absent", ["manifest.json", "summary.json"])

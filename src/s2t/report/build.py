@@ -1,12 +1,14 @@
 """Builds report.html and its pictures from an eval run folder and, optionally, a measure run folder.
 
-Numbers become text here, so the template only lays them out. Everything the page needs is inside it:
-no network, and autoescape for whatever came from a model or a file.
+Numbers become text here, so the template only lays them out. Everything the page needs is inside it: no network,
+autoescape for whatever came from a model or a file, and a policy under which only the page's own script and style,
+known by their hashes, do anything.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import math
 from dataclasses import dataclass
 from importlib import resources
@@ -17,9 +19,9 @@ from s2t.config import NEEDS_LLM
 from s2t.errors import DataError, missing_extra
 from s2t.files import load_run, read_json, write_bytes, write_text
 from s2t.report import plots
-from s2t.report.trace import load_traces, script_json
+from s2t.report.trace import Traces, load_traces, script_json
 
-PICTURES = ("hit_at_k", "hit_by_divergence", "accuracy_cost")
+PICTURES = ("rank_ring", "hit_at_k", "hit_by_divergence", "accuracy_cost")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,8 @@ def draw(summary: dict[str, Any], measured: dict[str, Any] | None) -> list[Pictu
     """All pictures the data allows, in page order."""
     pictures = []
     if curve := measured or summary.get("sufficiency"):
+        if shares := plots.rank_shares(curve["hit_rate"]):
+            pictures.append(_ring_picture(shares, curve))
         pictures.append(_hit_picture(curve))
     if measured and measured.get("hit_rate_by_divergence"):
         pictures.append(_bins_picture(measured["hit_rate_by_divergence"]))
@@ -99,7 +103,7 @@ def _read_object(path: Path, next_step: str) -> dict[str, Any]:
     return data
 
 
-def _render(context: dict[str, Any], pictures: list[Picture], traces: dict[str, Any] | None) -> str:
+def _render(context: dict[str, Any], pictures: list[Picture], traces: Traces | None) -> str:
     try:
         from jinja2 import Environment, StrictUndefined
         from markupsafe import Markup
@@ -107,11 +111,35 @@ def _render(context: dict[str, Any], pictures: list[Picture], traces: dict[str, 
         raise missing_extra("jinja2", "plots") from error
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    source = resources.files("s2t.report").joinpath("report.html").read_text(encoding="utf-8")
-    trace_json = None if traces is None else Markup(script_json(traces))  # escaped by script_json
-    return environment.from_string(source).render(
-        **context, pictures=[_embedded(picture) for picture in pictures], trace_json=trace_json
+    style, script = _source("report.css"), _source("report.js") if traces is not None else ""
+    page = environment.from_string(_source("report.html")).render(
+        **context,
+        pictures=[_embedded(picture) for picture in pictures],
+        policy=content_policy(style, script),
+        style=Markup(style),  # ours, not escaped: its hash must hold
+        script=Markup(script),
+        trace_index=None if traces is None else Markup(script_json(traces.index)),  # escaped by script_json
+        blocks={} if traces is None else traces.blocks,
+        num_traced=0 if traces is None else len(traces.index["ids"]),
     )
+    return page.encode("utf-8", "replace").decode()  # a lone surrogate in a file name or a note has no UTF-8
+
+
+def content_policy(style: str, script: str) -> str:
+    """The page's Content-Security-Policy: nothing but this very style and script, and pictures inside the page."""
+    scripts = _hash(script) if script else "'none'"
+    return (
+        f"default-src 'none'; script-src {scripts}; style-src {_hash(style)}; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _source(name: str) -> str:
+    return resources.files("s2t.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _embedded(picture: Picture) -> dict[str, str]:
@@ -136,6 +164,19 @@ def _write(folder: Path, page: str, pictures: list[Picture]) -> Path:
     path = folder / "report.html"
     write_text(path, page)
     return path
+
+
+def _ring_picture(shares: tuple[float, float, float], curve: dict[str, Any]) -> Picture:
+    said = ", ".join(f"{_percent(share)} at {label}" for share, label in zip(shares, plots.RANKS, strict=True))
+    points = curve.get("num_divergence_points")
+    return Picture(
+        "rank_ring",
+        "Where the LLM's token stands",
+        "Rank of the LLM's likeliest token in the SLM's order, at divergence points alone. Both blue parts together are hit@8.",
+        f"The LLM's token: {said}.",
+        plots.rank_ring(shares, points, plots.LIGHT),
+        plots.rank_ring(shares, points, plots.DARK),
+    )
 
 
 def _hit_picture(curve: dict[str, Any]) -> Picture:
@@ -293,7 +334,10 @@ def _percent(rate: float | None, digits: int = 1) -> str:
 
 def _points(rate: float | None) -> str:
     """A difference of accuracies in percentage points, with its sign."""
-    return "–" if rate is None or not math.isfinite(rate) else f"{100 * rate:+.1f}".replace("-", "−")
+    if rate is None or not math.isfinite(rate):
+        return "–"
+    text = f"{100 * rate:+.1f}"
+    return "0.0" if float(text) == 0 else text.replace("-", "−")
 
 
 def _p_value(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""Pictures of a run as PNG bytes: hit@K, hit rate by divergence, accuracy against cost.
+"""Pictures of a run as PNG bytes: ranks of the LLM's token, hit@K, hit rate by divergence, accuracy against cost.
 
 Each drawing takes plain JSON values and a theme and touches no file and no global matplotlib state.
 Colours are Okabe-Ito's, and every strategy also has a marker of its own, so colour is never the only cue.
@@ -37,17 +37,73 @@ _RADII = (12, 20, 30, 44, 60, 80, 105, 135, 170, 210, 260)  # points
 
 @dataclass(frozen=True, slots=True)
 class Theme:
-    """Colours of one appearance: page, text, secondary text, grid, and the lines of hit@1, 2, 4, 8."""
+    """Colours of one appearance: page, text, secondary text, grid, the lines of hit@1, 2, 4, 8, and the ring's parts."""
 
     paper: str
     ink: str
     muted: str
     grid: str
     lines: tuple[str, str, str, str]
+    ring: tuple[str, str, str]
 
 
-LIGHT = Theme("#FFFFFF", "#1B1F24", "#57606A", "#E3E6EA", ("#E69F00", "#D55E00", "#CC79A7", "#0072B2"))
-DARK = Theme("#15181C", "#E6E8EB", "#A3ABB5", "#2C3138", ("#E69F00", "#FF8A3D", "#E3A0C6", "#56B4E9"))
+LIGHT = Theme(
+    *("#FFFFFF", "#1B1F24", "#57606A", "#E3E6EA"),
+    ("#E69F00", "#D55E00", "#CC79A7", "#0072B2"),
+    ("#0072B2", "#56B4E9", "#D55E00"),
+)
+DARK = Theme(
+    *("#15181C", "#E6E8EB", "#A3ABB5", "#2C3138"),
+    ("#E69F00", "#FF8A3D", "#E3A0C6", "#56B4E9"),
+    ("#2F8FD0", "#8FD0F5", "#FF8A3D"),
+)
+
+
+_CENTERED: dict[str, Any] = {"ha": "center", "va": "center"}
+RANKS = ("rank 1: the SLM's own token", "rank 2 to 8: there to be selected", "rank 9 or later: out of reach")
+
+
+def rank_shares(hit_rate: dict[str, Any]) -> tuple[float, float, float] | None:
+    """Shares of the LLM's tokens at rank 1, 2 to 8, and 9 or later of the SLM's order; None without hit@1 and hit@8."""
+    if not _is_number(hit_rate.get("1")) or not _is_number(hit_rate.get("8")):
+        return None
+    first, eight = float(hit_rate["1"]), float(hit_rate["8"])
+    return first, eight - first, 1 - eight
+
+
+def rank_ring(shares: Sequence[float], num_points: int | None, theme: Theme = LIGHT) -> bytes:
+    """A ring of the `rank_shares`, clockwise from the top, with the number of points in its middle; PNG bytes.
+
+    Source: Select to Think (arXiv 2604.26940), local sufficiency at divergence points.
+    """
+    figure, axes = _figure(theme)
+    axes.set_axis_off()
+    axes.pie(
+        list(shares),
+        center=(-1.15, 0),
+        radius=1,
+        startangle=90,
+        counterclock=False,
+        colors=theme.ring,
+        wedgeprops={"width": 0.36, "edgecolor": theme.paper, "linewidth": 2.5},
+    )
+    axes.text(-1.15, 0, _points_text(num_points), fontsize=12, color=theme.ink, **_CENTERED, linespacing=1.35)
+    for place, (share, label) in enumerate(zip(shares, RANKS, strict=True)):
+        _ring_label(axes, 0.66 - 0.66 * place, share, label, theme.ring[place], theme)
+    axes.set(xlim=(-2.2, 2.2), ylim=(-1.08, 1.08), aspect="equal")
+    return _png(figure)
+
+
+def _points_text(num_points: int | None) -> str:
+    return "divergence\npoints" if num_points is None else f"{num_points:,}\ndivergence\npoints"
+
+
+def _ring_label(axes: Axes, y: float, share: float, label: str, color: str, theme: Theme) -> None:
+    title, _, meaning = label.partition(": ")
+    axes.plot([0.16], [y], marker="s", markersize=14, color=color, clip_on=False)
+    axes.text(0.34, y + 0.1, f"{100 * share:.1f} %", fontsize=17, va="center", color=theme.ink, weight="bold")
+    axes.text(1.2, y + 0.09, title, fontsize=11.5, va="center", color=theme.ink)
+    axes.text(0.34, y - 0.15, meaning, fontsize=11, va="center", color=theme.muted)
 
 
 def hit_at_k(hit_rate: dict[str, Any], ci95: dict[str, Any] | None, theme: Theme = LIGHT) -> bytes:
@@ -210,7 +266,7 @@ def _figure(theme: Theme) -> tuple[Figure, Axes]:
     except ImportError as error:
         raise missing_extra("matplotlib", "plots") from error
 
-    figure = Figure(figsize=(7.0, 4.3), dpi=160, layout="constrained", facecolor=theme.paper)
+    figure = Figure(figsize=(6.0, 3.9), dpi=190, layout="constrained", facecolor=theme.paper)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(facecolor=theme.paper)
     axes.grid(color=theme.grid, linewidth=0.8)

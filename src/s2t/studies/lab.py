@@ -112,7 +112,7 @@ class Lab:
 
     def evaluated(self, name: str, strategies: str, **settings: Any) -> dict[str, Any]:
         """summary.json of an evaluation, with the results as `results`."""
-        own = {"limit": self.config.limit, "strategies": strategies, "split": self.config.split}
+        own = {"limit": self.config.limit, "strategies": strategies, "split": self.config.split, "num_traces": 0}
         folder = self._run("evaluate", self.folder / name, self.models | self.problems | own | settings)
         return read_json(folder / "summary.json")
 
