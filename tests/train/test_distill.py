@@ -46,7 +46,13 @@ from s2t.train.trainer import train
 
 METHODS = ("sft", "kd", "on-policy-kd")
 VOCAB = 40
-SETTINGS: dict[str, Any] = {"learning_rate": 5e-3, "lora_dropout": 0.0, "max_steps": 6, "limit": 24}
+SETTINGS: dict[str, Any] = {
+    "learning_rate": 5e-3,
+    "lora_dropout": 0.0,
+    "max_steps": 6,
+    "limit": 24,
+    "max_new_tokens": 100,
+}
 
 
 def settings(folder: Path, method: str, **changes: Any) -> DistillConfig:
