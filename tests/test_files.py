@@ -13,6 +13,7 @@ import pyarrow as pa
 import pytest
 
 from s2t import files
+from s2t.config import EvalConfig
 from s2t.errors import ConfigError, DataError
 from s2t.files import RunFolder, load_run
 
@@ -186,3 +187,11 @@ def test_a_line_that_is_not_text_is_named_by_its_place(tmp_path):
     assert next(lines) == (f"{tmp_path}/x.jsonl:1", {"a": 1})
     with pytest.raises(DataError, match="not UTF-8 text \\(byte 16\\)"):
         next(lines)
+
+
+def test_a_finished_run_holds_nothing_half_written(tmp_path):
+    run = RunFolder.open(tmp_path, "eval", EvalConfig())
+    (tmp_path / ".checkpoint.safetensors.78db7774.tmp").write_bytes(b"half")
+    (tmp_path / ".hidden").write_text("the user's")
+    run.finish()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "manifest.json"]

@@ -160,7 +160,9 @@ class RunFolder:
         return self.manifest["status"] == "complete"
 
     def finish(self, **extra: Any) -> None:
-        """Mark the run complete and save `extra` in the manifest."""
+        """Mark the run complete and save `extra` in the manifest; removes what killed processes left half-written."""
+        for path in self.path.glob(".*.????????.tmp"):
+            _remove_quietly(path)
         self.manifest.update(extra, status="complete", finished=_now())
         self._save()
 

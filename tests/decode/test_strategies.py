@@ -48,7 +48,7 @@ def test_a_trigger_that_does_not_fit_is_one_clear_line(name, trigger):
     ("name", "trigger"), [("s2t", "divergence"), ("s2t-local", "criticality"), ("takeover", "entropy")]
 )
 def test_a_trigger_without_a_threshold_names_the_next_step(name, trigger):
-    with pytest.raises(ConfigError, match=f"trigger {trigger} has no threshold; pass --threshold or --calibration"):
+    with pytest.raises(ConfigError, match=f"trigger {trigger} has no threshold; pass --threshold"):
         build_strategy(name, DecodeConfig(trigger=trigger), {})
 
 

@@ -238,6 +238,8 @@ def test_pickled_weights_are_never_read(saved, tmp_path, monkeypatch):
 
 def test_a_folder_that_is_none_is_refused(tmp_path):
     with pytest.raises(ModelError, match="is no adapter folder"):
+        read_adapter_config(tmp_path)
+    with pytest.raises(ModelError, match="does not exist"):
         read_adapter_config(tmp_path / "nothing")
 
 
