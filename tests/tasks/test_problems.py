@@ -289,3 +289,15 @@ def test_gsm8k_train_file_is_divided_and_disjoint_from_test():
     check_disjoint(found["training"], found["calibration"], "training and calibration")
     check_disjoint(found["training"] + found["calibration"], found["test"], "train and test")
     assert all(item.answer.replace(",", "").lstrip("-").isdecimal() for items in found.values() for item in items)
+
+
+def test_a_whole_file_may_be_one_split(tmp_path):
+    path = write_rows(tmp_path / "own.jsonl", additions(30))
+    assert len(load_task(f"{path},split=test").problems("test", 100)) == 30
+    with pytest.raises(DataError, match="no problems in split 'training'"):
+        load_task(f"{path},split=test").problems("train", 100)
+    parts = [len(load_task(f"{path},split=train").problems(split, 100)) for split in ("train", "calibration")]
+    assert sum(parts) == 30
+    assert parts[0] > parts[1] > 0
+    with pytest.raises(ConfigError, match="split must be train or test"):
+        load_task(f"{path},split=calibration")

@@ -226,12 +226,16 @@ def load_jsonl(spec: str, prompt_style: str = "plain") -> FileTask:
     """`path.jsonl[,question=field,answer=field,template=field,...]`, divided by wording; `a+b` joins fields.
 
     `choices=field` makes it multiple choice, `test=field` (and `entry_point=field`) code; `kind=choice` or
-    `kind=code` does the same with the fields `choices` and `test`.
+    `kind=code` does the same with the fields `choices` and `test`. `split=test` makes the whole file test problems,
+    `split=train` training (and, one in ten, calibration) problems.
     """
     path_text, options = parse_spec(spec)
     path = Path(path_text).expanduser()
+    role = options.pop("split", "all")
+    if role not in ("all", "train", "test"):
+        raise ConfigError(f"task {path_text}: split must be train or test, or left out; got {role!r}.")
     source = _mapped(Source(str(path)), options, _FIELDS, path_text)
-    return FileTask(path.stem, source, lambda: {"all": lambda: read_jsonl_lines(path)}, prompt_style)
+    return FileTask(path.stem, source, lambda: {role: lambda: read_jsonl_lines(path)}, prompt_style)
 
 
 def _mapped(source: Source, options: dict[str, str], known: tuple[str, ...], what: str) -> Source:

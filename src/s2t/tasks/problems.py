@@ -164,7 +164,7 @@ def load_task(spec: str, prompt: str = "plain") -> Task:
         return datasets.load_named(spec, prompt)
     raise ConfigError(
         f"unknown task {spec!r}; expected rg:NAME, hub:OWNER/NAME, a .jsonl path"
-        f" or one of {', '.join(datasets.NAMED)}{did_you_mean(spec, datasets.NAMED)}."
+        f" or one of {', '.join(datasets.NAMED)}{did_you_mean(spec, datasets.NAMED) or '.'}"
     )
 
 

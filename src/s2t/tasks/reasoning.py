@@ -134,7 +134,7 @@ def _registered(name: str) -> tuple[Any, Any]:
         raise missing_extra("reasoning-gym", "eval") from error
     if name not in DATASETS:
         hint = did_you_mean(name, DATASETS) or f"; known: {', '.join(sorted(DATASETS)[:5])}, ..."
-        raise ConfigError(f"reasoning-gym has no generator {name!r}{hint}.")
+        raise ConfigError(f"reasoning-gym has no generator {name!r}{hint}")
     return DATASETS[name]
 
 
