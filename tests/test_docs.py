@@ -34,9 +34,9 @@ SUBSTITUTES = [
     (r"Qwen/Qwen2\.5-1\.5B-Instruct", str(embedded_path("tiny:slm"))),
     (r"Qwen/Qwen2\.5-32B-Instruct", str(embedded_path("tiny:llm"))),
     (r"--task gsm8k", "--task rg:gsm_symbolic"),
-    (r"--limit \d+", "--limit 24"),
-    (r"^(s2t (?:measure|eval)(?!.*--limit).*)$", r"\1 --limit 24"),
-    (r"limit=\d+", "limit=24"),
+    (r"--limit \d+", "--limit 12"),
+    (r"^(s2t (?:measure|eval)(?!.*--limit).*)$", r"\1 --limit 12"),
+    (r"limit=\d+", "limit=12"),
     (r"max_new_tokens=\d+", "max_new_tokens=24"),
     (r"--max-new-tokens \d+", "--max-new-tokens 64"),
     (r', llm_quantization="bitsandbytes-4bit"', ""),  # the package is not a requirement
