@@ -206,7 +206,7 @@ def check_needs(config: ModelConfig, strategies: Sequence[str], adapter: str | N
     if config.llm is None and any(name in NEEDS_LLM for name in strategies):
         names = ", ".join(name for name in strategies if name in NEEDS_LLM)
         raise ConfigError(f"strategy {names} needs the LLM; pass --llm MODEL.")
-    if "s2t-local" in strategies and adapter is None and not is_merged(local_folder(config.slm)):
+    if "s2t-local" in strategies and adapter is None and not is_merged(local_folder(config.slm, config.revision)):
         raise ConfigError("strategy s2t-local needs --adapter, a folder written by `s2t train`.")
 
 

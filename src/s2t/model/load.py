@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,9 +21,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from s2t.errors import ConfigError, ModelError
+from s2t.hub import offline_unless_it_answers
 from s2t.model.cache import check_cacheable
 from s2t.model.chat import stop_ids
-from s2t.model.lora import Lora, find_lora, merge_lora
+from s2t.model.lora import Lora, find_lora, lora_base, merge_lora
 from s2t.model.merged import MergedConfig, local_folder, open_merged
 from s2t.model.quantization import missing_package, quantization_config
 from s2t.model.reserved import ReservedIds, choose_reserved_ids
@@ -98,10 +100,10 @@ def load_model(
     if device_map is not None and device != "auto":
         raise ConfigError(f"device {device} and device_map {device_map} were both given; pass one of them.")
     place = torch.device(pick_device(device)) if device_map is None else None
-    source = name if is_embedded(name) else local_folder(name)
+    source = name if is_embedded(name) else local_folder(name, revision)
     merged = None if is_embedded(name) else open_merged(source)
     reading = _Reading(name, dtype, place, device_map, quantization, {"trust_remote_code": trust_remote_code})
-    with quiet():
+    with quiet(), nullcontext() if _is_here(name) else offline_unless_it_answers():
         try:
             lora = None if is_embedded(name) or merged is not None else find_lora(name, revision)
             tokenizer, model = reading.merged(lora, revision) if lora else reading.plain(source, revision)
@@ -260,6 +262,12 @@ def fingerprint(model: nn.Module) -> str:
 
 def _plain_name(name: str) -> str:
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def _is_here(name: str) -> bool:
+    """Whether the model is on this machine, and its base too, so that nobody asks the hub."""
+    source = lora_base(name) or name
+    return is_embedded(source) or Path(source).exists()
 
 
 def _why_not_loaded(name: str, error: Exception, revision: str | None = None, quantization: str | None = None) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 from s2t.errors import ConfigError, DataError, missing_extra
 from s2t.files import read_jsonl_lines
+from s2t.hub import offline_unless_it_answers
 from s2t.records import Grade, Problem
 from s2t.tasks.choices import gold_letter, grade_choice, with_choices
 from s2t.tasks.graders import extract_answer, grade_math
@@ -296,7 +297,8 @@ def _from_hub(source: Source, local_name: str | None, ask: Callable[[Any], Any])
     except ImportError as error:
         raise missing_extra("datasets", "eval") from error
     try:
-        return ask(datasets)
+        with offline_unless_it_answers():
+            return ask(datasets)
     except Exception as error:  # the hub client raises many kinds: network, name, config, split
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         local = f"put the files under ${DATA_DIR}/{local_name}, or " if local_name else ""
