@@ -130,6 +130,7 @@ def test_the_folder_explains_itself(saved):
     assert train_problem_hashes(folder) == {"aaaa", "bbbb"}
     card = (folder / "README.md").read_text()
     assert 'base_model: "tiny:slm"' in card and "| criticality | head |" in card and "## Training" not in card
+    assert tuple(config["reserved_ids"]) == load_model("tiny:slm").reserved_for(12).all
     assert set(config["weights"]) == {"adapter_model.safetensors", "s2t_selector.safetensors"}
 
 
@@ -273,6 +274,14 @@ def test_an_adapter_from_before_weights_were_hashed_still_loads(saved, tmp_path)
     again = load_adapter(folder, load_model("tiny:slm", "float32"))
     assert again.config.weights == {}
     assert all(torch.equal(*pair) for pair in zip(readings(saved[0]), readings(again), strict=True))
+
+
+def test_an_adapter_keeps_the_reserved_ids_it_was_saved_with(saved, tmp_path):
+    folder = shutil.copytree(saved[1], tmp_path / "adapter")
+    change_config(reserved_ids=list(range(900, 914)))(folder)
+    again = load_adapter(folder, load_model("tiny:slm"))
+    assert again.reserved.bins == tuple(range(900, 912)) and again.reserved.criticality == (912, 913)
+    assert set(Engine(again.loaded, 1, again).forbidden_ids.tolist()) == set(range(900, 914))
 
 
 def test_an_adapter_of_the_hub_is_found_by_its_id(saved, tmp_path, monkeypatch):

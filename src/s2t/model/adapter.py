@@ -43,6 +43,7 @@ from s2t.model.reserved import ReservedIds
 
 LORA_FILE = "adapter_model.safetensors"  # PEFT's name
 _WEIGHTS = (LORA_FILE, SELECTOR_FILE)
+_TUPLES = ("heldout_templates", "reserved_ids")
 _ATTACHED = "_s2t_adapter"
 
 
@@ -71,6 +72,8 @@ class AdapterConfig:
     split_hashes: dict[str, str] = field(default_factory=dict)
     """Digest of the sorted problem hashes of each split that was used."""
     heldout_templates: tuple[str, ...] = ()
+    reserved_ids: tuple[int, ...] = ()
+    """Ids of the R bins in order, then of yes and no; never generated. Set when it is saved."""
     weights: dict[str, str] = field(default_factory=dict)
     """sha256 of the folder's weights files, by name."""
     versions: dict[str, str] = field(default_factory=dict)
@@ -117,7 +120,7 @@ class SelectorAdapter(SelectorReader):
 
     def __init__(self, loaded: LoadedModel, config: AdapterConfig, peft_model: Any = None) -> None:
         self.peft_model = peft_model if peft_model is not None else _new_peft_model(loaded, config)
-        super().__init__(loaded, config, self.peft_model.get_base_model(), loaded.reserved_for(config.num_bins))
+        super().__init__(loaded, config, self.peft_model.get_base_model(), _reserved(config, loaded))
         self._layers = _tuner_layers(self.base_model)
         self._acting: bool | None = None
         self.base_model.__dict__[_ATTACHED] = self
@@ -173,7 +176,8 @@ class SelectorAdapter(SelectorReader):
         state = {name: value.detach().contiguous().cpu() for name, value in self.selector.state_dict().items()}
         write_bytes(folder / SELECTOR_FILE, save(state))
         write_text(folder / PROBLEMS_FILE, "".join(f"{item}\n" for item in sorted(train_problems)))
-        self.config = replace(self.config, weights={name: sha256(folder / name) for name in _WEIGHTS})
+        hashes = {name: sha256(folder / name) for name in _WEIGHTS}
+        self.config = replace(self.config, weights=hashes, reserved_ids=self.reserved.all)
         write_text(folder / "README.md", adapter_card(asdict(self.config), training))
         write_json(folder / CONFIG_FILE, asdict(self.config))
 
@@ -287,7 +291,7 @@ def read_adapter_config(folder: str | Path) -> AdapterConfig:
 
 def adapter_config(data: dict[str, Any]) -> AdapterConfig:
     """The metadata from what was written."""
-    values: dict[str, Any] = {**data, "heldout_templates": tuple(data.get("heldout_templates", ()))}
+    values: dict[str, Any] = {**data, **{name: tuple(data.get(name, ())) for name in _TUPLES}}
     return AdapterConfig(**values)
 
 
@@ -341,6 +345,12 @@ def _check_weights(folder: Path, weights: Mapping[str, str]) -> None:
 def train_problem_hashes(folder: str | Path) -> frozenset[str]:
     """Hashes of the problems the adapter was trained on (empty for folders without the list)."""
     return problem_hashes(folder)
+
+
+def _reserved(config: AdapterConfig, loaded: LoadedModel) -> ReservedIds:
+    """The ids the adapter was saved with, else those that are free in this model."""
+    ids, found = config.reserved_ids, loaded.reserved_for(config.num_bins)
+    return replace(found, bins=ids[:-2], criticality=(ids[-2], ids[-1])) if len(ids) > 2 else found
 
 
 def _new_peft_model(loaded: LoadedModel, config: AdapterConfig) -> Any:

@@ -212,6 +212,11 @@ def wrap_model(
             f"{model.config.model_type} takes no position ids (its attention is biased by distance), so "
             "candidates cannot share a position; use a model with rotary or learned positions."
         )
+    if not model._can_set_attn_implementation():
+        raise ModelError(
+            f"{model.config.model_type} computes attention in its own way, which cannot read cache slots; use a model "
+            "whose code goes through transformers' attention interface."
+        )
     eos = model.generation_config.eos_token_id if model.generation_config is not None else None
     vocab_size = min(max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().weight.shape[0])
     if merged is not None:
