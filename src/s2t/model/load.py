@@ -99,6 +99,10 @@ def load_model(
     """
     if device_map is not None and device != "auto":
         raise ConfigError(f"device {device} and device_map {device_map} were both given; pass one of them.")
+    if revision is not None and (is_embedded(name) or Path(name).exists()):
+        raise ConfigError(
+            f"revision {revision} is one of a repository on the hub, and {name} is not there; leave it out."
+        )
     place = torch.device(pick_device(device)) if device_map is None else None
     source = name if is_embedded(name) else local_folder(name, revision)
     merged = None if is_embedded(name) else open_merged(source)

@@ -236,7 +236,13 @@ def load_jsonl(spec: str, prompt_style: str = "plain") -> FileTask:
     if role not in ("all", "train", "test"):
         raise ConfigError(f"task {path_text}: split must be train or test, or left out; got {role!r}.")
     source = _mapped(Source(str(path)), options, _FIELDS, path_text)
-    return FileTask(path.stem, source, lambda: {role: lambda: read_jsonl_lines(path)}, prompt_style)
+
+    def read() -> list[Row]:
+        if rows := read_jsonl_lines(path):
+            return rows
+        raise DataError(f'{path} is empty; give one problem per line, such as {{"question": "1 + 1?", "answer": "2"}}.')
+
+    return FileTask(path.stem, source, lambda: {role: read}, prompt_style)
 
 
 def _mapped(source: Source, options: dict[str, str], known: tuple[str, ...], what: str) -> Source:
