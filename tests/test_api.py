@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
+from transformers import BitsAndBytesConfig
 
 import s2t
 from s2t import api
@@ -14,6 +17,7 @@ from s2t.errors import ConfigError, S2TError
 from s2t.model.adapter import AdapterConfig, SelectorAdapter
 from s2t.model.chat import prompt_ids
 from s2t.model.load import load_model
+from s2t.model.quantization import quantization_config
 from s2t.records import Cost
 
 PROMPT = "Ava has 3 apples and buys 4 more. How many apples has she?"
@@ -404,6 +408,17 @@ def test_what_cannot_be_loaded_is_one_line(values):
     with pytest.raises(S2TError) as raised:
         s2t.load(**values)
     assert len(str(raised.value).splitlines()) == 1
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="needs bitsandbytes to be missing")
+def test_a_quantization_may_be_a_name_a_dict_or_a_config_of_transformers():
+    config = BitsAndBytesConfig(load_in_4bit=True)
+    for asked in ("bitsandbytes-4bit", config.to_dict(), config):
+        with pytest.raises(S2TError, match="pip install -U 'bitsandbytes"):
+            s2t.load(llm_quantization=asked, llm="tiny:llm")
+    assert quantization_config(api._as_text(config)).to_dict() == config.to_dict()
+    with pytest.raises(S2TError, match="a name, a dict or a config of transformers; got '4'"):
+        s2t.load(quantization=4)
 
 
 # Module functions and the command line

@@ -103,6 +103,15 @@ def made(tmp_path_factory):
     return folder
 
 
+def test_the_readme_shows_each_tool_in_at_most_five_lines():
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## In the tools you use")[1].split("\n## ")[0]
+    blocks = [block for _, block in BLOCK.findall(section)]
+    for tool in ("s2t merge", "s2t.custom_generate(", 'custom_generate="runs/merged"', "s2t.integrations.lm_eval"):
+        assert any(tool in block for block in blocks), f"{tool} is not shown"
+    for block in blocks:
+        assert len([line for line in block.splitlines() if line.strip()]) <= 5, block
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_runs(page, made, tmp_path):
     code = program(page)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 import s2t
 from s2t.collect import collect
@@ -18,6 +18,7 @@ from s2t.errors import ModelError
 from s2t.files import read_json
 from s2t.measure import measure
 from s2t.merge import merge
+from s2t.model.engine import Engine
 from s2t.model.load import load_model, wrap_model
 from s2t.train.trainer import train
 
@@ -226,6 +227,56 @@ def test_attention_with_sinks_is_refused_when_it_is_loaded(tokenizer):
     model = transformers.GptOssForCausalLM(config)
     with pytest.raises(ModelError, match=r"gpt_oss.*sinks"):
         wrap_model("sinks", model, tokenizer)
+
+
+SMALL = SIZES | {"vocab_size": 1024, "head_dim": 16, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
+LINEAR = {f"linear_{name}": size for name, size in (("num_value_heads", 2), ("num_key_heads", 2), ("key_head_dim", 16))}
+REFUSED = {
+    "qwen3_5_text": (LINEAR | {"linear_value_head_dim": 16, "num_hidden_layers": 4}, "linear_attention"),
+    "lfm2": ({"layer_types": ["conv", "full_attention"]}, "conv"),
+    "falcon_h1": ({"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_d_ssm": 64}, "hybrid"),
+    "recurrent_gemma": ({"lru_width": 32}, "cannot be branched"),
+    "mamba": ({}, "cannot be branched"),
+    "rwkv": ({"attention_hidden_size": 32}, "can be branched"),
+    "llama4_text": ({"attention_chunk_size": 32, "num_local_experts": 2}, "chunked_attention"),
+    "bloom": ({}, "biased by distance"),
+    "gptj": ({"rotary_dim": 8}, "in its own way"),
+}
+SLIDING = {
+    "olmo3": {"sliding_window": 8, "num_hidden_layers": 4},
+    "cohere2": {"sliding_window": 8, "num_hidden_layers": 4},
+    "exaone4": {"sliding_window": 8, "num_hidden_layers": 4},
+    "gemma3_text": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "phi3": {"sliding_window": 8},
+    "starcoder2": {"sliding_window": 8},
+}
+
+
+def tiny_model(kind, changes):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SMALL | changes))
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_cache_that_cannot_be_branched_is_refused_when_it_is_loaded(kind, tokenizer):
+    changes, why = REFUSED[kind]
+    with pytest.raises(ModelError, match=why) as caught:
+        wrap_model(kind, tiny_model(kind, changes), tokenizer)
+    assert kind in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", SLIDING)
+def test_candidates_past_a_sliding_window_are_read_as_separate_forwards_would(kind, tokenizer):
+    model = tiny_model(kind, SLIDING[kind])
+    engine = Engine(wrap_model(kind, model, tokenizer), 2)
+    prompts = [list(range(40, 60)), [5, 6, 7]]  # past the window, and not
+    candidates = torch.tensor([[10, 11, 12], [20, 21, 22]])
+    with torch.inference_mode():
+        engine.extend([0, 1], prompts)
+        found = engine.head(engine.branch([0, 1], candidates))
+        for prompt, ids, logits in zip(prompts, candidates.tolist(), found, strict=True):
+            plain = model(torch.tensor([[*prompt, token_id] for token_id in ids]), use_cache=False).logits[:, -1]
+            torch.testing.assert_close(logits, plain.float(), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["Qwen2", "Gemma 2", "Mistral"])

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, overload
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from s2t.config import MANY_SAMPLES, NEEDS_LLM, STRATEGIES, DecodeConfig, ModelConfig, build_config
 from s2t.decode.loop import Request
@@ -52,17 +53,17 @@ def load(
     *,
     llm: str | None = None,
     adapter: str | None = None,
-    quantization: str | dict[str, Any] | None = None,
-    llm_quantization: str | dict[str, Any] | None = None,
+    quantization: str | dict[str, Any] | QuantizationConfigMixin | None = None,
+    llm_quantization: str | dict[str, Any] | QuantizationConfigMixin | None = None,
     **settings: Any,
 ) -> Reasoner:
     """Load an SLM, with an LLM and an adapter where they are given; most strategies need neither.
 
     `slm` and `llm` are hub ids, folders, embedded models, or PEFT adapters (merged into their bases); `adapter` is what
-    `s2t train` wrote, and a folder that `s2t merge` wrote brings its selector with it. A quantization is a name such as
-    bitsandbytes-4bit, or a dict with a `quant_method`. The other settings are the fields of `ModelConfig`: dtype, device,
-    device_map, revision, llm_revision, trust_remote_code and execution (eager, static: CUDA graphs on a GPU, compile:
-    torch.compile as well, or auto).
+    `s2t train` wrote (a folder or a hub id), and a folder that `s2t merge` wrote brings its selector with it. A
+    quantization is a name such as bitsandbytes-4bit, a dict with a `quant_method`, or a config of transformers. The other
+    settings are the fields of `ModelConfig`: dtype, device, device_map, revision, llm_revision, trust_remote_code and
+    execution (eager, static: CUDA graphs on a GPU, compile: torch.compile as well, or auto).
 
     Raises ModelError or ConfigError, one line, for what is missing, unsupported or does not fit together.
     """
@@ -267,8 +268,15 @@ def _key(prompt: Prompt, system: str | None) -> str:
     return prompt if isinstance(prompt, str) and system is None else json.dumps([system, prompt])
 
 
-def _as_text(quantization: str | dict[str, Any] | None) -> str | None:
-    return json.dumps(quantization) if isinstance(quantization, dict) else quantization
+def _as_text(quantization: Any) -> str | None:
+    """A name as it is; a dict, or a config of transformers, as JSON; raises ConfigError for anything else."""
+    if quantization is None or isinstance(quantization, str):
+        return quantization
+    to_dict = getattr(quantization, "to_dict", None)
+    values = quantization if to_dict is None else to_dict()
+    if not isinstance(values, dict):
+        raise ConfigError(f"quantization must be a name, a dict or a config of transformers; got {str(values)[:60]!r}.")
+    return json.dumps(values, default=str)
 
 
 def _parted(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -156,7 +156,7 @@ class DecodeConfig(StepConfig):
     calibration: str | None = None
     """calibration.json written by `s2t calibrate`, or its folder."""
     adapter: str | None = None
-    """Adapter folder written by `s2t train`; needed by s2t-local, unless the SLM is a folder written by `s2t merge`."""
+    """Adapter written by `s2t train`, a folder or a hub id; s2t-local needs it, unless the SLM was written by `s2t merge`."""
     num_candidates: int | None = None
     """K, the SLM's tokens offered for selection; None takes the adapter's value, else 8."""
     temperature: float = 0.7
@@ -260,7 +260,7 @@ class CollectConfig(StepConfig, TaskConfig, ModelConfig):
     policy: str = "s2t"
     """What writes the trajectories: greedy, sample, takeover, s2t, or s2t-local (with an adapter or a merged model)."""
     adapter: str | None = None
-    """Adapter folder written by `s2t train`, for policy s2t-local."""
+    """Adapter written by `s2t train`, for policy s2t-local."""
     calibration: str | None = None
     """calibration.json written by `s2t calibrate`, or its folder."""
     threshold: float | None = None
@@ -432,7 +432,7 @@ class MergeConfig:
     """`s2t merge`: an adapter and its base model become one folder that loads like any causal LM."""
 
     adapter: str = "runs/train/adapter"
-    """Adapter folder written by `s2t train`."""
+    """Adapter written by `s2t train`: a folder or a hub id."""
     slm: str | None = None
     """Its base model: hub id, folder or `tiny:slm`; None takes the one the adapter names."""
     out: str = "runs/merged"
@@ -440,7 +440,7 @@ class MergeConfig:
     dtype: str = "auto"
     """auto, float32, bfloat16 or float16: of the weights written; auto keeps the checkpoint's."""
     eval: str | None = None
-    """Folder written by `s2t eval` with this adapter; its accuracies go into the model card."""
+    """Folder written by `s2t eval` with this adapter; its accuracies go into the model card. None takes those of its own card."""
     overwrite: bool = False
     """Replace a previous merge."""
     trust_remote_code: bool = False
@@ -471,11 +471,16 @@ class EvalConfig(DecodeConfig, TaskConfig, ModelConfig):
     """Problems of which every token is kept, for the report to show; the first ones of the run."""
     num_seeds: int = 1
     """Seeds of whatever draws at random (samples and the trigger random); the problems are those of --seed."""
+    card: bool = False
+    """Put the accuracies into the model card (README.md) of the adapter's folder; `s2t merge` takes them from there."""
 
     def __post_init__(self) -> None:
         self.check_model()
         self.check_task()
         self.check_decode()
+        _require(
+            not self.card or self.adapter is not None, "--card writes into an adapter's folder; pass --adapter FOLDER."
+        )
         _between("heldout_templates", self.heldout_templates, 0, 0.9)
         _at_least(1, shard_size=self.shard_size, num_seeds=self.num_seeds)
         _at_least(0, num_traces=self.num_traces)

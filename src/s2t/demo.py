@@ -82,6 +82,7 @@ def demo(out: str = "runs/demo", seed: int = 0, limit: int | None = None, groups
             strategies=STRATEGIES,
             calibration=calibration,
             adapter=str(Path(names["train"]) / "adapter"),
+            card=True,
         )
     )
     summary["sufficiency"] = {key: found[key] for key in SUFFICIENCY}

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,10 @@ from s2t.decode.loop import Request
 from s2t.decode.session import Generated, Session, check_needs
 from s2t.decode.strategies import Strategy, build_strategy, choose_sample
 from s2t.decode.workload import open_task, read_thresholds, requests_for, shards_of, task_for_workers
+from s2t.errors import ConfigError
 from s2t.files import RunFolder, read_json, write_json, write_lines, write_text
 from s2t.model.adapter import AdapterConfig, selector_config, selector_problems
+from s2t.model.card import EVAL_FILE, measured, with_accuracy
 from s2t.model.lora import distilled_from
 from s2t.progress import progress
 from s2t.records import Cost, Problem, Result, Step
@@ -42,12 +45,14 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     """Run all strategies and return summary.json; writes results.jsonl, traces.jsonl and the shards they come from."""
     names = config.strategy_names
     check_needs(config, [name.partition("@")[0] for name in names], config.adapter)
-    adapter = selector_config(config.adapter, config.slm)
-    run = RunFolder.open(config.out, "eval", config, ignore=("workers",))
+    if config.card and not Path(str(config.adapter)).is_dir():
+        raise ConfigError(f"--card writes into the adapter's folder, and {config.adapter} is none; leave it out.")
+    adapter = selector_config(config.adapter, config.slm, config.revision)
+    run = RunFolder.open(config.out, "eval", config, ignore=("workers", "card"))
     task = open_task(config, config.slm)
     task.check_gradable()
     problems = task.problems(config.split, config.limit, config.seed)
-    trained = selector_problems(config.adapter, config.slm)
+    trained = selector_problems(config.adapter, config.slm, config.revision)
     check_disjoint(problems, trained, f"the {config.split} problems and the adapter's")
     contestants = _contestants(config, adapter)
     _run_missing(config, run, task, problems, contestants)
@@ -58,7 +63,17 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     write_lines(run.file("traces.jsonl"), _trace_lines(run, contestants))
     write_json(run.file("summary.json"), summary)
     run.finish()
+    if config.card and config.adapter is not None:
+        _write_card(Path(config.adapter), summary)
     return summary
+
+
+def _write_card(folder: Path, summary: dict[str, Any]) -> None:
+    """The accuracies into the adapter's folder, for its readers and for `s2t merge`."""
+    card = folder / "README.md"
+    found = measured(summary)
+    write_json(folder / EVAL_FILE, found)
+    write_text(card, with_accuracy(card.read_text(encoding="utf-8") if card.is_file() else "", found))
 
 
 @dataclass(frozen=True, slots=True)

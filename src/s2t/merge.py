@@ -22,6 +22,7 @@ from s2t.config import MergeConfig
 from s2t.errors import ConfigError, DataError, ModelError
 from s2t.files import load_run, read_json, versions, write_bytes, write_json, write_text
 from s2t.model.adapter import LORA_FILE, AdapterConfig, SelectorAdapter, load_adapter, read_adapter_config
+from s2t.model.card import EVAL_FILE, accuracy_section, measured
 from s2t.model.engine import Head
 from s2t.model.load import LoadedModel, load_model, quiet
 from s2t.model.merged import (
@@ -30,6 +31,7 @@ from s2t.model.merged import (
     PROBLEMS_FILE,
     SELECTOR_FILE,
     MergedConfig,
+    adapter_folder,
     hash_weights,
     is_merged,
     sha256,
@@ -53,17 +55,18 @@ def merge(config: MergeConfig) -> dict[str, Any]:
     out = Path(config.out)
     _check_target(out, config.overwrite)
     adapter = read_adapter_config(config.adapter)
-    measured = _measured(config.eval, config.adapter) if config.eval is not None else None
+    folder = adapter_folder(config.adapter)
+    found = _measured(config.eval, folder)
     name = config.slm or adapter.base_model
     loaded = load_model(name, device="cpu", trust_remote_code=config.trust_remote_code)
-    attached = load_adapter(config.adapter, loaded)
+    attached = load_adapter(folder, loaded)
     part = out.with_name(f".{out.name}.merging")
     try:
         _clear(part)  # what a killed merge left
         part.mkdir(parents=True)
         dtype = _write_model(part, loaded, attached, config.dtype)
-        _write_rest(part, config.adapter, attached)
-        document = _describe(part, attached, dtype, measured)
+        _write_rest(part, folder, attached)
+        document = _describe(part, attached, dtype, found)
         _write_texts(part, adapter, document)
         write_json(part / CONFIG_FILE, document.as_json())
         _put_in_place(part, out)
@@ -158,9 +161,8 @@ def _forbid(folder: Path, ids: set[int]) -> None:
     write_json(path, settings)
 
 
-def _write_rest(folder: Path, adapter_folder: str, adapter: SelectorAdapter) -> None:
+def _write_rest(folder: Path, source: Path, adapter: SelectorAdapter) -> None:
     """The adapter beside the base's weights (`candidates`), or the parts of it that are no rows (`always`)."""
-    source = Path(adapter_folder)
     if adapter.scope == "candidates":
         (folder / ADAPTER_FOLDER).mkdir()
         for name in _ADAPTER_FILES:
@@ -181,7 +183,7 @@ def _plain(tensor: Tensor) -> Tensor:
 # Texts
 
 
-def _describe(folder: Path, adapter: SelectorAdapter, dtype: str, measured: dict[str, Any] | None) -> MergedConfig:
+def _describe(folder: Path, adapter: SelectorAdapter, dtype: str, found: dict[str, Any] | None) -> MergedConfig:
     head = Head(adapter.base_model)
     return MergedConfig(
         adapter=json.loads(json.dumps(asdict(adapter.config))),
@@ -190,7 +192,7 @@ def _describe(folder: Path, adapter: SelectorAdapter, dtype: str, measured: dict
         dtype=dtype,
         weights=hash_weights(folder),
         head={"scale": head.scale / head.divisor, "softcap": head.softcap},
-        eval=measured,
+        eval=found,
         versions=versions(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
@@ -203,18 +205,15 @@ def _write_texts(folder: Path, adapter: AdapterConfig, document: MergedConfig) -
     write_text(folder / "README.md", _card(adapter, document))
 
 
-def _measured(run: str, adapter: str) -> dict[str, Any]:
-    """Accuracies of an eval run, which must have measured this very adapter."""
+def _measured(run: str | None, adapter: Path) -> dict[str, Any] | None:
+    """Accuracies of an eval run, which must have measured this very adapter; without one, those of its own card."""
+    if run is None:
+        return read_json(adapter / EVAL_FILE) if (adapter / EVAL_FILE).is_file() else None
     config = load_run(run, "eval")["config"]
     other = config.get("adapter")
-    if other is None or not _same_adapter(Path(other), Path(adapter)):
+    if other is None or not _same_adapter(Path(other), adapter):
         raise ConfigError(f"eval run {run} measured adapter {other}, not {adapter}; pass the run of this adapter.")
-    summary = read_json(Path(run) / "summary.json")
-    names = ("accuracy", "ci95", "num_problems", "trigger_rate", "flip_rate")
-    strategies = {
-        strategy: {name: scores.get(name) for name in names} for strategy, scores in summary["strategies"].items()
-    }
-    return {name: summary[name] for name in ("task", "split", "seed")} | {"strategies": strategies}
+    return measured(read_json(Path(run) / "summary.json"))
 
 
 def _same_adapter(left: Path, right: Path) -> bool:
@@ -250,23 +249,10 @@ def _card(adapter: AdapterConfig, document: MergedConfig) -> str:
         front=head,
         base=adapter.base_model,
         what=_WHAT[adapter.scope],
-        accuracy=_accuracy(document.eval),
+        accuracy=accuracy_section(document.eval),
         settings=rows,
         version=document.s2t_version,
     )
-
-
-def _accuracy(measured: dict[str, Any] | None) -> str:
-    if measured is None:
-        return ""
-    title = f"{measured['task']}, split {measured['split']}, seed {measured['seed']}"
-    rows = ""
-    for name, scores in measured["strategies"].items():
-        low, high = scores["ci95"]
-        values = (f"{100 * scores['accuracy']:.1f}", f"{100 * low:.1f} to {100 * high:.1f}", scores["num_problems"])
-        rows += f"| {name} | {' | '.join(str(value) for value in values)} |\n"
-    columns = "| strategy | accuracy % | 95 % interval | n |\n| --- | --- | --- | --- |\n"
-    return f"## Accuracy\n\n{title}\n\n{columns}{rows}\n"
 
 
 def _cell(value: Any) -> str:

@@ -78,6 +78,21 @@ def test_eval_of_a_merged_folder_is_that_of_the_adapter(merged, adapter, problem
     assert "95 % interval" in (tmp_path / "m" / "README.md").read_text()
 
 
+def test_eval_puts_its_accuracies_into_the_adapters_card_and_merge_takes_them(adapter, problems, tmp_path, capsys):
+    own = shutil.copytree(adapter, tmp_path / "adapter")
+    words = ["eval", *SHORT, "--task", problems, "--adapter", own, "--out", tmp_path / "run"]
+    run(capsys, *words)
+    assert (own / "README.md").read_text() == (adapter / "README.md").read_text()
+    summary = run(capsys, *words, "--card")  # a finished run can still be put into a card
+    card = (own / "README.md").read_text()
+    low, high = summary["strategies"]["s2t-local"]["ci95"]
+    assert f"| {100 * low:.1f} to {100 * high:.1f} | 2 |" in card and "## Settings" in card
+    assert run(capsys, "generate", "1 + 2?", "--adapter", own, "--max-new-tokens", "4")["text"]
+    found = run(capsys, "merge", "--adapter", own, "--out", tmp_path / "merged")
+    assert found["eval"]["strategies"].keys() == {"greedy", "s2t-local"}
+    assert "## Accuracy" in (tmp_path / "merged" / "README.md").read_text()
+
+
 def test_collect_with_the_selector_of_a_merged_folder(merged, problems, tmp_path, capsys):
     words = ["collect", *SHORT, "--task", problems, "--threshold", "0.1", "--policy", "s2t-local", "--workers", "1"]
     assert run(capsys, *words, "--slm", merged, "--out", tmp_path / "run")["num_problems"] == 2
@@ -135,6 +150,12 @@ def test_a_damaged_merged_folder(mistake, merged, tmp_path):
     folder = shutil.copytree(merged, tmp_path / "copy")
     (folder / "model.safetensors").write_bytes(b"cut")
     assert "model.safetensors is not the file that was written" in mistake("generate", "hello", "--slm", folder)
+
+
+def test_a_card_without_an_adapters_folder(mistake, problems, tmp_path):
+    words = ["eval", *SHORT, "--task", problems, "--strategies", "greedy", "--out", tmp_path / "run", "--card"]
+    assert "--card writes into an adapter's folder; pass --adapter" in mistake(*words)
+    assert "--card writes into the adapter's folder" in mistake(*words, "--adapter", "somebody/adapter")
 
 
 def test_problems_it_was_trained_on(mistake, merged, problems, tmp_path):

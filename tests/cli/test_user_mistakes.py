@@ -109,6 +109,11 @@ def test_a_line_of_problems_that_is_no_problem(command, line, named, mistake, ou
     assert named in mistake(*words_of(command, path, out))
 
 
+def test_a_file_without_problems(mistake, out, tmp_path):
+    (tmp_path / "problems.jsonl").write_text("\n")
+    assert "problems.jsonl is empty" in mistake(*words_of("eval", tmp_path / "problems.jsonl", out))
+
+
 @every_command
 @pytest.mark.parametrize(
     ("task", "named"),
@@ -176,7 +181,8 @@ def test_an_adapter_of_the_very_problems(mistake, problems, out, adapter, tmp_pa
     ("more", "named"),
     [
         (["--strategies", "greedy,s2t", "--threshold", 1], "pass --llm"),
-        (["--strategies", "s2t-local", "--threshold", 1], "--adapter"),
+        (["--strategies", "s2t-local", "--threshold", 1], "without one: --strategies greedy"),
+        (["--revision", "v2"], "revision v2"),
         (["--strategies", "s2t", "--llm", "tiny:llm"], "no threshold"),
         (["--strategies", "s2t", "--llm", "tiny:llm", "--calibration", "/no/calibration.json"], "/no/calibration.json"),
         (["--device", "cuda:9"], "cuda:9"),

@@ -449,21 +449,23 @@ def test_a_merged_folder_takes_streamers_stop_strings_and_settings(left, merged)
         model.generate(**call, num_candidates=0)
 
 
-@pytest.mark.parametrize("scope", ["always", "candidates"])
-def test_a_merged_model_of_the_hub_is_found_in_its_cache(scope, inputs, merged, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("scope", "revision"), [("always", "main"), ("candidates", "main"), ("candidates", "v1")])
+def test_a_merged_model_of_the_hub_is_found_in_its_cache(scope, revision, inputs, merged, tmp_path, monkeypatch):
     place, commit = tmp_path / "models--somebody--merged", "a" * 40
     shutil.copytree(merged[scope], place / "snapshots" / commit)
     (place / "refs").mkdir()
-    (place / "refs" / "main").write_text(commit)
+    (place / "refs" / revision).write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     name = "somebody/merged"
-    model = AutoModelForCausalLM.from_pretrained(name)
-    call = {**inputs, "max_new_tokens": LENGTH}
-    folder = AutoModelForCausalLM.from_pretrained(merged[scope])
-    wanted = folder.generate(**call, custom_generate=s2t.custom_generate())
-    assert torch.equal(model.generate(**call, custom_generate=s2t.custom_generate()), wanted)
-    assert torch.equal(model.generate(**call, custom_generate=name, trust_remote_code=True), wanted)
-    left_, right_ = (s2t.load(one).generate(QUESTIONS[0], max_new_tokens=LENGTH) for one in (name, merged[scope]))
+    if revision == "main":  # a model does not say which revision it came from
+        model = AutoModelForCausalLM.from_pretrained(name)
+        call = {**inputs, "max_new_tokens": LENGTH}
+        folder = AutoModelForCausalLM.from_pretrained(merged[scope])
+        wanted = folder.generate(**call, custom_generate=s2t.custom_generate())
+        assert torch.equal(model.generate(**call, custom_generate=s2t.custom_generate()), wanted)
+        assert torch.equal(model.generate(**call, custom_generate=name, trust_remote_code=True), wanted)
+    loaded = s2t.load(name, revision=revision), s2t.load(merged[scope])
+    left_, right_ = (one.generate(QUESTIONS[0], max_new_tokens=LENGTH) for one in loaded)
     assert left_.token_ids == right_.token_ids and left_.num_triggered > 0
 
 

@@ -17,8 +17,11 @@ from s2t.model.adapter import (
     attached_adapter,
     load_adapter,
     read_adapter_config,
+    selector_config,
+    selector_problems,
     train_problem_hashes,
 )
+from s2t.model.card import accuracy_section, with_accuracy
 from s2t.model.engine import Engine
 from s2t.model.load import load_model, wrap_model
 
@@ -126,7 +129,35 @@ def test_the_folder_explains_itself(saved):
     assert config["base_fingerprint"] == load_model("tiny:slm").fingerprint
     assert train_problem_hashes(folder) == {"aaaa", "bbbb"}
     card = (folder / "README.md").read_text()
-    assert "base_model: tiny:slm" in card and "criticality" in card
+    assert 'base_model: "tiny:slm"' in card and "| criticality | head |" in card and "## Training" not in card
+    assert tuple(config["reserved_ids"]) == load_model("tiny:slm").reserved_for(12).all
+    assert set(config["weights"]) == {"adapter_model.safetensors", "s2t_selector.safetensors"}
+
+
+def test_the_card_shows_what_training_measured(tmp_path):
+    make().save(tmp_path / "adapter", training={"num_groups": 1200, "final_loss": 0.51234, "final": {"ce": 1.0}})
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert "## Training" in card and "| num groups | 1200 |" in card and "| final loss | 0.5123 |" in card
+
+
+FOUND = {
+    "task": "gsm8k",
+    "split": "test",
+    "seed": 0,
+    "strategies": {"s2t-local": {"accuracy": 0.638, "ci95": [0.608, 0.667], "num_problems": 1000}},
+}
+
+
+def test_accuracies_go_into_a_card_once_and_leave_the_rest(saved):
+    card = (saved[1] / "README.md").read_text()
+    with_one = with_accuracy(card, FOUND)
+    assert "| s2t-local | 63.8 | 60.8 to 66.7 | 1000 |" in with_one and "gsm8k, split test, seed 0" in with_one
+    assert with_one.index("## Accuracy") < with_one.index("## Settings")
+    later = FOUND | {"seed": 1}
+    assert with_accuracy(with_one, later) == with_accuracy(card, later)
+    assert with_accuracy(with_one, later).count("## ") == card.count("## ") + 1
+    assert with_one.replace(accuracy_section(FOUND), "") == card
+    assert with_accuracy("my notes", FOUND) == f"my notes\n\n{accuracy_section(FOUND)}"
 
 
 def test_an_adapter_that_does_not_act_leaves_the_base_bit_for_bit(saved):
@@ -188,6 +219,15 @@ def cut(name):
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:100])
 
 
+def flip(name):
+    def damage(folder):
+        data = bytearray((folder / name).read_bytes())
+        data[-9] ^= 1
+        (folder / name).write_bytes(bytes(data))
+
+    return damage
+
+
 def change_config(**changes):
     def damage(folder):
         config = json.loads((folder / "s2t_config.json").read_text()) | changes
@@ -206,8 +246,11 @@ def change_config(**changes):
         (cut("s2t_selector.safetensors"), "is damaged"),
         (cut("adapter_model.safetensors"), "is damaged"),
         (cut("adapter_config.json"), "is damaged"),
+        (flip("s2t_selector.safetensors"), "s2t_selector.safetensors is not the file that was saved"),
+        (flip("adapter_model.safetensors"), "adapter_model.safetensors is not the file that was saved"),
         (cut("s2t_config.json"), "is not JSON"),
         (change_config(num_bins=20), "is damaged"),
+        (change_config(num_bins=20, weights=None), "is damaged"),  # one written before weights were hashed
         (change_config(from_the_future=1), "unknown keys from_the_future; it was written by a newer s2t"),
         (change_config(base_model=None), "is damaged.*base_model"),
     ],
@@ -223,6 +266,39 @@ def test_a_damaged_folder_is_one_clear_line(damage, message, saved, tmp_path, mo
         load_adapter(folder, loaded)
     assert "\n" not in str(caught.value)
     assert [name for name, _ in loaded.model.named_modules()] == modules, "the base model is not as it was"
+
+
+def test_an_adapter_from_before_weights_were_hashed_still_loads(saved, tmp_path):
+    folder = shutil.copytree(saved[1], tmp_path / "adapter")
+    change_config(weights=None)(folder)
+    again = load_adapter(folder, load_model("tiny:slm", "float32"))
+    assert again.config.weights == {}
+    assert all(torch.equal(*pair) for pair in zip(readings(saved[0]), readings(again), strict=True))
+
+
+def test_an_adapter_keeps_the_reserved_ids_it_was_saved_with(saved, tmp_path):
+    folder = shutil.copytree(saved[1], tmp_path / "adapter")
+    change_config(reserved_ids=list(range(900, 914)))(folder)
+    again = load_adapter(folder, load_model("tiny:slm"))
+    assert again.reserved.bins == tuple(range(900, 912)) and again.reserved.criticality == (912, 913)
+    assert set(Engine(again.loaded, 1, again).forbidden_ids.tolist()) == set(range(900, 914))
+
+
+def test_an_adapter_of_the_hub_is_found_by_its_id(saved, tmp_path, monkeypatch):
+    place, commit = tmp_path / "models--somebody--adapter", "b" * 40
+    shutil.copytree(saved[1], place / "snapshots" / commit)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    name = "somebody/adapter"
+    again = load_adapter(name, load_model("tiny:slm", "float32"))
+    assert all(torch.equal(*pair) for pair in zip(readings(saved[0]), readings(again), strict=True))
+    assert selector_config(name, "tiny:slm") == again.config
+    assert selector_problems(name, "tiny:slm") == {"aaaa", "bbbb"}
+    with pytest.raises(ModelError, match=f"selector adapter, not a model; pass --slm tiny:slm --adapter {name}"):
+        load_model(name)
+    with pytest.raises(ModelError, match="adapter somebody/other does not exist"):
+        load_adapter("somebody/other", load_model("tiny:slm"))
 
 
 def test_pickled_weights_are_never_read(saved, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from transformers import Qwen2Config
 from s2t.errors import ModelError
 from s2t.model.cache import GROWTH, check_cacheable
 from s2t.model.engine import Engine
+from s2t.model.load import wrap_model
 
 FAMILIES = ("qwen2", "llama", "gemma", "gemma2-eager", "mistral", "qwen2-sliding")
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -351,7 +352,7 @@ def test_attention_outside_the_interface_of_transformers_is_refused(random_model
     loaded = random_model("qwen2")
     monkeypatch.setattr(type(loaded.model), "_can_set_attn_implementation", classmethod(lambda cls: False))
     with pytest.raises(ModelError, match="attention interface") as caught:
-        Engine(loaded, 1)
+        wrap_model("own", loaded.model, loaded.tokenizer)
     assert "\n" not in str(caught.value)
 
 

@@ -206,8 +206,10 @@ def check_needs(config: ModelConfig, strategies: Sequence[str], adapter: str | N
     if config.llm is None and any(name in NEEDS_LLM for name in strategies):
         names = ", ".join(name for name in strategies if name in NEEDS_LLM)
         raise ConfigError(f"strategy {names} needs the LLM; pass --llm MODEL.")
-    if "s2t-local" in strategies and adapter is None and not is_merged(local_folder(config.slm)):
-        raise ConfigError("strategy s2t-local needs --adapter, a folder written by `s2t train`.")
+    if "s2t-local" in strategies and adapter is None and not is_merged(local_folder(config.slm, config.revision)):
+        others = ",".join(name for name in strategies if name != "s2t-local") or "greedy"
+        hint = f"; without one: --strategies {others}" if hasattr(config, "strategies") else ""
+        raise ConfigError(f"strategy s2t-local needs --adapter, a folder written by `s2t train`{hint}.")
 
 
 def _checked(loaded: LoadedModel, ids: list[int]) -> list[int]:

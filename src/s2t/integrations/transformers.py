@@ -60,7 +60,7 @@ def custom_generate(
 ) -> CustomGenerate:
     """A decoding loop for `model.generate(**inputs, custom_generate=...)`; the model is the caller's own.
 
-    `adapter` is a folder written by `s2t train`; none is needed for a model loaded from a merged folder. `strategy` is
+    `adapter` was written by `s2t train` (a folder or a hub id); a model loaded from a merged folder needs none. `strategy` is
     `s2t-local` where there is either, else `greedy`. `tokenizer` is the model's (loaded from where the model came from
     unless given), `seed` that of sampling and of the random trigger (drawn from torch's unless given), `execution` as in
     `s2t.load`. Settings: trigger, threshold, calibration, num_candidates, warmup_steps, as in DecodeConfig.
@@ -90,7 +90,7 @@ def generate_merged(model: Any, **arguments: Any) -> Any:
     tokenizer = arguments.pop("tokenizer", None)
     stops = arguments.pop("stop_strings", None)
     if stops is not None:  # transformers hands no tokenizer on to callables, so that the criterion is made here
-        found = tokenizer if tokenizer is not None else AutoTokenizer.from_pretrained(model.name_or_path)
+        found = tokenizer if tokenizer is not None else _tokenizer(model.name_or_path)
         criteria = StoppingCriteriaList([StopStringCriteria(found, stops)])
         arguments["stopping_criteria"] = StoppingCriteriaList([*criteria, *(arguments.get("stopping_criteria") or ())])
     loop = custom_generate(tokenizer=tokenizer, **own)

@@ -7,10 +7,9 @@ model itself. Knows nothing of decoding or losses.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from s2t import __version__
 from s2t.core.bins import candidate_score, expected_bin
 from s2t.errors import ModelError
 from s2t.files import read_json, write_bytes, write_json, write_text
+from s2t.model.card import adapter_card
 from s2t.model.load import LoadedModel
 from s2t.model.lora import import_peft, lora_parameters, new_lora, quiet_peft
 from s2t.model.merged import (
@@ -32,14 +32,18 @@ from s2t.model.merged import (
     CONFIG_FILE,
     PROBLEMS_FILE,
     SELECTOR_FILE,
+    adapter_folder,
     is_merged,
     local_folder,
     problem_hashes,
     read_merged,
+    sha256,
 )
 from s2t.model.reserved import ReservedIds
 
 LORA_FILE = "adapter_model.safetensors"  # PEFT's name
+_WEIGHTS = (LORA_FILE, SELECTOR_FILE)
+_TUPLES = ("heldout_templates", "reserved_ids")
 _ATTACHED = "_s2t_adapter"
 
 
@@ -68,6 +72,10 @@ class AdapterConfig:
     split_hashes: dict[str, str] = field(default_factory=dict)
     """Digest of the sorted problem hashes of each split that was used."""
     heldout_templates: tuple[str, ...] = ()
+    reserved_ids: tuple[int, ...] = ()
+    """Ids of the R bins in order, then of yes and no; never generated. Set when it is saved."""
+    weights: dict[str, str] = field(default_factory=dict)
+    """sha256 of the folder's weights files, by name."""
     versions: dict[str, str] = field(default_factory=dict)
     s2t_version: str = __version__
 
@@ -112,7 +120,7 @@ class SelectorAdapter(SelectorReader):
 
     def __init__(self, loaded: LoadedModel, config: AdapterConfig, peft_model: Any = None) -> None:
         self.peft_model = peft_model if peft_model is not None else _new_peft_model(loaded, config)
-        super().__init__(loaded, config, self.peft_model.get_base_model(), loaded.reserved_for(config.num_bins))
+        super().__init__(loaded, config, self.peft_model.get_base_model(), _reserved(config, loaded))
         self._layers = _tuner_layers(self.base_model)
         self._acting: bool | None = None
         self.base_model.__dict__[_ATTACHED] = self
@@ -155,15 +163,22 @@ class SelectorAdapter(SelectorReader):
             f"selector.{name}": p for name, p in self.selector.named_parameters()
         }
 
-    def save(self, folder: str | Path, train_problems: tuple[str, ...] = (), card: str | None = None) -> None:
-        """Write the folder; `s2t_config.json` goes last, so a half-written folder is never taken for an adapter."""
+    def save(
+        self, folder: str | Path, train_problems: tuple[str, ...] = (), training: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write the folder; `s2t_config.json` goes last, so a half-written folder is never taken for an adapter.
+
+        `training` has numbers for the model card. The hashes of what was written become part of `config`.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.peft_model.save_pretrained(str(folder), safe_serialization=True)
         state = {name: value.detach().contiguous().cpu() for name, value in self.selector.state_dict().items()}
         write_bytes(folder / SELECTOR_FILE, save(state))
         write_text(folder / PROBLEMS_FILE, "".join(f"{item}\n" for item in sorted(train_problems)))
-        write_text(folder / "README.md", card or _card(self.config))
+        hashes = {name: sha256(folder / name) for name in _WEIGHTS}
+        self.config = replace(self.config, weights=hashes, reserved_ids=self.reserved.all)
+        write_text(folder / "README.md", adapter_card(asdict(self.config), training))
         write_json(folder / CONFIG_FILE, asdict(self.config))
 
 
@@ -228,17 +243,18 @@ def load_selector(adapter: str | Path | None, loaded: LoadedModel) -> SelectorRe
         raise ModelError(f"merged model {loaded.name} is damaged: {reason}; merge it again.") from error
 
 
-def selector_config(adapter: str | Path | None, slm: str) -> AdapterConfig | None:
+def selector_config(adapter: str | Path | None, slm: str, revision: str | None = None) -> AdapterConfig | None:
     """The settings of what `load_selector` would give, without loading a model."""
     if adapter is not None:
         return read_adapter_config(adapter)
-    folder = local_folder(slm)
+    folder = local_folder(slm, revision)
     return adapter_config(read_merged(folder).adapter) if is_merged(folder) else None
 
 
-def selector_problems(adapter: str | Path | None, slm: str) -> frozenset[str]:
+def selector_problems(adapter: str | Path | None, slm: str, revision: str | None = None) -> frozenset[str]:
     """Hashes of the problems that this SLM (distilled, or merged), or what `load_selector` would give, was trained on."""
-    return problem_hashes(local_folder(slm)) | (problem_hashes(adapter) if adapter is not None else frozenset())
+    own = problem_hashes(adapter_folder(adapter)) if adapter is not None else frozenset()
+    return problem_hashes(local_folder(slm, revision)) | own
 
 
 def attached_adapter(model: nn.Module) -> SelectorAdapter | None:
@@ -256,10 +272,11 @@ def _what_it_is(folder: Path) -> str:
 
 
 def read_adapter_config(folder: str | Path) -> AdapterConfig:
-    """The metadata of an adapter folder; raises ModelError where the folder is none."""
-    path = Path(folder) / CONFIG_FILE
+    """The metadata of an adapter, a folder or a hub id; raises ModelError where it is none."""
+    folder = adapter_folder(folder)
+    path = folder / CONFIG_FILE
     if not path.is_file():
-        raise ModelError(f"{_what_it_is(Path(folder))}; pass the folder `s2t train` wrote.")
+        raise ModelError(f"{_what_it_is(folder)}; pass the folder `s2t train` wrote.")
     if is_merged(folder):
         raise ModelError(f"{folder} is a merged model, not an adapter; pass --slm {folder} without --adapter.")
     data = read_json(path)
@@ -274,15 +291,16 @@ def read_adapter_config(folder: str | Path) -> AdapterConfig:
 
 def adapter_config(data: dict[str, Any]) -> AdapterConfig:
     """The metadata from what was written."""
-    values: dict[str, Any] = {**data, "heldout_templates": tuple(data.get("heldout_templates", ()))}
+    values: dict[str, Any] = {**data, **{name: tuple(data.get(name, ())) for name in _TUPLES}}
     return AdapterConfig(**values)
 
 
 def load_adapter(folder: str | Path, loaded: LoadedModel) -> SelectorAdapter:
-    """Attach a saved adapter to its base model.
+    """Attach a saved adapter, a folder or a hub id, to its base model.
 
-    Raises ModelError, one line, when the folder is none, is damaged, or belongs to another base model.
+    Raises ModelError, one line, when it is none, is not what was saved, or belongs to another base model.
     """
+    folder = adapter_folder(folder)
     config = read_adapter_config(folder)
     if config.base_fingerprint != loaded.fingerprint:
         is_same = config.base_model == loaded.name
@@ -295,6 +313,7 @@ def load_adapter(folder: str | Path, loaded: LoadedModel) -> SelectorAdapter:
         raise ModelError(
             f"adapter {folder} is damaged: {LORA_FILE} is missing; weights are read from safetensors only."
         )
+    _check_weights(folder, config.weights)
     peft, peft_model = import_peft(), None
     try:
         state = load_file(Path(folder) / SELECTOR_FILE)
@@ -314,9 +333,24 @@ def load_adapter(folder: str | Path, loaded: LoadedModel) -> SelectorAdapter:
     return adapter
 
 
+def _check_weights(folder: Path, weights: Mapping[str, str]) -> None:
+    """Raise ModelError unless the weights files are those that were saved (older adapters have no hashes)."""
+    for name, digest in weights.items():
+        if not (folder / name).is_file() or sha256(folder / name) != digest:
+            raise ModelError(
+                f"adapter {folder} is damaged: {name} is not the file that was saved; copy the folder again, or train again."
+            )
+
+
 def train_problem_hashes(folder: str | Path) -> frozenset[str]:
     """Hashes of the problems the adapter was trained on (empty for folders without the list)."""
     return problem_hashes(folder)
+
+
+def _reserved(config: AdapterConfig, loaded: LoadedModel) -> ReservedIds:
+    """The ids the adapter was saved with, else those that are free in this model."""
+    ids, found = config.reserved_ids, loaded.reserved_for(config.num_bins)
+    return replace(found, bins=ids[:-2], criticality=(ids[-2], ids[-1])) if len(ids) > 2 else found
 
 
 def _new_peft_model(loaded: LoadedModel, config: AdapterConfig) -> Any:
@@ -342,9 +376,3 @@ def _add_lora(first: int, num_tokens: int, layer: Any, args: tuple[Tensor, ...],
             tail.addmm_(inner, up.T, alpha=layer.scaling[name])
         else:
             tail.add_((F.linear(inner, up) * layer.scaling[name]).to(tail.dtype))
-
-
-def _card(config: AdapterConfig) -> str:
-    rows = "\n".join(f"| {key} | {json.dumps(value)} |" for key, value in asdict(config).items() if value)
-    front = f"---\nlibrary_name: peft\nbase_model: {config.base_model}\n---\n\n"
-    return f"{front}# S2T-LOCAL adapter\n\n| setting | value |\n| --- | --- |\n{rows}\n"

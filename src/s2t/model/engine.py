@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s2t.errors import ModelError
 from s2t.model.adapter import SelectorReader, attached_adapter
 from s2t.model.attention import Segment, slot_attention
 from s2t.model.cache import SlotCache
@@ -70,11 +69,6 @@ class Engine:
         self.model = adapter.base_model if adapter is not None else loaded.model
         self.decoder: Any = self.model.get_decoder()
         self.config = self.decoder.config.get_text_config(decoder=True)
-        if not loaded.model._can_set_attn_implementation():
-            raise ModelError(
-                f"{self.config.model_type} computes attention in its own way, which cannot read cache slots; use a model "
-                "whose code goes through transformers' attention interface."
-            )
         self.head = Head(self.model)
         self.max_rows = max_rows
         self.lengths = [0] * max_rows

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,9 +21,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from s2t.errors import ConfigError, ModelError
+from s2t.hub import offline_unless_it_answers
 from s2t.model.cache import check_cacheable
 from s2t.model.chat import stop_ids
-from s2t.model.lora import Lora, find_lora, merge_lora
+from s2t.model.lora import Lora, find_lora, lora_base, merge_lora
 from s2t.model.merged import MergedConfig, local_folder, open_merged
 from s2t.model.quantization import missing_package, quantization_config
 from s2t.model.reserved import ReservedIds, choose_reserved_ids
@@ -97,11 +99,15 @@ def load_model(
     """
     if device_map is not None and device != "auto":
         raise ConfigError(f"device {device} and device_map {device_map} were both given; pass one of them.")
+    if revision is not None and (is_embedded(name) or Path(name).exists()):
+        raise ConfigError(
+            f"revision {revision} is one of a repository on the hub, and {name} is not there; leave it out."
+        )
     place = torch.device(pick_device(device)) if device_map is None else None
-    source = name if is_embedded(name) else local_folder(name)
+    source = name if is_embedded(name) else local_folder(name, revision)
     merged = None if is_embedded(name) else open_merged(source)
     reading = _Reading(name, dtype, place, device_map, quantization, {"trust_remote_code": trust_remote_code})
-    with quiet():
+    with quiet(), nullcontext() if _is_here(name) else offline_unless_it_answers():
         try:
             lora = None if is_embedded(name) or merged is not None else find_lora(name, revision)
             tokenizer, model = reading.merged(lora, revision) if lora else reading.plain(source, revision)
@@ -210,6 +216,11 @@ def wrap_model(
             f"{model.config.model_type} takes no position ids (its attention is biased by distance), so "
             "candidates cannot share a position; use a model with rotary or learned positions."
         )
+    if not model._can_set_attn_implementation():
+        raise ModelError(
+            f"{model.config.model_type} computes attention in its own way, which cannot read cache slots; use a model "
+            "whose code goes through transformers' attention interface."
+        )
     eos = model.generation_config.eos_token_id if model.generation_config is not None else None
     vocab_size = min(max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().weight.shape[0])
     if merged is not None:
@@ -260,6 +271,12 @@ def fingerprint(model: nn.Module) -> str:
 
 def _plain_name(name: str) -> str:
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def _is_here(name: str) -> bool:
+    """Whether the model is on this machine, and its base too, so that nobody asks the hub."""
+    source = lora_base(name) or name
+    return is_embedded(source) or Path(source).exists()
 
 
 def _why_not_loaded(name: str, error: Exception, revision: str | None = None, quantization: str | None = None) -> str:

@@ -19,6 +19,7 @@ from transformers.utils.hub import cached_file
 
 from s2t.errors import ModelError, missing_extra
 from s2t.files import read_json, write_bytes, write_json, write_text
+from s2t.hub import offline_unless_it_answers
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -140,11 +141,12 @@ def quiet_peft() -> Iterator[None]:
 def _fetched(name: str, revision: str | None) -> Path | None:
     """The cached snapshot of an adapter on the hub, with its weights if it has any; None where `name` is none."""
     quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    config = cached_file(name, PEFT_CONFIG, revision=revision, **quiet)
-    if config is None:
-        return None
-    for file in (PEFT_WEIGHTS, SELECTOR_CONFIG, "tokenizer_config.json"):
-        cached_file(name, file, revision=revision, **quiet)
+    with offline_unless_it_answers():
+        config = cached_file(name, PEFT_CONFIG, revision=revision, **quiet)
+        if config is None:
+            return None
+        for file in (PEFT_WEIGHTS, SELECTOR_CONFIG, "tokenizer_config.json"):
+            cached_file(name, file, revision=revision, **quiet)
     return Path(config).parent
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from s2t import __version__
 from s2t.errors import DataError, ModelError
 from s2t.files import read_json
+from s2t.hub import offline_unless_it_answers
 from s2t.model.lora import lora_base
 from s2t.model.reserved import ReservedIds
 
@@ -64,33 +65,50 @@ class MergedConfig:
         return {name: value for name, value in asdict(self).items() if name != "path"}
 
 
-def local_folder(name: str) -> str:
+def local_folder(name: str, revision: str | None = None) -> str:
     """A merged model of the hub as the folder it was downloaded to; any other name as it is.
 
     A name that could be a hub id costs one look at the hub (at its cache, when offline). Raises ModelError when the
     download breaks off.
     """
+    folder = _downloaded(name, revision, "merged model", is_merged)
+    return name if folder is None else str(folder)
+
+
+def adapter_folder(name: str | Path) -> Path:
+    """The folder of a selector adapter: the name itself, or where an adapter of the hub was downloaded to.
+
+    Raises ModelError when the download breaks off.
+    """
+    return _downloaded(str(name), None, "adapter", lambda folder: not is_merged(folder)) or Path(name)
+
+
+def _downloaded(name: str, revision: str | None, what: str, fits: Callable[[Path], bool]) -> Path | None:
+    """The snapshot of a repository of the hub that has an `s2t_config.json` of the kind asked for; else None."""
     if not _HUB_ID.fullmatch(name) or Path(name).exists():
-        return name
+        return None
     from huggingface_hub import snapshot_download
     from transformers.utils.hub import cached_file
 
-    try:
-        found = cached_file(
-            name,
-            CONFIG_FILE,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-    except OSError:  # no such model, which loading says in its own words
-        return name
-    if found is None or not is_merged(Path(found).parent):
-        return name
-    try:
-        return snapshot_download(name)
-    except OSError as error:
-        raise ModelError(f"merged model {name} cannot be downloaded: {' '.join(str(error).split())[:200]}") from error
+    with offline_unless_it_answers():
+        try:
+            found = cached_file(
+                name,
+                CONFIG_FILE,
+                revision=revision,
+                _raise_exceptions_for_gated_repo=False,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+        except OSError:  # no such repository, which loading says in its own words
+            return None
+        if found is None or not fits(Path(found).parent):
+            return None
+        try:
+            return Path(snapshot_download(name, revision=revision))
+        except OSError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ModelError(f"{what} {name} cannot be downloaded: {reason}; run it again.") from error
 
 
 def is_merged(name: str | Path) -> bool:

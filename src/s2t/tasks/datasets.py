@@ -16,6 +16,7 @@ from typing import Any
 
 from s2t.errors import ConfigError, DataError, missing_extra
 from s2t.files import read_jsonl_lines
+from s2t.hub import offline_unless_it_answers
 from s2t.records import Grade, Problem
 from s2t.tasks.choices import gold_letter, grade_choice, with_choices
 from s2t.tasks.graders import extract_answer, grade_math
@@ -235,7 +236,13 @@ def load_jsonl(spec: str, prompt_style: str = "plain") -> FileTask:
     if role not in ("all", "train", "test"):
         raise ConfigError(f"task {path_text}: split must be train or test, or left out; got {role!r}.")
     source = _mapped(Source(str(path)), options, _FIELDS, path_text)
-    return FileTask(path.stem, source, lambda: {role: lambda: read_jsonl_lines(path)}, prompt_style)
+
+    def read() -> list[Row]:
+        if rows := read_jsonl_lines(path):
+            return rows
+        raise DataError(f'{path} is empty; give one problem per line, such as {{"question": "1 + 1?", "answer": "2"}}.')
+
+    return FileTask(path.stem, source, lambda: {role: read}, prompt_style)
 
 
 def _mapped(source: Source, options: dict[str, str], known: tuple[str, ...], what: str) -> Source:
@@ -296,7 +303,8 @@ def _from_hub(source: Source, local_name: str | None, ask: Callable[[Any], Any])
     except ImportError as error:
         raise missing_extra("datasets", "eval") from error
     try:
-        return ask(datasets)
+        with offline_unless_it_answers():
+            return ask(datasets)
     except Exception as error:  # the hub client raises many kinds: network, name, config, split
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         local = f"put the files under ${DATA_DIR}/{local_name}, or " if local_name else ""

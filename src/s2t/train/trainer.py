@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -45,8 +46,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
     trainer = Trainer(config, data, adapter, run)
     trainer.fit()
     result = trainer.summary()
-    problems = {t.problem_id.rsplit("-", 1)[-1] for t in data.trajectories} | selector_problems(None, config.slm)
-    adapter.save(run.file("adapter"), tuple(problems))
+    problems = {t.problem_id.rsplit("-", 1)[-1] for t in data.trajectories} | selector_problems(
+        None, config.slm, config.revision
+    )
+    adapter.config = replace(adapter.config, trigger_rate=result["trigger_rate"])
+    adapter.save(run.file("adapter"), tuple(problems), result)
     write_json(run.file("train.json"), result)
     run.finish()
     trainer.clear()
