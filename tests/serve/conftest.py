@@ -32,8 +32,13 @@ class Running:
 
     def __init__(self, url: str, service: Service, reasoner: Reasoner, server: uvicorn.Server) -> None:
         self.url, self.service, self.reasoner, self.server = url, service, reasoner, server
+        self._client = self._new_client()
 
     def client(self, **settings: Any) -> OpenAI:
+        """The official client; making one takes a while, so that without settings it is always the same."""
+        return self._new_client(**settings) if settings else self._client
+
+    def _new_client(self, **settings: Any) -> OpenAI:
         return OpenAI(**({"base_url": f"{self.url}/v1", "api_key": "none", "max_retries": 0} | settings))
 
     def idle(self, seconds: float = 5.0) -> bool:
@@ -53,6 +58,7 @@ def new_adapter(loaded: Any, threshold: float = 0.5, scope: str = "candidates") 
         loaded.fingerprint,
         scope=scope,
         num_candidates=5,
+        prior_weight=0.1,
         lora_rank=4,
         lora_dropout=0.0,
         thresholds={"criticality": threshold},

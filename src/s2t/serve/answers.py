@@ -131,10 +131,11 @@ class Writer:
     def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
         return {**self._head(), "choices": [choice]} | ({"usage": None} if self.plan.include_usage else {})
 
-    def _details(self, events: Sequence[Written]) -> schema.Details | None:
+    def _extension(self, events: Sequence[Written]) -> dict[str, schema.Details]:
+        """The details as a field of a choice, where they were asked for."""
         if self.plan.num_candidates is None:
-            return None
-        return {"steps": [self._step(event, self.plan.num_candidates) for event in events]}
+            return {}
+        return {"s2t": {"steps": [self._step(event, self.plan.num_candidates) for event in events]}}
 
     def _step(self, event: Written, num_candidates: int) -> schema.TokenDetails:
         step, reading = event.step, event.reading
@@ -190,7 +191,7 @@ class ChatWriter(Writer):
                 "message": {"role": "assistant", "content": text, "refusal": None},
                 "logprobs": self._logprobs(kept),
                 "finish_reason": choice.finish_reason,
-                "s2t": self._details(kept),
+                **self._extension(kept),
             }
             for choice, text, kept in zip(self.choices, texts, events, strict=True)
         ]
@@ -207,7 +208,7 @@ class ChatWriter(Writer):
                 "delta": {"content": text} if text else {},
                 "logprobs": self._logprobs(events),
                 "finish_reason": choice.finish_reason,
-                "s2t": self._details(events),
+                **self._extension(events),
             }
         )
 
@@ -243,7 +244,7 @@ class TextWriter(Writer):
                 "text": text,
                 "logprobs": self._logprobs(choice, kept),
                 "finish_reason": choice.finish_reason,
-                "s2t": self._details(kept),
+                **self._extension(kept),
             }
             for choice, text, kept in zip(self.choices, texts, events, strict=True)
         ]
@@ -259,7 +260,7 @@ class TextWriter(Writer):
                 "text": text,
                 "logprobs": self._logprobs(choice, events),
                 "finish_reason": choice.finish_reason,
-                "s2t": self._details(events),
+                **self._extension(events),
             }
         )
 

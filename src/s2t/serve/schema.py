@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 MAX_CHOICES = 128
 MAX_PROMPTS = 128
@@ -256,7 +256,7 @@ class ChatChoice(TypedDict):
     message: AnswerMessage
     logprobs: ChatLogprobs | None
     finish_reason: str
-    s2t: Details | None
+    s2t: NotRequired[Details]
 
 
 class ChatAnswer(TypedDict):
@@ -274,7 +274,7 @@ class TextChoice(TypedDict):
     text: str
     logprobs: TextLogprobs | None
     finish_reason: str
-    s2t: Details | None
+    s2t: NotRequired[Details]
 
 
 class TextAnswer(TypedDict):
