@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -107,8 +108,9 @@ def serve(models: Any, tiny_llm: Any) -> Callable[..., Any]:
     """Start a server with settings of its own: `with serve(max_queue=2) as server`."""
     loaded, adapter = models
 
-    def start(with_llm: bool = False, **settings: Any) -> Any:
-        return running(Session(loaded, tiny_llm if with_llm else None, adapter), **settings)
+    def start(with_llm: bool = False, endless: bool = False, **settings: Any) -> Any:
+        slm = replace(loaded, stop_ids=frozenset()) if endless else loaded  # writes until its length limit
+        return running(Session(slm, tiny_llm if with_llm else None, adapter), **settings)
 
     return start
 

@@ -44,8 +44,12 @@ def error_body(status: int, message: str, param: str | None = None, code: str | 
 
 
 def invalid(found: Sequence[Any]) -> ApiError:
-    """What is wrong with a body, from pydantic's list of errors: the first one, in words."""
-    error = found[0]
+    """What is wrong with a body, from pydantic's list of errors: the first one, in words.
+
+    Where a field may be of several kinds there is an error for each; the one about the value says more than those about the kind.
+    """
+    same = [error for error in found if error["loc"][:2] == found[0]["loc"][:2]]
+    error = next((error for error in same if not error["type"].endswith("_type")), found[0])
     place = [part for part in error["loc"] if part != "body"]
     name = str(place[0]) if place and isinstance(place[0], str) else ""
     if error["type"] == "json_invalid":
