@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from s2t.config import MANY_SAMPLES, NEEDS_LLM, STRATEGIES, DecodeConfig, ModelConfig, build_config
 from s2t.decode.loop import Request
-from s2t.decode.session import Generated, Session
+from s2t.decode.session import Generated, Session, ids_key, prompt_key, sample_key
 from s2t.decode.strategies import Strategy, build_strategy, choose_sample
 from s2t.decode.workload import read_thresholds
 from s2t.errors import ConfigError
@@ -139,7 +139,7 @@ class Reasoner:
         plan = self._plan(strategy, seed, settings)
         if plan.config.system is not None:
             raise ConfigError("system has no place in a prompt of token ids; put its tokens into the ids.")
-        requests = [(self.session.request_of_ids(0, list(ids)), str(list(ids))) for ids in prompts]
+        requests = [(self.session.request_of_ids(0, list(ids)), ids_key(ids)) for ids in prompts]
         return self._answers(plan, plan.numbered(requests), trace)
 
     def check(self, strategy: str | None = None, **settings: Any) -> None:
@@ -237,7 +237,7 @@ class _Plan:
     def requests(self, prompts: Sequence[Prompt]) -> list[Request]:
         """One request per prompt and sample; random numbers depend on the prompt's own text."""
         system = self.config.system
-        return self.numbered([(self.session.request(0, p, system=system), _key(p, system)) for p in prompts])
+        return self.numbered([(self.session.request(0, p, system=system), prompt_key(p, system)) for p in prompts])
 
     def numbered(self, prompts: Sequence[tuple[Request, str]]) -> list[Request]:
         """One request per prompt and sample; a key that comes again gets other random numbers the second time."""
@@ -246,7 +246,7 @@ class _Plan:
         for request, key in prompts:
             for _ in range(self.num_samples):
                 place = seen[key] = seen.get(key, -1) + 1
-                requests.append(replace(request, index=len(requests), key=f"{key}/{place}"))
+                requests.append(replace(request, index=len(requests), key=sample_key(key, place)))
         return requests
 
 
@@ -261,11 +261,6 @@ def _as_prompts(prompt: Any) -> tuple[list[Prompt], bool]:
 
 def _is_messages(prompt: Any) -> bool:
     return isinstance(prompt, list) and bool(prompt) and all(isinstance(turn, dict) for turn in prompt)
-
-
-def _key(prompt: Prompt, system: str | None) -> str:
-    """What the random numbers of a prompt depend on."""
-    return prompt if isinstance(prompt, str) and system is None else json.dumps([system, prompt])
 
 
 def _as_text(quantization: Any) -> str | None:

@@ -208,6 +208,52 @@ class GenerateConfig(DecodeConfig, ModelConfig):
 
 
 @dataclass(frozen=True)
+class ServeConfig(DecodeConfig, ModelConfig):
+    """`s2t serve`: an OpenAI-compatible server; decoding settings are those of requests that do not give their own."""
+
+    strategy: str | None = None
+    """Of requests that name none: greedy, s2t-local, s2t, takeover or llm; None is s2t-local with an adapter or a merged model,
+    else greedy. A temperature above 0 means sample."""
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = 8000
+    """Port to listen on; 0 takes a free one."""
+    served_name: str | None = None
+    """Name of the model in requests and answers; None takes that of --slm."""
+    batch_size: int = 32
+    """Sequences written at once, for each strategy in use."""
+    max_queue: int = 256
+    """Sequences that may wait for a free row beyond those; more are refused with 429."""
+    max_length: int = 4096
+    """Longest prompt and answer together, in tokens, if the model can read that many."""
+    max_body_bytes: int = 2**20
+    """Largest body of a request."""
+    request_timeout_s: float = 600.0
+    """Seconds from a request's arrival to the end of its answer."""
+    drain_s: float = 30.0
+    """Seconds that running requests get to finish when the server is asked to stop."""
+    api_key_file: str | None = None
+    """File with the key that clients must send; without it the variable S2T_API_KEY, and without that no key is asked for."""
+    no_auth: bool = False
+    """Allow an address that others can reach without a key."""
+
+    num_samples: int = field(default=8, metadata={"hidden": True})
+
+    def __post_init__(self) -> None:
+        self.check_model()
+        self.check_decode()
+        if self.strategy is not None:
+            _choice(
+                "strategy", self.strategy, tuple(name for name in STRATEGIES if name not in ("sample", *MANY_SAMPLES))
+            )
+        _between("port", self.port, 0, 65535)
+        _at_least(0, max_queue=self.max_queue, drain_s=self.drain_s)
+        _at_least(2, max_length=self.max_length)
+        _at_least(64, max_body_bytes=self.max_body_bytes)
+        _positive(request_timeout_s=self.request_timeout_s)
+
+
+@dataclass(frozen=True)
 class MeasureConfig(StepConfig, TaskConfig, ModelConfig):
     """`s2t measure`: local sufficiency of a pair on the SLM's own trajectories."""
 

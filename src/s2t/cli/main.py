@@ -28,6 +28,7 @@ from s2t.cli import (
     measure,
     merge,
     report,
+    serve,
     study,
     train,
 )
@@ -45,6 +46,7 @@ COMMANDS = {
     "chat": chat.command,
     "eval": evaluate.command,
     "report": report.command,
+    "serve": serve.command,
     "study": study.command,
     "bench": bench.command,
 }

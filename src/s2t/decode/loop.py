@@ -20,7 +20,7 @@ from s2t.core.sampling import filter_logits, sample, uniforms
 from s2t.decode.draft import DraftLength
 from s2t.decode.selectors import LocalSelector, Selection
 from s2t.decode.state import Reference, State, log_softmax_at
-from s2t.decode.strategies import Strategy
+from s2t.decode.strategies import Sampling, Strategy
 from s2t.decode.text_reference import TextReference
 from s2t.errors import ConfigError
 from s2t.model.engine import Engine, Work
@@ -38,13 +38,15 @@ Adjust = Callable[[Sequence[int], Tensor], Tensor]
 class Request:
     """One sequence to write: prompt ids, and the key its random numbers depend on (with the strategy's seed).
 
-    `llm_prompt_ids` is the prompt in the LLM's own tokens, where these are others than the SLM's.
+    `llm_prompt_ids` is the prompt in the LLM's own tokens, where these are others than the SLM's; `max_new_tokens` a length
+    limit of its own.
     """
 
     index: int
     prompt_ids: Sequence[int]
     key: str = ""
     llm_prompt_ids: Sequence[int] | None = None
+    max_new_tokens: int | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -55,6 +57,7 @@ class _Row:
     slot: int
     feed: list[int]
     draws: np.ndarray
+    limit: int  # of steps
     steps: int = 0
     flips: int = 0
     is_ready: bool = False
@@ -196,7 +199,7 @@ class Decoder:
             rows += active
             offsets += [depth] * len(active)
             greedy += best.tolist()
-            tokens += greedy[-len(active) :] if self.strategy.sampling is None else self._sample(active, logits[-1])
+            tokens += self._tokens(active, logits[-1], greedy[-len(active) :])
             if self.reference is None:
                 break
             last = tokens[-len(active) :]
@@ -224,13 +227,16 @@ class Decoder:
         return self.hidden[: len(slots)] if slots == list(range(len(slots))) else self.hidden[slots]
 
     def _drafts_on(self, row: _Row, token: int, depth: int) -> bool:
-        if token in self.engine.loaded.stop_ids or row.steps + depth >= self.max_new_tokens:
+        if token in self.engine.loaded.stop_ids or row.steps + depth >= row.limit:
             return False
         return depth < self._draft_length.at(row.steps, row.flips)
 
-    def _sample(self, rows: Sequence[_Row], logits: Tensor) -> list[int]:
+    def _tokens(self, rows: Sequence[_Row], logits: Tensor, greedy: list[int]) -> list[int]:
+        """The rows' next tokens: the greedy ones, or samples."""
         how = self.strategy.sampling
-        assert how is not None
+        return greedy if how is None else self._sample(how, rows, logits)
+
+    def _sample(self, how: Sampling, rows: Sequence[_Row], logits: Tensor) -> list[int]:
         filtered = filter_logits(logits, how.temperature, how.top_k, how.top_p, how.min_p)
         return sample(filtered, self._uniforms(rows, [0] * len(rows))).tolist()
 
@@ -335,7 +341,7 @@ class Decoder:
         reason = None
         if token in self.engine.loaded.stop_ids or (self.ends is not None and self.ends(row.request.index, token)):
             reason = "stop"
-        elif row.steps >= self.max_new_tokens:
+        elif row.steps >= row.limit:
             reason = "length"
         row.is_finished = reason is not None
         step = Step(
@@ -377,7 +383,8 @@ class Decoder:
         while waiting and len(self.rows) < self.engine.max_rows and num_tokens < _PROMPT_TOKENS_AT_ONCE:
             request = waiting.popleft()
             prompt = tuple(request.prompt_ids)
-            row = _Row(request, len(self.rows), list(prompt), self._draws(request), twin=first.get(prompt))
+            limit = request.max_new_tokens or self.max_new_tokens
+            row = _Row(request, len(self.rows), list(prompt), self._draws(request), limit, twin=first.get(prompt))
             if row.twin is None:
                 first[prompt] = row
                 num_tokens += len(prompt)

@@ -6,12 +6,15 @@ do not read it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from s2t.config import NEEDS_LLM, ModelConfig
+from s2t.decode.continuous import ContinuousDecoder
 from s2t.decode.label import Labels, label, label_by_text
 from s2t.decode.loop import Decoder, Request
 from s2t.decode.state import Reference
@@ -26,6 +29,8 @@ from s2t.model.merged import is_merged, local_folder
 from s2t.model.stops import Stops, cut
 from s2t.model.text import VocabularyMap, same_tokens
 from s2t.records import Cost, Step
+
+R = TypeVar("R", bound=Request)
 
 
 @dataclass(slots=True)
@@ -130,12 +135,25 @@ class Session:
         """A fresh decoder for a strategy, with no more rows than there are sequences; `stop` are stop strings."""
         rows = max(1, min(self.batch_size, num_rows))
         ends = Stops(self.tokenizer_of(strategy.name), stop).ends if stop else None
-        if strategy.name == "llm":
-            return Decoder(Engine(self._llm(), rows), strategy, None, max_new_tokens, trace, ends)
-        uses_adapter = strategy.name == "s2t-local"
-        engine = Engine(self.slm, rows, self.adapter if uses_adapter else None)
-        reference = self.reference(rows) if strategy.needs_llm else None
+        engine, reference = self._engines(strategy, rows)
         return Decoder(engine, strategy, reference, max_new_tokens, trace, ends)
+
+    def continuous(
+        self, strategy: Strategy, max_length: int, ends: Callable[[int, int], bool] | None = None
+    ) -> ContinuousDecoder:
+        """A decoder of `batch_size` rows for requests that come and go; see `decode.continuous`."""
+        engine, reference = self._engines(strategy, self.batch_size)
+        adapter = self.adapter
+        is_read = adapter is not None and (adapter.scope == "candidates" or engine.adapter is adapter)
+        reader = adapter if is_read and strategy.name != "llm" else None
+        return ContinuousDecoder(engine, strategy, reference, max_length, ends, reader)
+
+    def _engines(self, strategy: Strategy, rows: int) -> tuple[Engine, Reference | TextReference | None]:
+        """The engine that writes, and the LLM beside it where the strategy reads one."""
+        if strategy.name == "llm":
+            return Engine(self._llm(), rows), None
+        engine = Engine(self.slm, rows, self.adapter if strategy.name == "s2t-local" else None)
+        return engine, self.reference(rows) if strategy.needs_llm else None
 
     def reference(self, num_rows: int) -> Reference | TextReference:
         """The LLM beside so many rows, read by token or by text."""
@@ -212,6 +230,21 @@ def check_needs(config: ModelConfig, strategies: Sequence[str], adapter: str | N
         raise ConfigError(f"strategy s2t-local needs --adapter, a folder written by `s2t train`{hint}.")
 
 
+def prompt_key(prompt: str | Sequence[dict[str, str]], system: str | None = None) -> str:
+    """What the random numbers of a prompt depend on, beside the seed."""
+    return prompt if isinstance(prompt, str) and system is None else json.dumps([system, prompt])
+
+
+def ids_key(ids: Sequence[int]) -> str:
+    """As `prompt_key`, for a prompt of token ids."""
+    return str(list(ids))
+
+
+def sample_key(key: str, place: int) -> str:
+    """As `prompt_key`, for one of several samples of the same prompt."""
+    return f"{key}/{place}"
+
+
 def _checked(loaded: LoadedModel, ids: list[int]) -> list[int]:
     """The ids of a prompt; raises ModelError where there are none, or one that the model has no row for."""
     if not ids:
@@ -223,10 +256,14 @@ def _checked(loaded: LoadedModel, ids: list[int]) -> list[int]:
 
 
 def _for(strategy: Strategy, requests: Sequence[Request]) -> list[Request]:
-    """The LLM alone reads its own prompts."""
-    if strategy.name != "llm":
-        return list(requests)
-    return [replace(r, prompt_ids=r.llm_prompt_ids) if r.llm_prompt_ids is not None else r for r in requests]
+    return [as_read(strategy.name, request) for request in requests]
+
+
+def as_read(strategy: str, request: R) -> R:
+    """The request as a strategy reads it: the LLM alone reads its own prompt."""
+    if strategy != "llm" or request.llm_prompt_ids is None:
+        return request
+    return replace(request, prompt_ids=request.llm_prompt_ids)
 
 
 def _add(sequence: Generated, step: Step, keep: bool) -> None:

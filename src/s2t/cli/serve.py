@@ -1,0 +1,25 @@
+"""`s2t serve`: load the models once, then answer over HTTP until it is stopped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from s2t.cli.options import with_options
+from s2t.config import ServeConfig
+
+
+@with_options(ServeConfig, lambda document: None)
+def command(config: ServeConfig) -> Any:
+    """Serve the model over an OpenAI-compatible API, with a playground at /."""
+    from s2t.api import load
+    from s2t.serve.run import serve  # first: a missing extra is said before models are loaded
+
+    reasoner = load(
+        config.slm,
+        llm=config.llm,
+        adapter=config.adapter,
+        llm_revision=config.llm_revision,
+        llm_quantization=config.llm_quantization,
+        **config.load_options,
+    )
+    serve(config, reasoner.session)

@@ -1,0 +1,147 @@
+"""The decoding loop fed while it runs: requests join, leave and end at any time, each with settings of its own.
+
+What a request gets does not depend on the others beside it. Knows no text and no clock; whoever steps it does.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from s2t.core.candidates import propose
+from s2t.core.sampling import uniforms
+from s2t.decode.loop import Decoder, Request, _Choice, _Places, _Row
+from s2t.decode.state import Reference, log_softmax_at
+from s2t.decode.strategies import Sampling, Strategy
+from s2t.decode.text_reference import TextReference
+from s2t.model.adapter import SelectorReader
+from s2t.model.engine import Engine
+from s2t.records import Candidates, Step
+
+
+@dataclass(frozen=True, slots=True)
+class OwnRequest(Request):
+    """A request with its own sampling (None: greedy) and seed in place of the strategy's; `num_likeliest` asks for readings."""
+
+    sampling: Sampling | None = None
+    seed: int = 0
+    num_likeliest: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """The SLM's own distribution at a step: the accepted token's log-probability, and the likeliest tokens, best first.
+
+    Log-probabilities are those of temperature 1, reserved ids left out. `criticality`, in [0, 1], where it can be read.
+    """
+
+    logprob: float
+    likeliest: Candidates
+    criticality: float | None = None
+
+
+class ContinuousDecoder(Decoder):
+    """A Decoder whose requests (`OwnRequest`s) come by `add` and go by `cancel`, between two calls of `round`.
+
+    `max_length` limits prompt and answer together; each request brings its own limit. `readings` holds what steps of requests
+    with `num_likeliest` read, by (request index, step index), until it is taken. `reader` reads criticality at their steps.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        strategy: Strategy,
+        reference: Reference | TextReference | None,
+        max_length: int,
+        ends: Callable[[int, int], bool] | None = None,
+        reader: SelectorReader | None = None,
+    ) -> None:
+        super().__init__(engine, strategy, reference, max_length, ends=ends)
+        self.waiting: deque[Request] = deque()
+        self.readings: dict[tuple[int, int], Reading] = {}
+        self.reader = reader
+        self._likeliest: dict[int, tuple[Candidates, float | None]] = {}  # of the current round's places
+        engine.reserve(max_length + strategy.num_candidates + 1)
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self.waiting or self.rows)
+
+    def add(self, request: OwnRequest) -> None:
+        """Let a request wait for a free row; it enters in the next rounds."""
+        self.waiting.append(request)
+
+    def cancel(self, index: int) -> None:
+        """Forget a request, waiting or running; its row is free at once, and it yields no further step."""
+        self.waiting = deque(request for request in self.waiting if request.index != index)
+        self.stop(index)
+        self.costs.pop(index, None)
+
+    def round(self) -> list[Step]:
+        """One round of the loop: the steps of all running requests, each request's in order."""
+        return self._round(self.waiting)
+
+    # What a request has of its own
+
+    def _draws(self, request: Request) -> np.ndarray:
+        assert isinstance(request, OwnRequest)
+        if request.sampling is None and self.strategy.trigger.name != "random":
+            return np.zeros(0)
+        length = request.max_new_tokens or self.max_new_tokens
+        return uniforms(request.seed, request.key or str(request.index), length)
+
+    def _tokens(self, rows: Sequence[_Row], logits: Tensor, greedy: list[int]) -> list[int]:
+        """Greedy tokens and samples; rows with the same filters are sampled together."""
+        groups: dict[Sampling, list[int]] = {}
+        for place, row in enumerate(rows):
+            assert isinstance(row.request, OwnRequest)
+            if row.request.sampling is not None:
+                groups.setdefault(row.request.sampling, []).append(place)
+        tokens = list(greedy)
+        for how, places in groups.items():
+            sampled = self._sample(how, [rows[place] for place in places], logits[places])
+            for place, token in zip(places, sampled, strict=True):
+                tokens[place] = token
+        return tokens
+
+    def _choose(self, places: _Places) -> _Choice:
+        self._likeliest = self._read_likeliest(places)
+        return super()._choose(places)
+
+    @torch.inference_mode()
+    def _read_likeliest(self, places: _Places) -> dict[int, tuple[Candidates, float | None]]:
+        """The likeliest tokens, and criticality, at the places of requests that asked for them."""
+        asked = {
+            place: row.request.num_likeliest
+            for place, row in enumerate(places.rows)
+            if isinstance(row.request, OwnRequest) and row.request.num_likeliest is not None
+        }
+        if not asked:
+            return {}
+        wanted = list(asked)
+        width = min(max(*asked.values(), 1), self.engine.vocab_size)
+        ids, logprobs = (found.tolist() for found in propose(places.logits[wanted], width))
+        criticality: Sequence[float | None] = [None] * len(wanted)
+        if self.reader is not None:
+            criticality = self.reader.criticality(places.hidden[wanted]).tolist()
+        return {
+            place: (Candidates(tuple(ids[i][:count]), tuple(logprobs[i][:count])), criticality[i])
+            for i, (place, count) in enumerate(asked.items())
+        }
+
+    def _step(self, row: _Row, place: int, places: _Places, choice: _Choice, steps: list[Step]) -> int:
+        token = super()._step(row, place, places, choice, steps)
+        if place in self._likeliest:
+            likeliest, criticality = self._likeliest[place]
+            if token in likeliest.ids:
+                logprob = likeliest.logprobs[likeliest.ids.index(token)]
+            else:
+                logits = places.logits[place : place + 1]
+                logprob = float(log_softmax_at(logits, torch.tensor([[token]], device=logits.device)))
+            self.readings[row.request.index, row.steps - 1] = Reading(logprob, likeliest, criticality)
+        return token

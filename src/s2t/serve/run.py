@@ -1,0 +1,148 @@
+"""From settings to a listening server: the key, the strategies that can be offered, the socket, and a graceful end."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+from s2t.config import MANY_SAMPLES, STRATEGIES, ServeConfig
+from s2t.decode.session import Session
+from s2t.decode.strategies import Strategy, build_strategy
+from s2t.decode.workload import read_thresholds
+from s2t.errors import ConfigError, S2TError, missing_extra
+
+try:
+    import uvicorn
+    from fastapi import FastAPI
+
+    from s2t.serve.app import create_app
+    from s2t.serve.backend import EngineBackend
+    from s2t.serve.intake import Intake, longest
+    from s2t.serve.service import Service
+except ImportError as error:
+    raise missing_extra(error.name or "fastapi", "serve") from error
+
+KEY_VARIABLE = "S2T_API_KEY"
+_MARGIN_S = 5.0
+
+
+def build(config: ServeConfig, session: Session) -> tuple[Service, FastAPI]:
+    """The service and its application for loaded models; `session` gets the batch size of the settings."""
+    session.batch_size = config.batch_size
+    key = read_key(config)
+    check_address(config, key)
+    strategies = offered(config, session)
+    backend = EngineBackend(session, strategies, longest(config, session))
+    service = Service(
+        config, Intake(config, config.served_name or config.slm, session, strategies), backend, session.stop_ids
+    )
+    return service, create_app(service, key)
+
+
+def serve(config: ServeConfig, session: Session) -> None:
+    """Listen until a signal comes, then let running requests finish. Raises ConfigError where that cannot begin."""
+    service, app = build(config, session)
+    listener = _listen(config.host, config.port)
+    address = listener.getsockname()
+    server = _Server(app, service, config)
+    names = ", ".join(service.intake.strategies)
+    host = f"[{address[0]}]" if ":" in address[0] else address[0]
+    print(f"s2t serve: {service.intake.name} ({names}) at http://{host}:{address[1]}", file=sys.stderr, flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises what it caught once more when it is done
+    signal.signal(signal.SIGINT, lambda *_: None)
+    server.run(sockets=[listener])
+
+
+def offered(config: ServeConfig, session: Session) -> dict[str, Strategy]:
+    """The strategies that the loaded models and the settings allow, the default one first."""
+    default = config.strategy or ("greedy" if session.adapter is None else "s2t-local")
+    trained = session.adapter.config if session.adapter is not None else None
+    thresholds = read_thresholds(config.calibration)
+    found = {default: None} | dict.fromkeys(name for name in STRATEGIES if name not in MANY_SAMPLES)
+    strategies: dict[str, Strategy] = {}
+    for name in found:
+        own = trained if name == "s2t-local" else None
+        limits = thresholds | (own.thresholds if own is not None else {})
+        try:
+            _check_models(name, session)
+            strategies[name] = build_strategy(name, config, limits, own.num_candidates if own is not None else None)
+        except S2TError:
+            if name == default:
+                raise
+    return strategies
+
+
+def _check_models(name: str, session: Session) -> None:
+    if name in ("llm", "takeover", "s2t") and session.llm is None:
+        raise ConfigError(f"strategy {name} needs the LLM; pass --llm MODEL.")
+    if name == "s2t-local" and session.adapter is None:
+        raise ConfigError("strategy s2t-local needs --adapter, a folder written by `s2t train`.")
+
+
+def read_key(config: ServeConfig) -> str | None:
+    """The key that clients must send, if any; raises ConfigError for one that cannot be sent."""
+    if config.api_key_file is None:
+        key = os.environ.get(KEY_VARIABLE)
+        source = KEY_VARIABLE
+    else:
+        source = config.api_key_file
+        try:
+            key = Path(source).read_text(encoding="utf-8").strip()
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"api_key_file {source} cannot be read: {getattr(error, 'strerror', error)}.") from error
+    if key is None:
+        return None
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise ConfigError(f"the key in {source} must be printable ASCII without spaces, and not empty.")
+    return key
+
+
+def check_address(config: ServeConfig, key: str | None) -> None:
+    """Raise ConfigError where others could reach the server and no key is asked for."""
+    if key is not None or config.no_auth or config.host == "localhost":
+        return
+    try:
+        is_local = ipaddress.ip_address(config.host).is_loopback
+    except ValueError:
+        is_local = False
+    if not is_local:
+        raise ConfigError(
+            f"others may reach {config.host}, and no key is set; set {KEY_VARIABLE} or --api-key-file, or pass --no-auth."
+        )
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: {error.strerror}; choose another --port or --host."
+        ) from error
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn, with running requests drained when it stops."""
+
+    def __init__(self, app: FastAPI, service: Service, config: ServeConfig) -> None:
+        settings = uvicorn.Config(
+            app,
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=30,
+            timeout_graceful_shutdown=int(config.drain_s + _MARGIN_S),
+        )
+        super().__init__(settings)
+        self.service, self.drain_s = service, config.drain_s
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        drained = asyncio.create_task(self.service.drain(self.drain_s))
+        await super().shutdown(sockets)
+        drained.cancel()

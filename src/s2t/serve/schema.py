@@ -1,0 +1,316 @@
+"""The wire format: requests as the OpenAI API has them, checked, and the shapes of the answers.
+
+What this server cannot do is refused, never ignored: an unknown field is an error, and so is a known one at a value that would
+have to change the answer. `s2t` is the only extension, in requests and in answers.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from typing_extensions import NotRequired, TypedDict
+
+MAX_CHOICES = 128
+MAX_PROMPTS = 128
+MAX_STOPS = 16
+
+Text = Annotated[str, Field(max_length=2**20)]
+StopText = Annotated[str, Field(min_length=1, max_length=256)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Zero = Annotated[float, Field(ge=0, le=0)]
+NoItems = Annotated[list[Any], Field(max_length=0)]
+NoKeys = Annotated[dict[str, Any], Field(max_length=0)]
+
+
+class Strict(BaseModel):
+    """A body, or a part of one, in which an unknown field is an error."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class TextPart(Strict):
+    """A piece of a message's content; text is the only kind there is."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class Message(Strict):
+    """One turn of a chat. What an assistant's message of an earlier answer holds beside its text must be empty."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=1024)]
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: NoItems | None = None
+    annotations: NoItems | None = None
+
+    @property
+    def turn(self) -> dict[str, str]:
+        """The message as the chat template takes it."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class StreamOptions(Strict):
+    """What a stream says beside the text."""
+
+    include_usage: bool = False
+    include_obfuscation: Literal[False] | None = None
+
+
+class Extension(Strict):
+    """What only this server has."""
+
+    strategy: Annotated[str, Field(max_length=64)] | None = None
+    """greedy, sample, s2t-local, s2t, takeover or llm, as far as the server offers it."""
+    details: bool = False
+    """Say of every token what the small model offered, what its criticality was and what was taken."""
+
+
+class Body(Strict):
+    """What chat and plain completions share."""
+
+    model: Annotated[str, Field(max_length=512)]
+    """As listed under /v1/models; NAME:STRATEGY asks for a strategy."""
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: Annotated[str, Field(max_length=512)] | None = None
+    s2t: Extension = Field(default_factory=Extension)
+    frequency_penalty: Zero | None = None
+    presence_penalty: Zero | None = None
+    logit_bias: NoKeys | None = None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def num_top(self) -> int | None:
+        """How many of the likeliest tokens to report with log-probabilities; None for no log-probabilities."""
+        raise NotImplementedError
+
+
+class TextFormat(Strict):
+    """Plain text is the only format of an answer."""
+
+    type: Literal["text"]
+
+
+class ChatBody(Body):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: TextFormat | None = None
+    tools: NoItems | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    functions: NoItems | None = None
+    parallel_tool_calls: bool | None = None
+    store: Literal[False] | None = None
+    metadata: NoKeys | None = None
+    service_tier: Literal["auto", "default"] | None = None
+
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_completion_tokens if self.max_tokens is None else self.max_tokens
+
+    @property
+    def num_top(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompletionBody(Body):
+    """POST /v1/completions; a prompt of text gets no chat template, one of token ids is used as it is."""
+
+    prompt: (
+        Text
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    best_of: Literal[1] | None = None
+    echo: Literal[False] | None = None
+    suffix: None = None
+
+    @property
+    def num_top(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, of which there may be one without a list around it."""
+        prompt: Any = self.prompt
+        return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+
+
+UNSUPPORTED = {
+    "frequency_penalty": "leave it at 0",
+    "presence_penalty": "leave it at 0",
+    "logit_bias": "leave it empty",
+    "tools": "leave it empty",
+    "functions": "leave it empty",
+    "tool_choice": "leave it out",
+    "response_format": 'the only format is {"type": "text"}',
+    "store": "leave it false",
+    "metadata": "leave it empty",
+    "service_tier": "leave it out",
+    "best_of": "leave it at 1, or ask for n choices",
+    "echo": "leave it false",
+    "suffix": "leave it out",
+}
+"""Fields of the OpenAI API that are known and not supported, and what to do instead."""
+
+# Answers
+
+
+class Candidate(TypedDict):
+    """A token the small model offered. `score` is the selector's, `llm_prob` the large model's, where there is one."""
+
+    token: str
+    token_id: int
+    logprob: float
+    score: float | None
+    llm_prob: float | None
+    selected: bool
+
+
+class TokenDetails(TypedDict):
+    """One step: `value` is the trigger's reading in its own unit, `fired` whether it triggered, `flip` whether the accepted token
+    is not the small model's greedy one (`greedy`). `criticality` is in [0, 1], where an adapter reads it."""
+
+    token: str
+    token_id: int
+    greedy: str
+    value: float | None
+    criticality: float | None
+    fired: bool
+    flip: bool
+    candidates: list[Candidate]
+
+
+class Details(TypedDict):
+    """The details of a choice's tokens, or of the new ones where it is streamed."""
+
+    steps: list[TokenDetails]
+
+
+class TopLogprob(TypedDict):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(TypedDict):
+    content: list[TokenLogprob]
+    refusal: None
+
+
+class TextLogprobs(TypedDict):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class Usage(TypedDict):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Written(TypedDict):
+    """How an answer was written: with these, the Python interface gives the same."""
+
+    strategy: str
+    seed: int | None
+
+
+class AnswerMessage(TypedDict):
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(TypedDict):
+    index: int
+    message: AnswerMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: str
+    s2t: NotRequired[Details]
+
+
+class ChatAnswer(TypedDict):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    s2t: Written
+
+
+class TextChoice(TypedDict):
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: str
+    s2t: NotRequired[Details]
+
+
+class TextAnswer(TypedDict):
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: Usage
+    s2t: Written
+
+
+class ModelEntry(TypedDict):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class ModelList(TypedDict):
+    object: Literal["list"]
+    data: list[ModelEntry]
+
+
+class Health(TypedDict):
+    status: Literal["ok", "draining", "failed"]
+    running: int
+    waiting: int
+
+
+class ErrorFields(TypedDict):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(TypedDict):
+    error: ErrorFields

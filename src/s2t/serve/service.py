@@ -1,0 +1,191 @@
+"""Between the event loop and the engine's thread: a plan becomes an answer in flight, events find the answer they belong to.
+
+All methods but `_on_events` run on the event loop's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from s2t.config import ServeConfig
+from s2t.model.stops import StoppingText
+from s2t.serve.answers import Choice, TokenTexts, Writer
+from s2t.serve.backend import Backend, Event, Failed, Written
+from s2t.serve.errors import ApiError
+from s2t.serve.intake import Intake, Plan
+from s2t.serve.metrics import Metrics
+from s2t.serve.worker import Draining, QueueFull, Worker
+
+T = TypeVar("T")
+
+
+class Service:
+    """A backend with its thread, the plans made for it, and the answers in flight."""
+
+    def __init__(self, config: ServeConfig, intake: Intake, backend: Backend, stop_ids: frozenset[int]) -> None:
+        self.config, self.intake, self.backend, self.stop_ids = config, intake, backend, stop_ids
+        self.metrics = Metrics()
+        self.worker = Worker(backend, config.max_queue, self._on_events)
+        self.metrics.watch(lambda: self.num_running, lambda: self.num_waiting)
+        self._encoding = ThreadPoolExecutor(1, thread_name_prefix="s2t-encode")
+        self._answers: dict[int, Answer] = {}  # by job
+        self._texts: dict[str, TokenTexts] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def num_running(self) -> int:
+        return max(0, self.worker.num_open - self.num_waiting)
+
+    @property
+    def num_waiting(self) -> int:
+        return self.worker.num_waiting
+
+    @property
+    def status(self) -> str:
+        """ok, draining (it is about to stop) or failed (the engine's thread is gone)."""
+        if not self.worker.is_alive:
+            return "failed"
+        return "draining" if self.worker.is_draining else "ok"
+
+    def start(self) -> None:
+        """Start the engine's thread; events go to the running event loop."""
+        self._loop = asyncio.get_running_loop()
+        self.worker.start()
+
+    async def drain(self, seconds: float) -> None:
+        """Take nothing new; end what is left after so many seconds."""
+        self.worker.drain()
+        until = time.monotonic() + seconds
+        while self.worker.num_open and time.monotonic() < until:
+            await asyncio.sleep(0.05)
+        self.worker.abort("the server is stopping", 503)
+
+    async def stop(self) -> None:
+        """Stop the engine's thread."""
+        await asyncio.to_thread(self.worker.close)
+        self._encoding.shutdown(cancel_futures=True)
+
+    async def plan(self, make: Callable[[T], Plan], body: T) -> Plan:
+        """Make a plan, off the event loop: prompts can be long."""
+        return await asyncio.get_running_loop().run_in_executor(self._encoding, make, body)
+
+    def open(self, plan: Plan, writer: type[Writer]) -> Answer:
+        """Hand a plan's jobs to the engine; raises ApiError when there is no room."""
+        if len(plan.jobs) > self.worker.capacity:
+            message = f"this server writes up to {self.worker.capacity} choices at a time, got {len(plan.jobs)}."
+            raise ApiError(400, message, "n")
+        answer = Answer(self, plan, writer)
+        for job in plan.jobs:
+            self._answers[job.request.index] = answer
+        try:
+            self.worker.submit(plan.jobs)
+        except QueueFull as full:
+            self._drop(plan)
+            raise ApiError(
+                429,
+                f"the queue is full; try again in {full.retry_after_s} s.",
+                code="queue_full",
+                headers={"Retry-After": str(full.retry_after_s)},
+            ) from None
+        except Draining:
+            self._drop(plan)
+            raise ApiError(503, "the server is stopping.", code="stopping") from None
+        self.metrics.prompt_tokens.labels(plan.strategy).inc(plan.num_prompt_tokens)
+        return answer
+
+    def close(self, answer: Answer) -> None:
+        """Free whatever an answer still holds."""
+        self._drop(answer.plan)
+        if cancelled := self.worker.cancel(answer.plan.jobs):
+            self.metrics.cancelled.inc(cancelled)
+
+    def token_texts(self, strategy: str) -> TokenTexts:
+        """Wire forms of the tokens that a strategy writes; made once per tokenizer."""
+        which = "llm" if strategy == "llm" else "slm"
+        if which not in self._texts:
+            self._texts[which] = TokenTexts(self.backend.tokenizer_of(strategy))
+        return self._texts[which]
+
+    def _drop(self, plan: Plan) -> None:
+        for job in plan.jobs:
+            self._answers.pop(job.request.index, None)
+
+    def _on_events(self, events: list[Event]) -> None:
+        assert self._loop is not None
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._deliver, events)
+
+    def _deliver(self, events: list[Event]) -> None:
+        for event in events:
+            if (answer := self._answers.get(event.job.request.index)) is not None:
+                answer.take(event)
+
+
+class Answer:
+    """One request's choices while they are written; whoever opened it must close it."""
+
+    def __init__(self, service: Service, plan: Plan, writer: type[Writer]) -> None:
+        self.service, self.plan = service, plan
+        tokenizer = service.backend.tokenizer_of(plan.strategy)
+        choices = [
+            Choice(i, job, StoppingText(tokenizer, job.stops), service.stop_ids) for i, job in enumerate(plan.jobs)
+        ]
+        self.writer = writer(plan, choices, service.token_texts(plan.strategy))
+        self._choice_of = {choice.job: choice for choice in choices}
+        self._events: list[Event] = []
+        self._news = asyncio.Event()
+        self._started, self._is_begun = time.monotonic(), False
+
+    def take(self, event: Event) -> None:
+        self._events.append(event)
+        self._news.set()
+
+    async def pieces(self) -> AsyncIterator[tuple[Choice, str, list[Written]]]:
+        """What was written of a choice since the last piece of it: text and tokens; until all choices are complete.
+
+        Tokens that came while the reader was busy come in one piece. Raises ApiError when the engine gave up.
+        """
+        num_open = len(self.plan.jobs)
+        while num_open:
+            await self._news.wait()
+            self._news.clear()
+            events, self._events = self._events, []
+            for choice, found in self._by_choice(events):
+                text, kept = choice.push(found)
+                self._count(found)
+                num_open -= choice.finish_reason is not None
+                yield choice, text, kept
+
+    async def whole(self) -> dict:
+        """The complete body, once it is written."""
+        texts: list[list[str]] = [[] for _ in self.plan.jobs]
+        kept: list[list[Written]] = [[] for _ in self.plan.jobs]
+        async for choice, text, events in self.pieces():
+            texts[choice.index].append(text)
+            kept[choice.index] += events
+        return self.writer.answer(["".join(parts) for parts in texts], kept)
+
+    def close(self) -> None:
+        """Free the rows of whatever is not complete."""
+        self.service.close(self)
+
+    def _by_choice(self, events: list[Event]) -> list[tuple[Choice, list[Written]]]:
+        found: dict[Choice, list[Written]] = {}
+        for event in events:
+            if isinstance(event, Failed):
+                raise ApiError(event.status, f"{event.message}.")
+            found.setdefault(self._choice_of[event.job], []).append(event)
+        return list(found.items())
+
+    def _count(self, events: list[Written]) -> None:
+        metrics, strategy = self.service.metrics, self.plan.strategy
+        if not self._is_begun:
+            self._is_begun = True
+            metrics.first_token.observe(time.monotonic() - self._started)
+        metrics.tokens.labels(strategy).inc(len(events))
+        metrics.triggered.labels(strategy).inc(sum(event.step.fired for event in events))
+        metrics.flips.labels(strategy).inc(sum(event.step.fired and event.step.flip for event in events))

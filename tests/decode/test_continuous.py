@@ -1,0 +1,134 @@
+"""The loop fed while it runs: what a request gets does not depend on what runs beside it, and cancelled rows are free."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from s2t.decode.continuous import OwnRequest
+from s2t.decode.loop import Request
+from s2t.decode.session import Session
+from s2t.decode.strategies import Sampling
+
+LENGTH = 24
+
+
+def drain(decoder, found):
+    """Run a decoder until it is idle; steps by request."""
+    while decoder.is_busy:
+        for step in decoder.round():
+            found.setdefault(step.request, []).append(step)
+    return found
+
+
+def session_of(name, slm, llm, adapters, rows):
+    adapter = adapters["candidates"] if name == "s2t-local" else None
+    return Session(adapter.loaded if adapter else slm, llm, adapter, batch_size=rows)
+
+
+def settings_of(name):
+    return {"threshold": 0.5} if name in ("s2t", "takeover", "s2t-local") else {}
+
+
+@pytest.mark.parametrize("name", ["greedy", "sample", "s2t-local", "s2t", "takeover"])
+def test_a_request_gets_what_it_gets_alone_whoever_comes_and_goes(name, slm, llm, adapters, prompts, strategy):
+    session = session_of(name, slm, llm, adapters, rows=3)
+    how = Sampling(1.3, 0.9) if name == "sample" else None
+    one = strategy(name, **settings_of(name))
+    rng = random.Random(0)
+    asked = [
+        OwnRequest(
+            i,
+            prompts[i % len(prompts)],
+            f"p{i}",
+            max_new_tokens=rng.randint(1, LENGTH),
+            seed=i % 4,
+            sampling=how and replace(how, temperature=1 + i % 3 / 4),
+        )
+        for i in range(17)
+    ]
+    decoder, found, gone = session.continuous(one, 64), {}, set()
+    for request in asked:
+        decoder.add(request)
+        for step in decoder.round():
+            found.setdefault(step.request, []).append(step)
+        if request.index % 5 == 4:
+            gone.add(request.index - 1)
+            decoder.cancel(request.index - 1)
+            assert request.index - 1 not in {row.request.index for row in decoder.rows}
+    drain(decoder, found)
+    assert not decoder.rows
+    assert not decoder.costs.keys() & gone
+    for request in asked:
+        if request.index in gone:
+            continue
+        own = replace(one, seed=request.seed, sampling=request.sampling)
+        alone = session.run(own, [Request(0, request.prompt_ids, request.key)], request.max_new_tokens)[0]
+        assert [step.token_id for step in found[request.index]] == alone.token_ids
+        assert found[request.index][-1].finish_reason == alone.finish_reason
+
+
+def test_greedy_and_samples_of_different_settings_share_a_decoder(slm, prompts, strategy):
+    session = Session(slm, batch_size=8)
+    settings = [None, Sampling(0.5, 1.0), Sampling(2.0, 0.8), Sampling(2.0, 0.8, top_k=3), None]
+    decoder = session.continuous(strategy("greedy"), 64)
+    for i, how in enumerate(settings):
+        decoder.add(OwnRequest(i, prompts[0], "key", max_new_tokens=LENGTH, sampling=how, seed=7))
+    found = drain(decoder, {})
+    for i, how in enumerate(settings):
+        own = replace(strategy("sample", seed=7), sampling=how)
+        alone = session.run(own, [Request(0, prompts[0], "key")], LENGTH)[0]
+        assert [step.token_id for step in found[i]] == alone.token_ids
+
+
+def test_readings_are_the_models_own_distribution(slm, adapters, prompts, strategy):
+    adapter = adapters["candidates"]
+    session = Session(adapter.loaded, adapter=adapter, batch_size=4)
+    one = strategy("s2t-local", threshold=0.5)
+    decoder = session.continuous(one, 64)
+    decoder.add(OwnRequest(0, prompts[0], max_new_tokens=LENGTH, num_likeliest=6))
+    decoder.add(OwnRequest(1, prompts[1], max_new_tokens=LENGTH))
+    steps = drain(decoder, {})[0]
+    assert {index for index, _ in decoder.readings} == {0}
+    traced = session.steps(one, [Request(0, prompts[0])], LENGTH)
+    for step, reference in zip(steps, traced, strict=True):
+        reading = decoder.readings[0, step.index]
+        assert reference.candidates is not None
+        count = len(reference.candidates.ids)
+        assert reading.likeliest.ids[:count] == reference.candidates.ids
+        assert reading.likeliest.logprobs[:count] == pytest.approx(reference.candidates.logprobs, abs=1e-5)
+        assert reading.logprob == pytest.approx(dict(zip(*_columns(reading.likeliest), strict=True))[step.token_id])
+        assert reading.criticality == pytest.approx(step.value, abs=1e-6)
+
+
+def test_the_logprob_of_an_unlikely_sample_is_known(slm, prompts, strategy):
+    decoder = Session(slm, batch_size=4).continuous(strategy("greedy"), 64)
+    hot = Sampling(5.0, 1.0)
+    decoder.add(OwnRequest(0, prompts[0], "key", max_new_tokens=LENGTH, sampling=hot, num_likeliest=1))
+    decoder.add(OwnRequest(1, prompts[0], "key", max_new_tokens=LENGTH, sampling=hot, num_likeliest=40))
+    found = drain(decoder, {})
+    assert [s.token_id for s in found[0]] == [s.token_id for s in found[1]]
+    for step in found[0]:
+        narrow, wide = (decoder.readings[i, step.index] for i in (0, 1))
+        assert narrow.logprob == pytest.approx(wide.logprob, abs=1e-5)
+        assert len(narrow.likeliest.ids) == 1
+
+
+def test_cancelling_what_waits_what_runs_and_what_is_unknown(slm, prompts, strategy):
+    decoder = Session(slm, batch_size=1).continuous(strategy("greedy"), 64)
+    for i in range(3):
+        decoder.add(OwnRequest(i, prompts[0], max_new_tokens=LENGTH))
+    decoder.round()
+    decoder.round()
+    decoder.cancel(0)
+    decoder.cancel(1)
+    decoder.cancel(99)
+    assert not decoder.rows
+    assert set(drain(decoder, {})) == {2}
+    assert not decoder.is_busy
+
+
+def _columns(candidates):
+    return candidates.ids, candidates.logprobs
