@@ -8,7 +8,7 @@ model itself. Knows nothing of decoding or losses.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -122,8 +122,7 @@ class SelectorAdapter(SelectorReader):
         """Switch the LoRA weights on or off for the forwards that follow."""
         if on == self._acting:
             return
-        for layer in self._layers:
-            layer.enable_adapters(on)
+        for layer in self._layers:  # not by PEFT's own switch, which also changes what is trained
             if on:
                 layer.__dict__.pop("forward", None)
             else:
@@ -155,12 +154,27 @@ class SelectorAdapter(SelectorReader):
             f"selector.{name}": p for name, p in self.selector.named_parameters()
         }
 
-    def save(self, folder: str | Path, train_problems: tuple[str, ...] = (), card: str | None = None) -> None:
-        """Write the folder; `s2t_config.json` goes last, so a half-written folder is never taken for an adapter."""
+    def save(
+        self,
+        folder: str | Path,
+        train_problems: tuple[str, ...] = (),
+        card: str | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Write the folder; `s2t_config.json` goes last, so a half-written folder is never taken for an adapter.
+
+        `weights` are those of `trainable`, where this process holds only a part of them.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.peft_model.save_pretrained(str(folder), safe_serialization=True)
-        state = {name: value.detach().contiguous().cpu() for name, value in self.selector.state_dict().items()}
+        weights = weights or self.trainable()
+        lora = {f"base_model.model.{name}": value for name, value in weights.items() if "lora_" in name}
+        self.peft_model.save_pretrained(str(folder), safe_serialization=True, state_dict=lora)
+        state = {
+            name.removeprefix("selector."): value.detach().contiguous().cpu()
+            for name, value in weights.items()
+            if name.startswith("selector.")
+        }
         write_bytes(folder / SELECTOR_FILE, save(state))
         write_text(folder / PROBLEMS_FILE, "".join(f"{item}\n" for item in sorted(train_problems)))
         write_text(folder / "README.md", card or _card(self.config))
