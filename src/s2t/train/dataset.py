@@ -178,7 +178,7 @@ def pad_ids(trajectories: Sequence[HasIds]) -> Tensor:
 
 
 def make_batch(trajectories: Sequence[Trajectory], threshold: float, warmup_steps: int, device: torch.device) -> Batch:
-    """Pad and stack trajectories; groups are not padded. Where there is none, one is made up, so that every batch has its forward."""
+    """Pad and stack trajectories; groups are not padded. Where there is none, one is made up: every batch has its forward."""
     if not any(len(t.group_steps) for t in trajectories):
         trajectories = [_with_a_group(trajectories[0]), *trajectories[1:]]
     rows = [np.full(len(t.group_steps), row) for row, t in enumerate(trajectories)]

@@ -41,7 +41,7 @@ from s2t.train.processes import Processes, open_processes
 def distill(config: DistillConfig) -> dict[str, Any]:
     """Distil the LLM into a LoRA and return distill.json; same command again: resumes, or returns the finished run."""
     _check_plain(config)
-    with open_processes() as processes:
+    with open_processes(config.device) as processes:
         return _distill(config, processes)
 
 

@@ -118,14 +118,15 @@ class Processes:
         if self.count == 1:
             return whole
         if not self.is_sharded:
-            return nn.parallel.DistributedDataParallel(whole, broadcast_buffers=False)
+            return nn.parallel.DistributedDataParallel(whole)
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
         assert self.device is not None
         mesh = init_device_mesh(self.device.type, (self.count,))
+        is_freed = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false"
         for layer in decoder.layers:
-            fully_shard(layer, mesh=mesh)
+            fully_shard(layer, mesh=mesh, reshard_after_forward=is_freed)
         fully_shard(whole, mesh=mesh)  # in place
         return whole
 
@@ -146,10 +147,11 @@ class Whole(nn.Module):
 
 
 @contextmanager
-def open_processes() -> Iterator[Processes]:
+def open_processes(device: str = "auto") -> Iterator[Processes]:
     """The processes that a launcher started this one among, joined for the block; this one alone without a launcher.
 
-    Raises ConfigError for settings of the launcher under which the losses would not be those of one process.
+    Each gets a GPU of its own, or the CPU where `device` or the launcher says so or there is no GPU. Raises ConfigError for
+    settings of the launcher under which the losses would not be those of one process.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1 or "RANK" not in os.environ:
@@ -162,9 +164,13 @@ def open_processes() -> Iterator[Processes]:
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # every process reads the weights, and fingerprints them
     from accelerate import PartialState
 
-    state: Any = PartialState()
+    is_cpu = device == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+    state: Any = PartialState(cpu=is_cpu or not torch.accelerator.is_available())
     try:
-        yield Processes(state.process_index, state.num_processes, torch.device(state.device), is_sharded)
+        if state.num_processes != count:
+            raise ConfigError(f"the launcher started {count} processes, and {state.num_processes} found each other.")
+        place = torch.device("cpu") if state.device.type == "cpu" else state.device
+        yield Processes(state.process_index, count, place, is_sharded)
     finally:
         state.destroy_process_group()
         PartialState._reset_state()

@@ -32,7 +32,7 @@ _TRAJECTORIES_AT_ONCE = 8
 
 def train(config: TrainConfig) -> dict[str, Any]:
     """Train an adapter on collected groups; returns train.json. Same command again: resumes, or returns the finished run."""
-    with open_processes() as processes:
+    with open_processes(config.device) as processes:
         return _train(config, processes)
 
 
