@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -23,24 +24,31 @@ from s2t.train.distill import distill
 from s2t.train.processes import Processes, open_processes
 from s2t.train.trainer import train
 
+ROOT = Path(__file__).parents[2]
 COUNT = 2
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 NURSERY = """
 import json, os, sys
-from pathlib import Path
 import peft, torch
+from torch.distributed.tensor import DTensor
 from s2t.cli.main import main
 from s2t.train.fit import Fit
 torch.set_num_threads(1)
-save = Fit._save
+save, clip, seen = Fit._save, torch.nn.utils.clip_grad_norm_, {}
 def stop(fit):
     save(fit)
     raise KeyboardInterrupt
+def see(parameters, limit):
+    norm = clip(parameters, limit)
+    seen["norms"].append(float(norm.full_tensor() if isinstance(norm, DTensor) else norm))
+    seen["is_sharded"] = all(isinstance(parameter, DTensor) for parameter in parameters)
+    return norm
+torch.nn.utils.clip_grad_norm_ = see
 for line in sys.stdin:
     job = json.loads(line)
     os.environ.update(job["environment"])
-    Fit._save = stop if job["is_stopped"] else save
-    print(json.dumps({"code": main(job["words"])}), flush=True)
+    Fit._save, seen["norms"] = stop if job["is_stopped"] else save, []
+    print(json.dumps({"code": main(job["words"])} | seen), flush=True)
 """
 """A process of a group that runs command lines one after the other: importing the libraries takes longer than training."""
 
@@ -157,21 +165,40 @@ def assert_same_run(one: Path, many: Path, tolerance: float = 1e-4) -> None:
             torch.testing.assert_close(right[key], left[key], rtol=20 * tolerance, atol=20 * tolerance)
 
 
-@pytest.mark.parametrize("launcher", [{}, FSDP], ids=["replicated", "fsdp"])
+CANDIDATES = {"adapter_scope": "candidates"}
+UNFROZEN = {"adapter_scope": "candidates", "prefix_cache_gib": 0.0, "criticality": "reserved"}
+ALWAYS = {"adapter_scope": "always"}
+ALONE = ALWAYS | {"batch_groups": 1, "epochs": 0.5}  # a batch of one trajectory leaves a process without a share
+
+
+@pytest.fixture
+def norms(monkeypatch) -> list[float]:
+    """Norms of the gradients in this process, which AdamW would not show: its steps are the same for gradients twice as large."""
+    clip, seen = torch.nn.utils.clip_grad_norm_, []
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: [found := clip(*a), seen.append(float(found))][0])
+    return seen
+
+
 @pytest.mark.parametrize(
-    "changes",
+    ("launcher", "changes"),
     [
-        {"adapter_scope": "candidates"},
-        {"adapter_scope": "candidates", "prefix_cache_gib": 0.0, "criticality": "reserved"},
-        {"adapter_scope": "always", "batch_groups": 1, "epochs": 0.5},  # a batch of one trajectory leaves a process without a share
+        pytest.param(FSDP, CANDIDATES, id="fsdp-candidates"),
+        pytest.param(FSDP, ALWAYS, id="fsdp-always"),
+        pytest.param({}, UNFROZEN, id="replicated-unfrozen", marks=pytest.mark.slow),
+        pytest.param(FSDP, UNFROZEN, id="fsdp-unfrozen", marks=pytest.mark.slow),
+        pytest.param(FSDP, ALONE, id="fsdp-alone", marks=pytest.mark.slow),
+        pytest.param({}, CANDIDATES, id="replicated-candidates", marks=pytest.mark.slow),
+        pytest.param({}, ALONE, id="replicated-alone", marks=pytest.mark.slow),
     ],
-    ids=["candidates", "candidates-unfrozen", "always"],
 )
-def test_two_processes_train_as_one_does(launcher, changes, group, groups, tmp_path):
+def test_two_processes_train_as_one_does(launcher, changes, group, groups, norms, tmp_path):
     train(train_config(groups, tmp_path / "one", **changes))
     answers = group.run("train", train_config(groups, tmp_path / "two", **changes), launcher)
     assert [answer["code"] for answer in answers] == [0, 0], answers[0]["stderr"][-2000:]
     assert_same_run(tmp_path / "one", tmp_path / "two")
+    for answer in answers:
+        assert answer["norms"] == pytest.approx(norms, rel=1e-3)
+        assert answer["is_sharded"] == (launcher == FSDP)
     results = [read_json(tmp_path / name / "train.json") for name in ("one", "two")]
     counts = ("num_trajectories", "num_groups", "num_steps", "num_trainable", "divergence_rate")
     assert [results[1][name] for name in counts] == [results[0][name] for name in counts]
@@ -180,6 +207,7 @@ def test_two_processes_train_as_one_does(launcher, changes, group, groups, tmp_p
     assert "train: " in answers[0]["stderr"] and not answers[1]["stderr"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", [{}, FSDP], ids=["replicated", "fsdp"])
 @pytest.mark.parametrize("method", ["sft", "kd"])
 def test_two_processes_distil_as_one_does(launcher, method, group, problems, tmp_path):
@@ -192,6 +220,7 @@ def test_two_processes_distil_as_one_does(launcher, method, group, problems, tmp
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("goes_on", ["two", "one"])
 def test_a_sharded_run_resumes_from_its_checkpoint_with_two_processes_or_one(goes_on, group, groups, tmp_path):
     config = train_config(groups, tmp_path / "run", adapter_scope="always")
@@ -208,6 +237,7 @@ def test_a_sharded_run_resumes_from_its_checkpoint_with_two_processes_or_one(goe
     assert not (tmp_path / "run" / "checkpoint.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_sharded_base_of_half_precision_trains_a_float32_adapter(group, groups, tmp_path):
     changes = {"dtype": "bfloat16", "adapter_scope": "always"}
     train(train_config(groups, tmp_path / "one", **changes))
@@ -216,6 +246,32 @@ def test_a_sharded_base_of_half_precision_trains_a_float32_adapter(group, groups
     losses = [[line["loss"] for line in read_jsonl(tmp_path / name / "train_log.jsonl")] for name in ("one", "two")]
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
     assert all(t.dtype == torch.float32 for t in load_file(tmp_path / "two/adapter/adapter_model.safetensors").values())
+
+
+@pytest.mark.slow
+def test_accelerate_launches_sharded_training(groups, tmp_path):
+    """The command line of docs/scale.md, two processes wide, killed once and run again."""
+    config = ["--config_file", str(ROOT / "examples" / "accelerate-fsdp.yaml"), "--num_processes", str(COUNT)]
+    words = words_of(train_config(groups, tmp_path / "two", checkpoint_steps=1, epochs=6.0))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *config, "--main_process_port", str(free_port())]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    command = [*launch, "-m", "s2t", "train", "--json", *words]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as launched:
+        deadline = time.monotonic() + 240
+        while not (tmp_path / "two" / "checkpoint.safetensors").exists():
+            assert launched.poll() is None and time.monotonic() < deadline, "the run ended before it wrote anything"
+            time.sleep(0.01)
+        launched.terminate()
+    assert not (tmp_path / "two" / "train.json").exists()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    train(train_config(groups, tmp_path / "one", checkpoint_steps=1, epochs=6.0))
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert json.loads(done.stdout) == read_json(tmp_path / "two" / "train.json")
 
 
 @pytest.mark.parametrize(
