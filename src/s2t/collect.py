@@ -29,10 +29,9 @@ from s2t.decode.workload import (
 from s2t.errors import ConfigError, DataError
 from s2t.files import RunFolder, read_tables, write_json, write_table
 from s2t.model.load import load_model
-from s2t.progress import progress
 from s2t.records import Problem, Provenance, SelectionGroup
+from s2t.scale import PLACES, Shard, open_workers, to_files, write_missing
 from s2t.tasks.problems import Task, heldout_templates
-from s2t.workers import Workers
 
 _LISTS = {
     "prompt_ids": pa.int32(),
@@ -56,21 +55,13 @@ SCHEMA = pa.schema(
 def collect(config: CollectConfig) -> dict[str, Any]:
     """Collect groups and return their counts (also collect.json); a killed run resumes by shard, without loss or duplicates."""
     threshold = _threshold(config)
-    run = RunFolder.open(config.out, "collect", config, ignore=("workers",))
+    run = RunFolder.open(config.out, "collect", config, ignore=PLACES)
     task = open_task(config, config.slm)
     heldout = heldout_templates(task.templates(), config.heldout_templates)
     problems = problems_outside(task, config.split, config.limit, config.seed, heldout)
-    shards = dict(enumerate(shards_of(problems, config.shard_size)))
-    jobs = [(i, shard) for i, shard in shards.items() if not run.shard("groups", i, "parquet").exists()]
-    if jobs:
-        missing = sum(len(shard) for _, shard in jobs)
-        with (
-            Workers(partial(_Collector, config, task_for_workers(task, config), threshold), config.workers) as workers,
-            progress("collect", len(problems), len(problems) - missing) as advance,
-        ):
-            for (i, shard), table in workers.map(_Collector.shard, jobs):
-                write_table(run.shard("groups", i, "parquet"), table)
-                advance(len(shard))
+    shards = to_files(shards_of(problems, config.shard_size), lambda i: run.shard("groups", i, "parquet"))
+    with open_workers(partial(_Collector, config, task_for_workers(task, config), threshold), config) as workers:
+        write_missing(workers, _Collector.shard, shards, write_table, "collect")
     result = _counts(run, len(problems), threshold, heldout)
     write_json(run.file("collect.json"), result)
     run.finish()
@@ -111,9 +102,9 @@ class _Collector:
         k = adapter.config.num_candidates if adapter is not None else None
         return build_strategy(config.policy, decode, thresholds, k, config.seed)
 
-    def shard(self, job: tuple[int, Sequence[Problem]]) -> pa.Table:
+    def shard(self, shard: Shard[Problem]) -> pa.Table:
         """One shard's table: write, label, pack."""
-        config, session, problems = self.config, self.session, job[1]
+        config, session, problems = self.config, self.session, shard.items
         requests = requests_for(session, self.task, problems)
         done = session.run(self.strategy, requests, config.max_new_tokens)
         prompts, generated = [r.prompt_ids for r in requests], [s.token_ids for s in done]

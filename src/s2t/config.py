@@ -116,9 +116,21 @@ class TaskConfig:
     """Seed of problems, sampling and training."""
     workers: int = 1
     """Processes that share the problems, each with models of its own; more pay for small models on a CPU."""
+    ray: str | None = None
+    """Ray actors share the problems: local (of this machine), auto (of the cluster that runs here, else local) or HOST:PORT."""
+    ray_actors: int | None = None
+    """Of --ray: how many, each with models of its own; None is one per GPU of the cluster, or per CPU where it has none."""
+    ray_gpus: float = 1.0
+    """Of --ray: GPUs of each actor where the cluster has any; 0.5 puts two actors on one."""
 
     def check_task(self) -> None:
         _at_least(1, limit=self.limit, workers=self.workers)
+        _require(
+            self.ray is None or self.workers == 1, "workers are local processes; pass --workers or --ray, not both."
+        )
+        if self.ray_actors is not None:
+            _at_least(1, ray_actors=self.ray_actors)
+        _at_least(0, ray_gpus=self.ray_gpus)
         _choice("prompt", self.prompt, ("auto", "plain", "cot"))
 
 

@@ -28,6 +28,12 @@ class OverlapError(DataError):
     """Problems appear in two splits that must be disjoint."""
 
 
+class WorkerError(S2TError):
+    """Processes or actors that share the work were lost again and again."""
+
+    exit_code = 1
+
+
 class MissingExtraError(S2TError):
     """An optional dependency is needed; the message carries the install command."""
 

@@ -29,10 +29,9 @@ from s2t.files import RunFolder, read_json, write_json, write_lines, write_text
 from s2t.model.adapter import AdapterConfig, selector_config, selector_problems
 from s2t.model.card import EVAL_FILE, measured, with_accuracy
 from s2t.model.lora import distilled_from
-from s2t.progress import progress
 from s2t.records import Cost, Problem, Result, Step
+from s2t.scale import PLACES, Shard, open_workers, to_files, write_missing
 from s2t.tasks.problems import Task, check_disjoint, heldout_templates
-from s2t.workers import Workers
 
 _Rows = list[list[dict[str, Any]]]
 """Results of one strategy: seed by seed, problem by problem."""
@@ -48,7 +47,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     if config.card and not Path(str(config.adapter)).is_dir():
         raise ConfigError(f"--card writes into the adapter's folder, and {config.adapter} is none; leave it out.")
     adapter = selector_config(config.adapter, config.slm, config.revision)
-    run = RunFolder.open(config.out, "eval", config, ignore=("workers", "card"))
+    run = RunFolder.open(config.out, "eval", config, ignore=(*PLACES, "card"))
     task = open_task(config, config.slm)
     task.check_gradable()
     problems = task.problems(config.split, config.limit, config.seed)
@@ -119,20 +118,19 @@ def _run_missing(
     config: EvalConfig, run: RunFolder, task: Task, problems: Sequence[Problem], contestants: Sequence[_Contestant]
 ) -> None:
     """Decode and grade every shard that is not on disk yet; models are loaded only when one is missing."""
-    shards = dict(enumerate(shards_of(problems, config.shard_size)))
-    with Workers(partial(_Evaluator, config, task_for_workers(task, config)), config.workers) as workers:
+
+    def write(path: Path, result: dict[str, Any]) -> None:
+        pair = result.pop("pair")
+        if not run.file("pair.json").exists():
+            write_json(run.file("pair.json"), pair)
+        write_json(path, result)
+
+    parts = shards_of(problems, config.shard_size)
+    with open_workers(partial(_Evaluator, config, task_for_workers(task, config)), config) as workers:
         for one in contestants:
-            paths = {i: run.shard(one.shards, i, "json") for i in shards}
-            jobs = [(one, i, shard) for i, shard in shards.items() if not paths[i].exists()]
-            if not jobs:
-                continue
-            missing = sum(len(shard) for _, _, shard in jobs)
+            shards = to_files(parts, partial(run.shard, one.shards, suffix="json"))
             title = one.name if one.is_first else f"{one.name}, seed {one.seed}"
-            with progress(title, len(problems), len(problems) - missing) as advance:
-                for (_, i, shard), result in workers.map(_Evaluator.shard, jobs):
-                    write_json(run.file("pair.json"), result.pop("pair"))
-                    write_json(paths[i], result)
-                    advance(len(shard))
+            write_missing(workers, partial(_Evaluator.shard, one=one), shards, write, title)
 
 
 class _Evaluator:
@@ -144,14 +142,13 @@ class _Evaluator:
         self.session = Session.open(config, names, config.adapter, config.batch_size)
         _warm_up(self.session)
 
-    def shard(self, job: tuple[_Contestant, int, Sequence[Problem]]) -> dict[str, Any]:
+    def shard(self, shard: Shard[Problem], one: _Contestant) -> dict[str, Any]:
         """Results and traces of one strategy on one shard, the seconds they took, and the models' names and sizes."""
-        one, index, problems = job
-        session, strategy = self.session, one.strategy
+        session, strategy, problems = self.session, one.strategy, shard.items
         samples = self.config.num_samples if strategy.name in MANY_SAMPLES else 1
         requests = requests_for(session, self.task, problems, samples, self.config.system)
         start = time.perf_counter()
-        traced = self._num_traced(index) if samples == 1 and one.is_first else 0
+        traced = self._num_traced(shard.index) if samples == 1 and one.is_first else 0
         done = session.run(
             strategy, requests, self.config.max_new_tokens, keep_steps=traced > 0, trace=False, stop=self.config.stop
         )

@@ -6,7 +6,6 @@ the LLM's top token is among the SLM's first K; `calibrate` turns such a run int
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -25,10 +24,9 @@ from s2t.decode.workload import open_task, requests_for, shards_of, task_for_wor
 from s2t.errors import DataError
 from s2t.files import RunFolder, load_run, read_tables, write_json, write_table
 from s2t.model.load import load_model
-from s2t.progress import progress
 from s2t.records import Problem
+from s2t.scale import PLACES, Shard, open_workers, to_files, write_missing
 from s2t.tasks.problems import Task
-from s2t.workers import Workers
 
 KS = (1, 2, 4, 8, 16)
 _EDGES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 1.0)  # quantiles of divergence that bound the bins
@@ -37,20 +35,12 @@ _NUM_RESAMPLES = 2000
 
 def measure(config: MeasureConfig) -> dict[str, Any]:
     """Measure a pair and return measure.json; resumes by shard. Source: arXiv 2604.26940, local sufficiency."""
-    run = RunFolder.open(config.out, "measure", config, ignore=("workers",))
+    run = RunFolder.open(config.out, "measure", config, ignore=PLACES)
     task = open_task(config, config.slm)
     problems = task.problems(config.split, config.limit, config.seed)
-    shards = dict(enumerate(shards_of(problems, config.shard_size)))
-    jobs = [(i, shard) for i, shard in shards.items() if not run.shard("steps", i, "parquet").exists()]
-    if jobs:
-        missing = sum(len(shard) for _, shard in jobs)
-        with (
-            Workers(partial(_Measurer, config, task_for_workers(task, config)), config.workers) as workers,
-            progress("measure", len(problems), len(problems) - missing) as advance,
-        ):
-            for (i, shard), table in workers.map(_Measurer.shard, jobs):
-                write_table(run.shard("steps", i, "parquet"), table)
-                advance(len(shard))
+    shards = to_files(shards_of(problems, config.shard_size), lambda i: run.shard("steps", i, "parquet"))
+    with open_workers(partial(_Measurer, config, task_for_workers(task, config)), config) as workers:
+        write_missing(workers, _Measurer.shard, shards, write_table, "measure")
     result = summarize(read_tables(run.shards("steps", "parquet")), config.quantile, config.threshold)
     result = {
         "task": task.name,
@@ -75,9 +65,9 @@ class _Measurer:
         self.config, self.task = config, task or open_task(config, config.slm)
         self.session = Session(slm, llm, batch_size=config.batch_size)
 
-    def shard(self, job: tuple[int, Sequence[Problem]]) -> pa.Table:
+    def shard(self, shard: Shard[Problem]) -> pa.Table:
         """One shard's steps."""
-        config, session, problems = self.config, self.session, job[1]
+        config, session, problems = self.config, self.session, shard.items
         requests = requests_for(session, self.task, problems)
         done = session.run(build_strategy("greedy", DecodeConfig(), {}), requests, config.max_new_tokens)
         labels = session.label(

@@ -28,8 +28,14 @@ _COLUMNS = (
 
 
 @contextmanager
-def progress(description: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Show a bar while the block runs; the yielded function advances it. On no terminal, a line now and then and at the end."""
+def progress(description: str, total: int, done: int = 0, shown: bool = True) -> Iterator[Callable[[int], None]]:
+    """Show a bar while the block runs; the yielded function advances it. On no terminal, a line now and then and at the end.
+
+    Not `shown`, nothing is printed: one of several processes speaks for all.
+    """
+    if not shown:
+        yield lambda count=1: None
+        return
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _Lines(console, description, total, done).advance

@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any, Generic, TypeVar
 
-import torch
-
 S = TypeVar("S")
 J = TypeVar("J")
 R = TypeVar("R")
@@ -55,6 +53,8 @@ class Workers(Generic[S]):
             yield futures[future], future.result()
 
     def _start(self) -> ProcessPoolExecutor:
+        import torch
+
         threads = max(1, torch.get_num_threads() // self._count)
         return ProcessPoolExecutor(
             self._count,
@@ -65,6 +65,8 @@ class Workers(Generic[S]):
 
 
 def _begin(open: Callable[[], Any], threads: int) -> None:
+    import torch
+
     _worker["open"] = open
     torch.set_num_threads(threads)
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -18,5 +18,7 @@ def show(distilled: Mapping[str, Any]) -> None:
 def command(config: DistillConfig) -> Any:
     """Distil the LLM into a LoRA of the SLM, the baseline to compare selection with; rerunning resumes."""
     from s2t.train.distill import distill
+    from s2t.train.processes import is_first_process
 
-    return distill(config)
+    distilled = distill(config)
+    return distilled if is_first_process() else None

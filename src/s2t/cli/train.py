@@ -24,6 +24,8 @@ def show(trained: Mapping[str, Any]) -> None:
 @with_options(TrainConfig, show)
 def command(config: TrainConfig) -> Any:
     """Train the selector adapter on collected groups; rerunning resumes."""
+    from s2t.train.processes import is_first_process
     from s2t.train.trainer import train
 
-    return train(config)
+    trained = train(config)
+    return trained if is_first_process() else None

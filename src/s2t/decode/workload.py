@@ -27,7 +27,7 @@ def open_task(config: TaskConfig, slm: str) -> Task:
 
 def task_for_workers(task: Task, config: TaskConfig) -> Task | None:
     """The task where this process does the work; None where workers must open their own, since tasks hold functions."""
-    return task if config.workers == 1 else None
+    return task if config.workers == 1 and config.ray is None else None
 
 
 def problems_outside(task: Task, split: str, limit: int, seed: int, heldout: frozenset[str]) -> list[Problem]:

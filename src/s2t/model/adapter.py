@@ -130,8 +130,7 @@ class SelectorAdapter(SelectorReader):
         """Switch the LoRA weights on or off for the forwards that follow."""
         if on == self._acting:
             return
-        for layer in self._layers:
-            layer.enable_adapters(on)
+        for layer in self._layers:  # not by PEFT's own switch, which also changes what is trained
             if on:
                 layer.__dict__.pop("forward", None)
             else:
@@ -164,16 +163,27 @@ class SelectorAdapter(SelectorReader):
         }
 
     def save(
-        self, folder: str | Path, train_problems: tuple[str, ...] = (), training: Mapping[str, Any] | None = None
+        self,
+        folder: str | Path,
+        train_problems: tuple[str, ...] = (),
+        training: Mapping[str, Any] | None = None,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Write the folder; `s2t_config.json` goes last, so a half-written folder is never taken for an adapter.
 
-        `training` has numbers for the model card. The hashes of what was written become part of `config`.
+        `training` has numbers for the model card. `weights` are those of `trainable`, where this process holds only a part of
+        them. The hashes of what was written become part of `config`.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.peft_model.save_pretrained(str(folder), safe_serialization=True)
-        state = {name: value.detach().contiguous().cpu() for name, value in self.selector.state_dict().items()}
+        weights = weights or self.trainable()
+        lora = {f"base_model.model.{name}": value for name, value in weights.items() if "lora_" in name}
+        self.peft_model.save_pretrained(str(folder), safe_serialization=True, state_dict=lora)
+        state = {
+            name.removeprefix("selector."): value.detach().contiguous().cpu()
+            for name, value in weights.items()
+            if name.startswith("selector.")
+        }
         write_bytes(folder / SELECTOR_FILE, save(state))
         write_text(folder / PROBLEMS_FILE, "".join(f"{item}\n" for item in sorted(train_problems)))
         hashes = {name: sha256(folder / name) for name in _WEIGHTS}

@@ -108,10 +108,21 @@ def lora_parameters(model: Any) -> dict[str, Any]:
     return {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
 
 
-def save_lora(peft_model: Any, folder: str | Path, base: str, revision: str | None, texts: Mapping[str, str]) -> None:
-    """Write a PEFT adapter of `base`, and further files by name; its config goes last, so a half-written folder is none."""
+def save_lora(
+    peft_model: Any,
+    folder: str | Path,
+    base: str,
+    revision: str | None,
+    texts: Mapping[str, str],
+    weights: Mapping[str, Any],
+) -> None:
+    """Write a PEFT adapter of `base`, and further files by name; its config goes last, so a half-written folder is none.
+
+    `weights` are those of `lora_parameters`.
+    """
     folder = Path(folder)
-    state = import_peft().get_peft_model_state_dict(peft_model)
+    named = {f"base_model.model.{name}": value for name, value in weights.items()}
+    state = import_peft().get_peft_model_state_dict(peft_model, state_dict=named)
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     write_bytes(folder / PEFT_WEIGHTS, save(tensors, metadata={"format": "pt"}))
     for name, text in texts.items():

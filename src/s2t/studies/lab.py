@@ -16,6 +16,7 @@ from s2t.demo import TRAIN_SETTINGS
 from s2t.errors import ConfigError
 from s2t.files import RunFolder, load_run, read_json, write_json
 from s2t.model.tiny import is_embedded
+from s2t.scale import PLACES
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,7 @@ class Lab:
     def problems(self) -> dict[str, Any]:
         """Settings of whatever reads problems."""
         config = self.config
-        names = ("task", "prompt", "seed", "workers", "max_new_tokens", "batch_size")
+        names = ("task", "prompt", "seed", *PLACES, "max_new_tokens", "batch_size")
         return {name: getattr(config, name) for name in names}
 
     def measured(self, name: str = "measure", **settings: Any) -> Path:
@@ -180,4 +181,4 @@ def _is_finished(folder: Path, command: str) -> bool:
 
 def open_run(config: StudyConfig) -> RunFolder:
     """The study's run folder; the same settings go on, others are refused."""
-    return RunFolder.open(config.out, "study", config, ignore=("workers",))
+    return RunFolder.open(config.out, "study", config, ignore=PLACES)

@@ -6,6 +6,7 @@ latter the LLM's likeliest tokens at every step with their probabilities and tha
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,10 +26,10 @@ from s2t.decode.workload import open_task, requests_for, shards_of, task_for_wor
 from s2t.errors import ConfigError, DataError, ModelError
 from s2t.files import RunFolder, read_tables, write_table
 from s2t.model.load import load_model
-from s2t.progress import progress
 from s2t.records import Problem
+from s2t.scale import Shard, open_workers, to_files, write_missing
 from s2t.tasks.problems import Task
-from s2t.workers import Workers
+from s2t.train.processes import Processes
 
 SCHEMA = pa.schema(
     [
@@ -41,6 +42,7 @@ SCHEMA = pa.schema(
         ("target_probs", pa.list_(pa.float32())),  # [T * (S + 1)], the rest behind each step's S
     ]
 )
+_SECONDS_BETWEEN_LOOKS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,20 +61,21 @@ class Answer:
         return np.concatenate([self.prompt_ids, self.token_ids[:-1]])
 
 
-def write_answers(config: DistillConfig, run: RunFolder, task: Task, problems: Sequence[Problem]) -> None:
-    """Write every shard that is not in the run folder yet; models are loaded only when one is missing."""
-    shards = dict(enumerate(shards_of(problems, config.shard_size)))
-    jobs = [(i, shard) for i, shard in shards.items() if not run.shard("answers", i, "parquet").exists()]
-    if not jobs:
-        return
-    missing = sum(len(shard) for _, shard in jobs)
-    with (
-        Workers(partial(_Writer, config, task_for_workers(task, config)), config.workers) as workers,
-        progress("answers", len(problems), len(problems) - missing) as advance,
-    ):
-        for (i, shard), table in workers.map(_Writer.shard, jobs):
-            write_table(run.shard("answers", i, "parquet"), table)
-            advance(len(shard))
+def write_answers(
+    config: DistillConfig, run: RunFolder, task: Task, problems: Sequence[Problem], processes: Processes
+) -> None:
+    """Write every shard that is not in the run folder yet; models are loaded only when one is missing.
+
+    Of several processes each writes every n-th shard, and waits for those of the others.
+    """
+    shards = to_files(shards_of(problems, config.shard_size), lambda i: run.shard("answers", i, "parquet"))
+    if processes.count > 1 and (config.workers > 1 or config.ray is not None):
+        raise ConfigError("the processes of the launcher write the answers; leave --workers and --ray out.")
+    with open_workers(partial(_Writer, config, task_for_workers(task, config)), config) as workers:
+        own = shards[processes.index :: processes.count]
+        write_missing(workers, _Writer.shard, own, write_table, "answers", processes.is_first)
+    while not all(shard.path.exists() for shard in shards):
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
 class _Writer:
@@ -94,9 +97,9 @@ class _Writer:
         decode = DecodeConfig(temperature=config.temperature, top_p=1.0)
         self.strategy = build_strategy(self.writer, decode, {}, seed=config.seed)
 
-    def shard(self, job: tuple[int, Sequence[Problem]]) -> pa.Table:
+    def shard(self, shard: Shard[Problem]) -> pa.Table:
         """One shard's table: write, grade, read with the LLM, pack."""
-        problems = job[1]
+        problems = shard.items
         requests = requests_for(self.session, self.task, problems)
         done = self.session.run(self.strategy, requests, self.config.max_new_tokens)
         answers = [self._in_slm_tokens(sequence) for sequence in done]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -178,7 +178,9 @@ def pad_ids(trajectories: Sequence[HasIds]) -> Tensor:
 
 
 def make_batch(trajectories: Sequence[Trajectory], threshold: float, warmup_steps: int, device: torch.device) -> Batch:
-    """Pad and stack trajectories; groups are not padded."""
+    """Pad and stack trajectories; groups are not padded. Where there is none, one is made up: every batch has its forward."""
+    if not any(len(t.group_steps) for t in trajectories):
+        trajectories = [_with_a_group(trajectories[0]), *trajectories[1:]]
     rows = [np.full(len(t.group_steps), row) for row, t in enumerate(trajectories)]
     prefixes = [len(t.prompt_ids) + t.group_steps for t in trajectories]
     steps, labels = zip(*(_steps(row, t, threshold, warmup_steps) for row, t in enumerate(trajectories)), strict=True)
@@ -196,6 +198,13 @@ def make_batch(trajectories: Sequence[Trajectory], threshold: float, warmup_step
         tensor(steps, axis=1),
         tensor(labels),
     )
+
+
+def _with_a_group(t: Trajectory) -> Trajectory:
+    """The trajectory with one group whose loss counts for nothing."""
+    even = np.full((1, t.candidate_ids.shape[1]), 1 / t.candidate_ids.shape[1], dtype=np.float32)
+    ids = np.zeros(even.shape, dtype=np.int64)
+    return replace(t, group_steps=np.zeros(1, np.int64), candidate_ids=ids, slm_logprobs=np.log(even), llm_probs=even)
 
 
 def _steps(row: int, t: Trajectory, threshold: float, warmup_steps: int) -> tuple[np.ndarray, np.ndarray]:

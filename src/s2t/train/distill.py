@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,29 +29,39 @@ from s2t.model.load import LoadedModel, load_model
 from s2t.model.lora import DISTILL_CONFIG, find_lora, lora_parameters, new_lora, save_lora
 from s2t.model.merged import PROBLEMS_FILE, base_model
 from s2t.model.tiny import is_embedded
+from s2t.scale import PLACES
 from s2t.tasks.problems import heldout_templates
 from s2t.train.answers import Answer, read_answers, write_answers
 from s2t.train.dataset import pad_ids
 from s2t.train.fit import Fit
 from s2t.train.forward import sum_in_chunks
+from s2t.train.processes import Processes, open_processes
 
 
 def distill(config: DistillConfig) -> dict[str, Any]:
     """Distil the LLM into a LoRA and return distill.json; same command again: resumes, or returns the finished run."""
     _check_plain(config)
-    run = RunFolder.open(config.out, "distill", config, ignore=("workers",))
+    with open_processes(config.device) as processes:
+        return _distill(config, processes)
+
+
+def _distill(config: DistillConfig, processes: Processes) -> dict[str, Any]:
+    run = processes.open_run(config.out, "distill", config, PLACES)
     if run.is_complete:
         return read_json(run.file("distill.json"))
     task = open_task(config, config.slm)
     heldout = heldout_templates(task.templates(), config.heldout_templates)
     problems = problems_outside(task, config.split, config.limit, config.seed, heldout)
-    write_answers(config, run, task, problems)
+    write_answers(config, run, task, problems, processes)
     answers = read_answers(run)
     torch.manual_seed(config.seed)
-    distiller = Distiller(config, answers, load_model(config.slm, **config.load_options), run)
+    distiller = Distiller(config, answers, load_model(config.slm, **processes.load_options(config)), run, processes)
     distiller.fit()
     result = {"num_problems": len(problems), **distiller.summary(), "heldout_templates": sorted(heldout)}
-    distiller.save(result)
+    weights = distiller.full_parameters()
+    if not processes.is_first:
+        return result
+    distiller.save(result, weights)
     write_json(run.file("distill.json"), result)
     run.finish()
     distiller.clear()
@@ -71,18 +82,27 @@ def _check_plain(config: DistillConfig) -> None:
 class Distiller(Fit):
     """One training run over fixed answers; the LoRA acts on every token."""
 
-    def __init__(self, config: DistillConfig, answers: Sequence[Answer], loaded: LoadedModel, run: RunFolder) -> None:
+    def __init__(
+        self,
+        config: DistillConfig,
+        answers: Sequence[Answer],
+        loaded: LoadedModel,
+        run: RunFolder,
+        processes: Processes | None = None,
+    ) -> None:
         self.peft_model = new_lora(loaded.model, config.lora_rank, config.lora_alpha, config.lora_dropout)
         self.base_model: Any = self.peft_model.get_base_model()
         super().__init__(
             config,
             config.seed,
             self.base_model,
-            lora_parameters(self.base_model),
+            partial(lora_parameters, self.base_model),
             [1] * len(answers),
+            [len(answer.ids) for answer in answers],
             config.batch_answers,
             run,
             config.max_steps,
+            processes=processes,
         )
         self.config, self.answers, self.device = config, answers, loaded.device
         self.head = Head(self.base_model)
@@ -98,10 +118,19 @@ class Distiller(Fit):
         probs = self._stack([answer.target_probs for answer in batch])
         return {"kl": sum_in_chunks(self._kl, self.head, states, ids, probs) / len(states)}
 
+    def counts(self, chosen: Sequence[int]) -> dict[str, int]:
+        """Both terms are means over tokens."""
+        tokens = sum(len(self.answers[i].token_ids) for i in chosen)
+        return {"ce": tokens, "kl": tokens}
+
     def _states(self, batch: Sequence[Answer]) -> Tensor:
         """Last hidden states that the tokens of all answers are predicted from, answer by answer; [N, H]."""
         found: dict[int, Tensor] = {}
-        for group in _similar([len(answer.ids) for answer in batch]):
+        lengths = [len(answer.ids) for answer in batch]
+        groups = (
+            [list(range(len(batch)))] if self.processes.is_sharded else _similar(lengths)
+        )  # as many for every process
+        for group in groups:
             padded = pad_ids([batch[i] for i in group]).to(
                 self.device
             )  # on the right, where no token of an answer looks
@@ -129,7 +158,7 @@ class Distiller(Fit):
             "final": self.final(("loss", "ce", "kl")),
         }
 
-    def save(self, result: dict[str, Any]) -> None:
+    def save(self, result: dict[str, Any], weights: Mapping[str, Tensor]) -> None:
         """Write the adapter folder: PEFT's two files, where it comes from, its problems' hashes and a model card."""
         config = self.config
         hashes = sorted({answer.problem_id.rsplit("-", 1)[-1] for answer in self.answers})
@@ -147,7 +176,7 @@ class Distiller(Fit):
             DISTILL_CONFIG: json.dumps(record, indent=2) + "\n",
             "README.md": _card(record),
         }
-        save_lora(self.peft_model, self.run.file("adapter"), config.slm, config.revision, texts)
+        save_lora(self.peft_model, self.run.file("adapter"), config.slm, config.revision, texts, weights)
 
 
 def _similar(lengths: Sequence[int]) -> list[list[int]]:

@@ -2,7 +2,7 @@
 
 Knows parameters, batches and named losses, not what they stand for; the selector's training and distillation are
 both subclasses. Every step depends on (seed, step) alone, so a killed run that resumes from its last checkpoint ends
-with the weights of an undisturbed one.
+with the weights of an undisturbed one. Several processes share every batch; their losses and gradients add up to those of one.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,32 +23,40 @@ from s2t.config import FitConfig
 from s2t.files import RunFolder, read_jsonl, write_bytes, write_text
 from s2t.progress import progress
 from s2t.train.dataset import plan_batches
+from s2t.train.processes import Processes, Whole, full, like
+
+T = TypeVar("T")
 
 CHECKPOINT = "checkpoint.safetensors"
 LOG = "train_log.jsonl"
 
 
 class Fit(ABC):
-    """Fits the LoRA weights in `model` (and whatever else is in `parameters`) to examples.
+    """Fits the LoRA weights in `model`, and whatever else `parameters` names of it and of the further `parts`, to examples.
 
-    `sizes` says how much each example adds to a batch of at least `batch_size`. `fit` runs all steps and resumes from the
-    run folder's checkpoint if there is one.
+    `sizes` says how much each example adds to a batch of at least `batch_size`, `lengths` how many tokens it has. `fit` runs
+    all steps and resumes from the run folder's checkpoint if there is one.
     """
 
     def __init__(
         self,
         config: FitConfig,
         seed: int,
-        model: nn.Module,
-        parameters: Mapping[str, nn.Parameter],
+        model: Any,
+        parameters: Callable[[], Mapping[str, nn.Parameter]],
         sizes: Sequence[int],
+        lengths: Sequence[int],
         batch_size: int,
         run: RunFolder,
         max_steps: int | None = None,
+        parts: Sequence[nn.Module] = (),
+        processes: Processes | None = None,
     ) -> None:
         self.recipe, self.seed, self.model, self.run = config, seed, model, run
-        self.parameters = dict(parameters)
-        self.sizes, self.batch_size = sizes, batch_size
+        self.processes = processes or Processes()
+        self.whole = self.processes.enter(Whole(model, *parts), model.get_decoder())
+        self.parameters = dict(parameters())
+        self.sizes, self.lengths, self.batch_size = sizes, lengths, batch_size
         self.optimizer = torch.optim.AdamW(
             list(self.parameters.values()), lr=config.learning_rate, weight_decay=config.weight_decay
         )
@@ -59,15 +67,35 @@ class Fit(ABC):
 
     @abstractmethod
     def terms(self, chosen: Sequence[int]) -> dict[str, Tensor]:
-        """Weighted terms of the loss on a batch of those examples; their sum is minimised."""
+        """Weighted terms of the loss on a batch of those examples, each a mean; their sum is minimised."""
+
+    @abstractmethod
+    def counts(self, chosen: Sequence[int]) -> dict[str, int]:
+        """Of how many things each term is the mean."""
+
+    def call(self, work: Callable[..., T], *arguments: Any) -> T:
+        """Do work on the weights; all processes must do as many forwards in it, of whatever sizes."""
+        found = self.whole(work, *arguments)
+        if self.processes.is_sharded and not torch.is_grad_enabled():
+            self.whole.reshard()  # type: ignore[operator]  # else the next forward would see these weights, not stepped ones
+        return found
+
+    def shared_terms(self, chosen: Sequence[int]) -> dict[str, Tensor]:
+        """This process's part of the terms of a batch; summed over the processes they are the means over the batch."""
+        if self.processes.count == 1:
+            return self.call(self.terms, chosen)
+        share = self.processes.share(chosen, self.lengths)
+        terms = self.call(self.terms, share or chosen[:1])  # one without a share does the forwards all the same
+        mine, whole = self.counts(share), self.counts(chosen)
+        return {name: value * (mine[name] / max(whole[name], 1)) for name, value in terms.items()}
 
     def fit(self) -> None:
         """Run all remaining steps."""
         self.begin()
         self.train_mode()
-        with progress("train", self.num_steps, self.step) as advance:
+        with progress("train", self.num_steps, self.step, self.processes.is_first) as advance:
             for chosen in self._batches():
-                self.log.append(self.optimize(self.terms(chosen)))
+                self.log.append(self.optimize(self.shared_terms(chosen)))
                 advance(1)
                 if self.step % self.recipe.checkpoint_steps == 0:
                     self._save()
@@ -99,30 +127,29 @@ class Fit(ABC):
             yield plan[place]
 
     def seed_step(self) -> None:
-        """Dropout of a step depends on nothing before it."""
-        torch.manual_seed(self.seed * 1_000_003 + self.step)
+        """Dropout of a step depends on nothing before it; every process draws its own."""
+        torch.manual_seed(self.seed * 1_000_003 + self.step + self.processes.index * 998_244_353)
 
     def _plan(self, epoch: int) -> list[list[int]]:
         plan = plan_batches(self.sizes, self.batch_size, self.seed, epoch)
         return (plan * 2)[: self.steps_per_epoch]  # every epoch has as many steps as the first
 
     def optimize(self, terms: Mapping[str, Tensor]) -> dict[str, float]:
-        """One optimizer step on the sum of some terms; returns the line of the log."""
+        """One optimizer step on the sum of some terms (over all processes, too); returns the line of the log."""
         rate = self._learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         total = torch.stack(list(terms.values())).sum()
-        total.backward()
+        (total * self.processes.count).backward()  # gradients of processes are averaged
         torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.recipe.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        values = {name: float(value.detach()) for name, value in terms.items()}
+        values = {"loss": float(total.detach())} | {name: float(value.detach()) for name, value in terms.items()}
         return {
             "step": self.step,
             "epoch": self.step / self.steps_per_epoch,
-            "loss": float(total.detach()),
-            **values,
+            **self.processes.sum(values),
             "learning_rate": rate,
         }
 
@@ -144,11 +171,17 @@ class Fit(ABC):
     def num_trainable(self) -> int:
         return sum(p.numel() for p in self.parameters.values())
 
+    def full_parameters(self) -> dict[str, Tensor]:
+        """Copies of all that is trained, on the CPU; all processes must ask."""
+        return {name: full(parameter) for name, parameter in self.parameters.items()}
+
     def _save(self) -> None:
-        tensors = {f"parameter.{name}": p.detach().cpu() for name, p in self.parameters.items()}
+        tensors = {f"parameter.{name}": value for name, value in self.full_parameters().items()}
         for index, name in enumerate(self.parameters):
             for key, value in self.optimizer.state_dict()["state"].get(index, {}).items():
-                tensors[f"optimizer.{key}.{name}"] = value.detach().cpu()
+                tensors[f"optimizer.{key}.{name}"] = full(value)
+        if not self.processes.is_first:
+            return
         write_text(self.run.file(LOG), "".join(json.dumps(line) + "\n" for line in self.log))
         write_bytes(self.run.file(CHECKPOINT), save(tensors, metadata={"step": str(self.step)}))
 
@@ -162,10 +195,12 @@ class Fit(ABC):
         state: dict[int, dict[str, Tensor]] = {}
         with torch.no_grad():
             for index, (name, parameter) in enumerate(self.parameters.items()):
-                parameter.copy_(tensors[f"parameter.{name}"])
-                keys = ("step", "exp_avg", "exp_avg_sq")
+                parameter.copy_(like(tensors[f"parameter.{name}"], parameter))
+                own = {key: tensors.get(f"optimizer.{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
                 state[index] = {
-                    key: tensors[f"optimizer.{key}.{name}"] for key in keys if f"optimizer.{key}.{name}" in tensors
+                    key: value if value.ndim == 0 else like(value, parameter)
+                    for key, value in own.items()
+                    if value is not None
                 }
         options: dict[str, Any] = {"param_groups": self.optimizer.state_dict()["param_groups"]}
         self.optimizer.load_state_dict({"state": state, **options})

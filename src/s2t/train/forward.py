@@ -23,6 +23,7 @@ from s2t.model.engine import Head
 from s2t.model.tree import causal_mask, layer_masks
 from s2t.progress import progress
 from s2t.train.dataset import Batch, Trajectory, pad_ids
+from s2t.train.processes import Processes
 
 _LOGITS_AT_ONCE = 2**24
 _TOKENS_AT_ONCE = 4096
@@ -61,22 +62,35 @@ class FrozenPrefixes:
     """Hidden states and keys and values of the base model on every trajectory, read once for all epochs.
 
     Chunks depend on the trajectories alone, never on the step a run resumes at, so that a resumed run computes
-    with the very same numbers.
+    with the very same numbers. Processes read chunks in turns, each through `call`, and then all of them hold all.
     """
 
-    def __init__(self, adapter: SelectorAdapter, trajectories: Sequence[Trajectory]) -> None:
+    def __init__(
+        self,
+        adapter: SelectorAdapter,
+        trajectories: Sequence[Trajectory],
+        call: Callable[..., Any] | None = None,
+        processes: Processes | None = None,
+    ) -> None:
+        processes = processes or Processes()
         lengths = np.array([len(t.ids) for t in trajectories])
         self._starts = torch.from_numpy(np.cumsum(lengths) - lengths).to(adapter.loaded.device)
         self._lengths = torch.from_numpy(lengths).to(adapter.loaded.device)
         self._hidden = torch.empty(0)  # [total, H]
         self._layers: list[tuple[Tensor, Tensor]] = []  # keys and values, [total, heads, D] each
         adapter.act(False)
-        with torch.no_grad(), progress("read prefixes", len(trajectories)) as advance:
-            for chunk in _chunks(lengths):
+        chunks = _chunks(lengths)
+        turns = [chunks[i : i + processes.count] for i in range(0, len(chunks), processes.count)]
+        with torch.no_grad(), progress("read prefixes", len(trajectories), shown=processes.is_first) as advance:
+            for turn in turns:
+                chunk = turn[min(processes.index, len(turn) - 1)]  # in the last turn some read what another reads
                 ids = pad_ids([trajectories[i] for i in chunk]).to(self._starts.device)
-                hidden, cache = _run_prefixes(adapter, ids)
-                self._keep(chunk, hidden, cache, int(lengths.sum()))
-                advance(len(chunk))
+                hidden, cache = (call or _call)(_run_prefixes, adapter, ids)
+                self._make_room(hidden, cache, int(lengths.sum()))
+                if processes.index < len(turn):
+                    self._keep(chunk, hidden, cache)
+                advance(sum(map(len, turn)))
+        processes.gather([self._hidden, *(tensor for layer in self._layers for tensor in layer)])
 
     @staticmethod
     def size(adapter: SelectorAdapter, trajectories: Sequence[Trajectory]) -> int:
@@ -93,20 +107,31 @@ class FrozenPrefixes:
         live = columns < self._lengths[rows, None]
         return Prefixes(self._hidden, self._layers, torch.where(live, self._starts[rows, None] + columns, 0))
 
-    def _keep(self, chunk: Sequence[int], hidden: Tensor, cache: DynamicCache, total: int) -> None:
+    def _make_room(self, hidden: Tensor, cache: DynamicCache, total: int) -> None:
+        if self._layers:
+            return
         layers: list[Any] = list(cache.layers)
-        if not self._layers:
-            self._hidden = hidden.new_empty(total, hidden.shape[-1])
-            self._layers = [
-                tuple(x.new_empty(total, x.shape[1], x.shape[3]) for x in (layer.keys, layer.values))
-                for layer in layers
-            ]
+        self._hidden = hidden.new_zeros(total, hidden.shape[-1])
+        self._layers = [
+            (
+                layer.keys.new_zeros(total, layer.keys.shape[1], layer.keys.shape[3]),
+                layer.values.new_zeros(total, layer.values.shape[1], layer.values.shape[3]),
+            )
+            for layer in layers
+        ]
+
+    def _keep(self, chunk: Sequence[int], hidden: Tensor, cache: DynamicCache) -> None:
+        layers: list[Any] = list(cache.layers)
         for row, index in enumerate(chunk):
             start, length = int(self._starts[index]), int(self._lengths[index])
             self._hidden[start : start + length] = hidden[row, :length]
             for (keys, values), layer in zip(self._layers, layers, strict=True):
                 keys[start : start + length] = layer.keys[row, :, :length].transpose(0, 1)
                 values[start : start + length] = layer.values[row, :, :length].transpose(0, 1)
+
+
+def _call(work: Callable[..., Any], *arguments: Any) -> Any:
+    return work(*arguments)
 
 
 def _chunks(lengths: np.ndarray) -> list[list[int]]:

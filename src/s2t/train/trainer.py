@@ -25,6 +25,7 @@ from s2t.model.load import LoadedModel, load_model
 from s2t.train.dataset import Batch, GroupData, make_batch, read_group_data
 from s2t.train.fit import Fit
 from s2t.train.forward import FrozenPrefixes, States, forward, lm_kl
+from s2t.train.processes import Processes, open_processes
 
 _TRAJECTORIES_TO_CHECK = 64
 _TRAJECTORIES_AT_ONCE = 8
@@ -32,25 +33,32 @@ _TRAJECTORIES_AT_ONCE = 8
 
 def train(config: TrainConfig) -> dict[str, Any]:
     """Train an adapter on collected groups; returns train.json. Same command again: resumes, or returns the finished run."""
-    run = RunFolder.open(config.out, "train", config)
+    with open_processes(config.device) as processes:
+        return _train(config, processes)
+
+
+def _train(config: TrainConfig, processes: Processes) -> dict[str, Any]:
+    run = processes.open_run(config.out, "train", config)
     if run.is_complete:
         return read_json(run.file("train.json"))
     data = read_group_data(config.groups, config.num_candidates)
-    loaded = load_model(config.slm, **config.load_options)
+    loaded = load_model(config.slm, **processes.load_options(config))
     if not data.pair.startswith(loaded.fingerprint):
         raise ModelError(
             f"the groups were collected with {data.slm}, whose weights are not those of {config.slm}; use --slm {data.slm}."
         )
     torch.manual_seed(config.seed)
     adapter = SelectorAdapter(loaded, _adapter_config(config, data, loaded))
-    trainer = Trainer(config, data, adapter, run)
+    trainer = Trainer(config, data, adapter, run, processes)
     trainer.fit()
-    result = trainer.summary()
+    result, weights = trainer.summary(), trainer.full_parameters()
+    if not processes.is_first:
+        return result
     problems = {t.problem_id.rsplit("-", 1)[-1] for t in data.trajectories} | selector_problems(
         None, config.slm, config.revision
     )
     adapter.config = replace(adapter.config, trigger_rate=result["trigger_rate"])
-    adapter.save(run.file("adapter"), tuple(problems), result)
+    adapter.save(run.file("adapter"), tuple(problems), result, weights)
     write_json(run.file("train.json"), result)
     run.finish()
     trainer.clear()
@@ -85,10 +93,26 @@ def _adapter_config(config: TrainConfig, data: GroupData, loaded: LoadedModel) -
 class Trainer(Fit):
     """One training run over fixed data; `fit` resumes from the run folder's checkpoint if there is one."""
 
-    def __init__(self, config: TrainConfig, data: GroupData, adapter: SelectorAdapter, run: RunFolder) -> None:
-        counts = [len(t.group_steps) for t in data.trajectories]
-        parameters = adapter.trainable()
-        super().__init__(config, config.seed, adapter.base_model, parameters, counts, config.batch_groups, run)
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: GroupData,
+        adapter: SelectorAdapter,
+        run: RunFolder,
+        processes: Processes | None = None,
+    ) -> None:
+        super().__init__(
+            config,
+            config.seed,
+            adapter.base_model,
+            adapter.trainable,
+            [len(t.group_steps) for t in data.trajectories],
+            [len(t.ids) for t in data.trajectories],
+            config.batch_groups,
+            run,
+            parts=[adapter.selector],
+            processes=processes,
+        )
         self.config, self.data, self.adapter = config, data, adapter
         self.positive_weight = self._positive_weight()
         self.frozen: FrozenPrefixes | None = None
@@ -111,7 +135,7 @@ class Trainer(Fit):
         if self.adapter.scope == "always" or self.num_steps <= self.steps_per_epoch:
             return
         if FrozenPrefixes.size(self.adapter, self.data.trajectories) <= room:
-            self.frozen = FrozenPrefixes(self.adapter, self.data.trajectories)
+            self.frozen = FrozenPrefixes(self.adapter, self.data.trajectories, self.call, self.processes)
 
     def terms(self, chosen: Sequence[int]) -> dict[str, Tensor]:
         """Terms of the loss on a batch of those trajectories."""
@@ -120,6 +144,13 @@ class Trainer(Fit):
         batch = make_batch(trajectories, data.threshold, data.warmup_steps, self.adapter.loaded.device)
         frozen = self.frozen.take(chosen) if self.frozen is not None else None
         return self.losses(forward(self.adapter, batch, frozen), batch)
+
+    def counts(self, chosen: Sequence[int]) -> dict[str, int]:
+        """Selection terms are means over groups, the others over trained steps."""
+        trajectories = [self.data.trajectories[i] for i in chosen]
+        groups = sum(len(t.group_steps) for t in trajectories)
+        steps = sum(max(0, len(t.token_ids) - self.data.warmup_steps) for t in trajectories)
+        return {"ce": groups, "pairwise": groups, "listwise": groups, "criticality": steps, "lm": steps}
 
     def one_step(self, batch: Batch) -> dict[str, float]:
         """One optimizer step on a batch of one's own; returns the line of the log."""
@@ -154,12 +185,15 @@ class Trainer(Fit):
         for start in range(0, count, _TRAJECTORIES_AT_ONCE):
             chosen = trajectories[start : start + _TRAJECTORIES_AT_ONCE]
             batch = make_batch(chosen, self.data.threshold, self.data.warmup_steps, self.adapter.loaded.device)
-            values = self.adapter.selector.criticality_logits(forward(self.adapter, batch).steps).sigmoid()
+            values = self.call(self._criticality, batch)
             fired += int((values > self.config.criticality_threshold).sum())
             critical += int(batch.is_critical.sum())
             steps += batch.is_critical.numel()
         self.adapter.act(False)
         return {"divergence_rate": critical / steps, "trigger_rate": fired / steps}
+
+    def _criticality(self, batch: Batch) -> Tensor:
+        return self.adapter.selector.criticality_logits(forward(self.adapter, batch).steps).sigmoid()
 
     def summary(self) -> dict[str, Any]:
         """Counts, the losses over the first and the last tenth of the run, and how often the adapter triggers."""
