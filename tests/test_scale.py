@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from s2t.config import CollectConfig, EvalConfig, MeasureConfig
+from s2t.config import PLACES, CollectConfig, EvalConfig, MeasureConfig
 from s2t.errors import ConfigError, DataError, WorkerError
 from s2t.files import RunFolder, load_run, read_jsonl, read_tables
 from s2t.scale import RayWorkers, Shard, open_workers, to_files, write_missing
@@ -122,8 +122,6 @@ def test_settings_choose_who_works(tmp_path):
 
 
 def test_where_a_run_is_worked_may_change_when_it_resumes(tmp_path):
-    from s2t.scale import PLACES
-
     RunFolder.open(tmp_path, "collect", CollectConfig(), PLACES)
     (tmp_path / "groups-00000.parquet").touch()
     RunFolder.open(tmp_path, "collect", CollectConfig(ray="auto", ray_actors=8, ray_gpus=0.5), PLACES)

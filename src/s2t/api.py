@@ -14,9 +14,9 @@ from typing import Any, overload
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from s2t.config import MANY_SAMPLES, NEEDS_LLM, STRATEGIES, DecodeConfig, ModelConfig, build_config
+from s2t.config import MANY_SAMPLES, NEEDS_LLM, STRATEGIES, DecodeConfig, ModelConfig, RemoteConfig, build_config
 from s2t.decode.loop import Request
-from s2t.decode.session import Generated, Session, ids_key, prompt_key, sample_key
+from s2t.decode.session import Generated, Session, ids_key, open_llm, prompt_key, sample_key
 from s2t.decode.strategies import Strategy, build_strategy, choose_sample
 from s2t.decode.workload import read_thresholds
 from s2t.errors import ConfigError
@@ -28,7 +28,14 @@ from s2t.tasks.graders import canonical_answer, extract_answer
 
 Prompt = str | list[dict[str, str]]
 Prompts = list[str] | list[list[dict[str, str]]]
-_LOAD_SETTINGS = frozenset({item.name for item in fields(ModelConfig)} - {"slm"} | {"adapter"})
+
+
+@dataclass(frozen=True)
+class _LoadConfig(RemoteConfig, ModelConfig):
+    """What `load` takes."""
+
+
+_LOAD_SETTINGS = frozenset({item.name for item in fields(_LoadConfig)} - {"slm"} | {"adapter"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +70,19 @@ def load(
     `s2t train` wrote (a folder or a hub id), and a folder that `s2t merge` wrote brings its selector with it. A
     quantization is a name such as bitsandbytes-4bit, a dict with a `quant_method`, or a config of transformers. The other
     settings are the fields of `ModelConfig`: dtype, device, device_map, revision, llm_revision, trust_remote_code and
-    execution (eager, static: CUDA graphs on a GPU, compile: torch.compile as well, or auto).
+    execution (eager, static: CUDA graphs on a GPU, compile: torch.compile as well, or auto). With
+    `llm_url` (the base URL of an OpenAI-compatible server, or several) the LLM runs there, `llm` names its tokenizer, and the
+    fields of `RemoteConfig` apply.
 
     Raises ModelError or ConfigError, one line, for what is missing, unsupported or does not fit together.
     """
     texts = {"quantization": _as_text(quantization), "llm_quantization": _as_text(llm_quantization)}
-    config = build_config(ModelConfig, flags={"slm": slm, "llm": llm, **texts, **settings})
+    config = build_config(_LoadConfig, flags={"slm": slm, "llm": llm, **texts, **settings})
     config.check_model()
+    config.check_remote()
     small = load_model(config.slm, **config.load_options)
     selector = load_selector(adapter, small)
-    large = load_model(config.llm, **config.llm_load_options) if config.llm is not None else None
+    large = open_llm(config) if config.llm is not None or config.llm_urls else None
     session = Session(small, large, selector)
     _ = session.vocabulary  # raises for a pair that cannot be mapped
     return Reasoner(session)

@@ -14,23 +14,24 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from s2t.config import CollectConfig, DecodeConfig
+from s2t.config import HOW_IT_RUNS, CollectConfig, DecodeConfig
 from s2t.decode.label import Labels
-from s2t.decode.session import Session
+from s2t.decode.session import Session, open_llm
 from s2t.decode.strategies import Strategy, build_strategy
 from s2t.decode.workload import (
+    ServerReport,
     open_task,
     problems_outside,
     read_thresholds,
     requests_for,
+    shard_workers,
     shards_of,
     task_for_workers,
 )
 from s2t.errors import ConfigError, DataError
 from s2t.files import RunFolder, read_tables, write_json, write_table
-from s2t.model.load import load_model
 from s2t.records import Problem, Provenance, SelectionGroup
-from s2t.scale import PLACES, Shard, open_workers, to_files, write_missing
+from s2t.scale import Shard, to_files, write_missing
 from s2t.tasks.problems import Task, heldout_templates
 
 _LISTS = {
@@ -55,14 +56,15 @@ SCHEMA = pa.schema(
 def collect(config: CollectConfig) -> dict[str, Any]:
     """Collect groups and return their counts (also collect.json); a killed run resumes by shard, without loss or duplicates."""
     threshold = _threshold(config)
-    run = RunFolder.open(config.out, "collect", config, ignore=PLACES)
+    run = RunFolder.open(config.out, "collect", config, ignore=HOW_IT_RUNS)
     task = open_task(config, config.slm)
     heldout = heldout_templates(task.templates(), config.heldout_templates)
     problems = problems_outside(task, config.split, config.limit, config.seed, heldout)
     shards = to_files(shards_of(problems, config.shard_size), lambda i: run.shard("groups", i, "parquet"))
-    with open_workers(partial(_Collector, config, task_for_workers(task, config), threshold), config) as workers:
-        write_missing(workers, _Collector.shard, shards, write_table, "collect")
-    result = _counts(run, len(problems), threshold, heldout)
+    servers = ServerReport(run)
+    with shard_workers(partial(_Collector, config, task_for_workers(task, config), threshold), config) as workers:
+        write_missing(workers, _Collector.shard, shards, servers.beside(write_table), "collect")
+    result = _counts(run, len(problems), threshold, heldout) | servers.section()
     write_json(run.file("collect.json"), result)
     run.finish()
     return result
@@ -86,7 +88,8 @@ class _Collector:
         self.config, self.task, self.threshold = config, task or open_task(config, config.slm), threshold
         self.session = Session.open(config, [config.policy], config.adapter, config.batch_size)
         if self.session.llm is None:
-            self.session.llm = load_model(config.llm, **config.llm_load_options)
+            self.session.llm = open_llm(config)
+        self.session.check_tokens()
         self.pair = f"{self.session.slm.fingerprint}/{self.session.llm.fingerprint}"
         self.strategy = self._policy()
 
@@ -97,13 +100,14 @@ class _Collector:
             temperature=config.temperature,
             top_p=1.0,
             support_size=config.support_size,
+            support=config.support,
             divergence=config.divergence,
         )
         k = adapter.config.num_candidates if adapter is not None else None
         return build_strategy(config.policy, decode, thresholds, k, config.seed)
 
-    def shard(self, shard: Shard[Problem]) -> pa.Table:
-        """One shard's table: write, label, pack."""
+    def shard(self, shard: Shard[Problem]) -> tuple[pa.Table, dict[str, Any] | None]:
+        """One shard's table (write, label, pack), and what asking servers took."""
         config, session, problems = self.config, self.session, shard.items
         requests = requests_for(session, self.task, problems)
         done = session.run(self.strategy, requests, config.max_new_tokens)
@@ -114,13 +118,19 @@ class _Collector:
             config.num_candidates,
             config.support_size,
             config.divergence,
+            config.support,
+            exact_at=lambda _, found: self._chosen(found),
         )
         rows = [self._row(*row) for row in zip(problems, prompts, generated, labels, strict=True)]
-        return pa.Table.from_pylist(rows, schema=SCHEMA)
+        return pa.Table.from_pylist(rows, schema=SCHEMA), session.take_report()
+
+    def _chosen(self, labels: Labels) -> np.ndarray:
+        """The steps that become groups."""
+        steps = np.arange(len(labels.divergence))
+        return np.flatnonzero((labels.divergence > self.threshold) & (steps >= self.config.warmup_steps))
 
     def _row(self, problem: Problem, prompt: Sequence[int], tokens: list[int], labels: Labels) -> dict[str, Any]:
-        steps = np.arange(len(tokens))
-        chosen = np.flatnonzero((labels.divergence > self.threshold) & (steps >= self.config.warmup_steps))
+        chosen = self._chosen(labels)
         return {
             "task": self.task.name,
             "split": self.config.split,

@@ -17,20 +17,28 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from s2t.config import MANY_SAMPLES, NEEDS_LLM, EvalConfig
+from s2t.config import HOW_IT_RUNS, MANY_SAMPLES, NEEDS_LLM, EvalConfig
 from s2t.core.stats import bootstrap_interval, holm_p_values, paired_comparison, pass_at
 from s2t.decode.label import Labels
 from s2t.decode.loop import Request
 from s2t.decode.session import Generated, Session, check_needs
 from s2t.decode.strategies import Strategy, build_strategy, choose_sample
-from s2t.decode.workload import open_task, read_thresholds, requests_for, shards_of, task_for_workers
+from s2t.decode.workload import (
+    ServerReport,
+    open_task,
+    read_thresholds,
+    requests_for,
+    shard_workers,
+    shards_of,
+    task_for_workers,
+)
 from s2t.errors import ConfigError
 from s2t.files import RunFolder, read_json, write_json, write_lines, write_text
 from s2t.model.adapter import AdapterConfig, selector_config, selector_problems
 from s2t.model.card import EVAL_FILE, measured, with_accuracy
 from s2t.model.lora import distilled_from
 from s2t.records import Cost, Problem, Result, Step
-from s2t.scale import PLACES, Shard, open_workers, to_files, write_missing
+from s2t.scale import Shard, to_files, write_missing
 from s2t.tasks.problems import Task, check_disjoint, heldout_templates
 
 _Rows = list[list[dict[str, Any]]]
@@ -47,7 +55,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     if config.card and not Path(str(config.adapter)).is_dir():
         raise ConfigError(f"--card writes into the adapter's folder, and {config.adapter} is none; leave it out.")
     adapter = selector_config(config.adapter, config.slm, config.revision)
-    run = RunFolder.open(config.out, "eval", config, ignore=(*PLACES, "card"))
+    run = RunFolder.open(config.out, "eval", config, ignore=(*HOW_IT_RUNS, "card"))
     task = open_task(config, config.slm)
     task.check_gradable()
     problems = task.problems(config.split, config.limit, config.seed)
@@ -123,10 +131,12 @@ def _run_missing(
         pair = result.pop("pair")
         if not run.file("pair.json").exists():
             write_json(run.file("pair.json"), pair)
+        servers.add(result.pop("report"))
         write_json(path, result)
 
+    servers = ServerReport(run)
     parts = shards_of(problems, config.shard_size)
-    with open_workers(partial(_Evaluator, config, task_for_workers(task, config)), config) as workers:
+    with shard_workers(partial(_Evaluator, config, task_for_workers(task, config)), config) as workers:
         for one in contestants:
             shards = to_files(parts, partial(run.shard, one.shards, suffix="json"))
             title = one.name if one.is_first else f"{one.name}, seed {one.seed}"
@@ -162,6 +172,7 @@ class _Evaluator:
             "results": [asdict(result) for result in results],
             "traces": [_compact(t) for t in self._traces(one, problems[:traced], requests, done, results)],
             "pair": _pair(session),
+            "report": session.take_report(),
         }
 
     def _grade(self, session: Session, one: _Contestant, problem: Problem, samples: Sequence[Generated]) -> Result:
@@ -230,10 +241,17 @@ class _Evaluator:
     ) -> list[Labels] | list[None]:
         """What both models say of the written tokens; None where no LLM is loaded or it has tokens of its own."""
         session, config = self.session, self.config
-        if session.llm is None or session.vocabulary is not None or not requests:
+        if session.llm is None or not session.has_one_tokenizer or not requests:
             return [None] * len(requests)
         written = [sequence.token_ids for sequence in done]
-        return session.label(requests, written, strategy.num_candidates, config.support_size, config.divergence)
+        fired = [[step.index for step in sequence.steps if step.fired] for sequence in done]
+        settings = (strategy.num_candidates, config.support_size, config.divergence, config.support)
+        return session.label(requests, written, *settings, exact_at=lambda i, own: _shown(fired[i], own))
+
+
+def _shown(fired: Sequence[int], labels: Labels) -> list[int]:
+    """The steps whose candidates the trace page shows."""
+    return sorted({*fired, *np.flatnonzero(labels.rank > 0).tolist()})
 
 
 class TokenTexts(dict[int, str]):
@@ -267,7 +285,7 @@ def trace_step(texts: Mapping[int, str], step: Step, labels: Labels | None = Non
 
 
 def _trace_candidates(texts: Mapping[int, str], step: Step, labels: Labels | None) -> list[dict[str, Any]]:
-    llm: dict[int, float] = {}
+    llm: dict[int, float | None] = {}
     ids, logprobs = (step.candidates.ids, step.candidates.logprobs) if step.candidates is not None else ((), ())
     if labels is not None:
         row = labels.candidate_ids[step.index].tolist()
@@ -352,6 +370,7 @@ def _summary(
         "sufficiency": None,
         **_section(rows, seconds, config.seed),
         "gap_closed": _gap_closed(rows),
+        **ServerReport(run).section(),
     }
     for title, is_held in (("seen_templates", False), ("unseen_templates", True)):
         part = {

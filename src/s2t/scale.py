@@ -22,15 +22,13 @@ S = TypeVar("S")
 J = TypeVar("J")
 R = TypeVar("R")
 
-PLACES = ("workers", "ray", "ray_actors", "ray_gpus")
-"""Settings of where the work is done; a run may be resumed with others."""
 _LOSSES = 3
 _PASSED_ON = ("S2T_DATA_DIR", "S2T_ALLOW_CODE_EXECUTION", "HF_HOME", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM")
 _STORE_BYTES = 512 * 2**20
 
 
 class Places(Protocol):
-    """The settings of `PLACES`."""
+    """Settings of where the work is done; a run may be resumed with others."""
 
     @property
     def workers(self) -> int: ...
@@ -56,10 +54,13 @@ def to_files(chunks: Sequence[Sequence[J]], path: Callable[[int], Path]) -> list
     return [Shard(path(i), i, chunk) for i, chunk in enumerate(chunks)]
 
 
-def open_workers(open: Callable[[], S], places: Places) -> Workers[S] | RayWorkers[S]:
-    """Whoever works the jobs, by the settings; a context manager. `open` gives the state that each of them works with."""
+def open_workers(open: Callable[[], S], places: Places, threads: int = 1) -> Workers[S] | RayWorkers[S]:
+    """Whoever works the jobs, by the settings; a context manager. `open` gives the state that each of them works with.
+
+    `threads` jobs at once take turns where the work is done in this process; see `Workers`.
+    """
     if places.ray is None:
-        return Workers(open, places.workers)
+        return Workers(open, places.workers, threads)
     return RayWorkers(open, places.ray, places.ray_actors, places.ray_gpus)
 
 

@@ -7,6 +7,7 @@ new rows, and the candidates of triggered rows side by side. Token ids only, nev
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,8 +19,9 @@ from torch import Tensor
 from s2t.core.candidates import propose
 from s2t.core.sampling import filter_logits, sample, uniforms
 from s2t.decode.draft import DraftLength
+from s2t.decode.remote.reference import RemoteReference
 from s2t.decode.selectors import LocalSelector, Selection
-from s2t.decode.state import Reference, State, log_softmax_at
+from s2t.decode.state import Reference, State
 from s2t.decode.strategies import Sampling, Strategy
 from s2t.decode.text_reference import TextReference
 from s2t.errors import ConfigError
@@ -29,6 +31,9 @@ from s2t.records import Candidates, Cost, Step
 _PROMPT_TOKENS_AT_ONCE = 2**14
 _LOGITS_AT_ONCE = 2**27  # floats that the drafts of all rows may hold
 
+
+AnyReference = Reference | TextReference | RemoteReference
+"""The LLM beside the loop: in this process, by text, or on servers."""
 
 Adjust = Callable[[Sequence[int], Tensor], Tensor]
 """Request indices and the model's own logits of their next tokens, [n, V] -> the logits to go on with, [n, V]."""
@@ -105,7 +110,7 @@ class Decoder:
         self,
         engine: Engine,
         strategy: Strategy,
-        reference: Reference | TextReference | None = None,
+        reference: AnyReference | None = None,
         max_new_tokens: int = 256,
         trace: bool = False,
         ends: Callable[[int, int], bool] | None = None,
@@ -138,7 +143,7 @@ class Decoder:
             return DraftLength(fixed=1)
         if self.reference.max_draft is not None:
             return DraftLength(fixed=self.reference.max_draft)
-        ratio = self.reference.engine.loaded.num_params / self.engine.loaded.num_params
+        ratio = self.reference.cost_ratio(self.engine.loaded.num_params)
         room = _LOGITS_AT_ONCE // (self.engine.max_rows * self.engine.vocab_size)
         return DraftLength(self.strategy.draft_tokens, ratio, min(64, max(1, room)))
 
@@ -258,7 +263,10 @@ class Decoder:
             places.logits,
             self._uniforms(places.rows, places.offsets),
             None if reference is None else lambda wanted: self._llm_logits(places, wanted),
+            None if reference is None else reference.num_listed,
         )
+        if isinstance(reference, RemoteReference):
+            state.look_up = lambda *asked: self._look_up(reference, places, *asked)
         values = strategy.trigger.read(state)
         choice = _Choice(None if values is None else values.tolist(), self._fired(places, values))
         if self.trace:
@@ -281,6 +289,20 @@ class Decoder:
             self.engine.forbidden_ids,
         )
 
+    def _look_up(
+        self,
+        reference: RemoteReference,
+        places: _Places,
+        asked: Sequence[int],
+        ids: Tensor,
+        logprobs: Tensor,
+        must_order: bool,
+    ) -> Tensor:
+        """log p_L of candidates, exact where a remote LLM told them or must; [f, K]."""
+        wanted = [(places.rows[place].slot, places.offsets[place]) for place in asked]
+        drafts = {places.rows[place].slot: places.draft(places.rows[place]) for place in asked}
+        return reference.look_up(wanted, drafts, ids, logprobs, must_order)
+
     def _fired(self, places: _Places, values: Tensor | None) -> list[int]:
         if values is None:
             return []
@@ -295,10 +317,10 @@ class Decoder:
         ids, logprobs = propose(state.logits, self.strategy.num_candidates)
         details = _candidate_details(ids, logprobs)
         if self.strategy.trigger.needs_llm:
-            logits = state.llm_logits()
-            probs, top = log_softmax_at(logits, ids).exp().tolist(), logits.argmax(-1).tolist()
+            top = state.llm_logits().argmax(-1).tolist()
+            probs = _known(state.llm_logprobs(range(len(top)), ids).exp())
             for place, detail in enumerate(details):
-                detail.update(llm_probs=tuple(probs[place]), llm_top_id=top[place])
+                detail.update(llm_probs=probs[place], llm_top_id=top[place])
         return dict(enumerate(details))
 
     def _note(self, choice: _Choice, selection: Selection) -> None:
@@ -307,7 +329,7 @@ class Decoder:
         found = _candidate_details(choice.candidate_ids, choice.logprobs)
         index = selection.index.tolist()
         scores = selection.scores.tolist() if selection.scores is not None else None
-        llm_probs = selection.llm_probs.tolist() if selection.llm_probs is not None else None
+        llm_probs = _known(selection.llm_probs) if selection.llm_probs is not None else None
         for i, (place, token) in enumerate(zip(choice.fired, selection.token_ids.tolist(), strict=True)):
             choice.chosen[place] = token
             detail = choice.details.setdefault(place, {})
@@ -315,7 +337,7 @@ class Decoder:
             if scores is not None:
                 detail["scores"] = tuple(scores[i])
             if llm_probs is not None:
-                detail["llm_probs"] = tuple(llm_probs[i])
+                detail["llm_probs"] = llm_probs[i]
 
     # Accepting
 
@@ -361,7 +383,7 @@ class Decoder:
     def _retire(self) -> None:
         """Free the slots of finished rows; the last rows move into the gaps."""
         for row in sorted((row for row in self.rows if row.is_finished), key=lambda row: -row.slot):
-            llm = self.reference.engine.work[row.slot] if self.reference is not None else Work()
+            llm = self.reference.work[row.slot] if self.reference is not None else Work()
             self.costs[row.request.index] = _cost(row.steps, self.engine.work[row.slot], llm)
             last = self.rows.pop()
             if last is not row:
@@ -468,6 +490,11 @@ def _join(parts: Sequence[Tensor]) -> Tensor:
 
 def _cost(generated: int, slm: Work, llm: Work) -> Cost:
     return Cost(generated, slm.forwards, llm.forwards, slm.processed, llm.processed, slm.flops, llm.flops)
+
+
+def _known(probs: Tensor) -> list[tuple[float | None, ...]]:
+    """Probabilities row by row, None where they are not known."""
+    return [tuple(None if math.isnan(prob) else prob for prob in row) for row in probs.tolist()]
 
 
 def _candidate_details(ids: Tensor, logprobs: Tensor) -> list[dict]:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
-from s2t.config import TaskConfig
+from s2t.config import ShardConfig, TaskConfig
 from s2t.decode.loop import Request
+from s2t.decode.remote.counts import merge_reports
 from s2t.decode.session import Session
 from s2t.errors import DataError
-from s2t.files import read_json
+from s2t.files import RunFolder, read_json, write_json
 from s2t.model.merged import base_model
 from s2t.model.tiny import is_embedded
 from s2t.records import Problem
+from s2t.scale import RayWorkers, open_workers
 from s2t.tasks.problems import Task, load_task
+from s2t.workers import Workers
+
+S = TypeVar("S")
+R = TypeVar("R")
 
 
 def open_task(config: TaskConfig, slm: str) -> Task:
@@ -28,6 +35,43 @@ def open_task(config: TaskConfig, slm: str) -> Task:
 def task_for_workers(task: Task, config: TaskConfig) -> Task | None:
     """The task where this process does the work; None where workers must open their own, since tasks hold functions."""
     return task if config.workers == 1 and config.ray is None else None
+
+
+def shard_workers(open: Callable[[], S], config: TaskConfig) -> Workers[S] | RayWorkers[S]:
+    """Who works the shards: processes, actors, or threads that take turns where an LLM on servers is waited for."""
+    is_remote = isinstance(config, ShardConfig) and bool(config.llm_urls)
+    threads = config.shards_in_flight if isinstance(config, ShardConfig) and is_remote else 1
+    return open_workers(open, config, threads)
+
+
+class ServerReport:
+    """What asking the LLM's servers took, over all processes and restarts of a run; kept in `llm_server.json`."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self._path = run.file("llm_server.json")
+
+    def add(self, report: dict[str, Any] | None) -> None:
+        """Add what one shard took; None, of an LLM in this process, is nothing."""
+        if report is not None:
+            write_json(self._path, merge_reports(self._read(), report))
+
+    def beside(self, write: Callable[[Path, R], None]) -> Callable[[Path, tuple[R, dict[str, Any] | None]], None]:
+        """A writer of (result, what one shard took): the result goes to `write`, the rest here."""
+
+        def write_both(path: Path, found: tuple[R, dict[str, Any] | None]) -> None:
+            result, report = found
+            write(path, result)
+            self.add(report)
+
+        return write_both
+
+    def section(self) -> dict[str, Any]:
+        """The part of a summary that says it; empty where no server was asked."""
+        found = self._read()
+        return {} if found is None else {"llm_server": found}
+
+    def _read(self) -> dict[str, Any] | None:
+        return read_json(self._path) if self._path.exists() else None
 
 
 def problems_outside(task: Task, split: str, limit: int, seed: int, heldout: frozenset[str]) -> list[Problem]:

@@ -78,7 +78,7 @@ class Engine:
         self.device, self.dtype = loaded.device, loaded.model.dtype
         reserved = (adapter.reserved if adapter is not None else loaded.reserved).all
         self.forbidden_ids = torch.tensor([i for i in reserved if i < loaded.vocab_size], device=self.device).long()
-        self._flops = _FlopCount(self.model, self.config)
+        self._flops = FlopCount(self.model, self.config)
         self._static = self._static_steps(execution or loaded.execution)
 
     def _static_steps(self, execution: str) -> StaticSteps | None:
@@ -385,7 +385,7 @@ def _similar(run: Sequence[int], widths: Sequence[int], held: Sequence[int]) -> 
     return groups
 
 
-class _FlopCount:
+class FlopCount:
     """2 x parameters x tokens (input embedding left out, output embedding in) + 4 x layers x width x attended tokens."""
 
     def __init__(self, model: nn.Module, config: Any) -> None:

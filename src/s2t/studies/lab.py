@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from s2t import workflows
-from s2t.config import StudyConfig
+from s2t.config import PLACES, StudyConfig
 from s2t.demo import TRAIN_SETTINGS
 from s2t.errors import ConfigError
 from s2t.files import RunFolder, load_run, read_json, write_json
 from s2t.model.tiny import is_embedded
-from s2t.scale import PLACES
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from s2t.config import DistillConfig
+from s2t.config import PLACES, DistillConfig
 from s2t.core.losses import distillation_kl
 from s2t.decode.workload import open_task, problems_outside
 from s2t.errors import ConfigError
@@ -29,7 +29,6 @@ from s2t.model.load import LoadedModel, load_model
 from s2t.model.lora import DISTILL_CONFIG, find_lora, lora_parameters, new_lora, save_lora
 from s2t.model.merged import PROBLEMS_FILE, base_model
 from s2t.model.tiny import is_embedded
-from s2t.scale import PLACES
 from s2t.tasks.problems import heldout_templates
 from s2t.train.answers import Answer, read_answers, write_answers
 from s2t.train.dataset import pad_ids
