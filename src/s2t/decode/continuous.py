@@ -15,10 +15,9 @@ from torch import Tensor
 
 from s2t.core.candidates import propose
 from s2t.core.sampling import uniforms
-from s2t.decode.loop import Decoder, Request, _Choice, _Places, _Row
-from s2t.decode.state import Reference, log_softmax_at
+from s2t.decode.loop import AnyReference, Decoder, Request, _Choice, _Places, _Row
+from s2t.decode.state import log_softmax_at
 from s2t.decode.strategies import Sampling, Strategy
-from s2t.decode.text_reference import TextReference
 from s2t.model.adapter import SelectorReader
 from s2t.model.engine import Engine
 from s2t.records import Candidates, Step
@@ -56,7 +55,7 @@ class ContinuousDecoder(Decoder):
         self,
         engine: Engine,
         strategy: Strategy,
-        reference: Reference | TextReference | None,
+        reference: AnyReference | None,
         max_length: int,
         ends: Callable[[int, int], bool] | None = None,
         reader: SelectorReader | None = None,
