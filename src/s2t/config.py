@@ -18,7 +18,7 @@ from s2t.errors import ConfigError
 STRATEGIES = ("greedy", "sample", "self-consistency", "self-certainty", "llm", "takeover", "s2t", "s2t-local")
 MANY_SAMPLES = ("self-consistency", "self-certainty")
 TRIGGERS = ("never", "random", "entropy", "divergence", "criticality")
-SCOPES = ("candidates", "always")
+SCOPES = ("candidates", "always", "stream")
 CRITICALITY_READINGS = ("head", "reserved")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 EXECUTIONS = ("auto", "eager", "static", "compile")
@@ -327,7 +327,8 @@ class TrainConfig(FitConfig, ModelConfig):
     out: str = "runs/train"
     """Folder of this run; the adapter goes into its `adapter` folder, and rerunning resumes."""
     adapter_scope: str = "candidates"
-    """candidates (the LoRA acts on candidate tokens alone) or always (on every token, as in the paper)."""
+    """candidates (the LoRA acts on candidate tokens alone), always (on every token, as in the paper) or stream (on the
+    candidates and on a reading of the prefix of their own, beside the base model's; for vLLM)."""
     criticality: str = "head"
     """head (a small MLP) or reserved (two reserved tokens): how criticality is read."""
     head_size: int = 64

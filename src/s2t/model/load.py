@@ -54,7 +54,7 @@ class LoadedModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        if self.merged is not None and self.merged.scope == "candidates":
+        if self.merged is not None and self.merged.scope != "always":
             return str(
                 self.merged.adapter["base_fingerprint"]
             )  # the base's weights, whatever dtype they were merged in
@@ -63,7 +63,7 @@ class LoadedModel:
     @cached_property
     def reserved(self) -> ReservedIds:
         """The reserved ids of this tokenizer for 16 bins; never generated, with or without an adapter."""
-        if self.merged is not None and self.merged.scope == "always":
+        if self.merged is not None and self.merged.scope != "candidates":
             return self.merged.reserved
         return self.reserved_for(16)
 
