@@ -28,6 +28,12 @@ class OverlapError(DataError):
     """Problems appear in two splits that must be disjoint."""
 
 
+class RemoteError(S2TError):
+    """A server that runs a model refused a request, or did not answer it however often it was asked."""
+
+    exit_code = 1
+
+
 class MissingExtraError(S2TError):
     """An optional dependency is needed; the message carries the install command."""
 

@@ -6,6 +6,7 @@ holds never depends on who worked it.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import threading
@@ -19,7 +20,35 @@ S = TypeVar("S")
 J = TypeVar("J")
 R = TypeVar("R")
 
+_turn = threading.Lock()  # held by the one thread that works; the others wait, for it or for a server
+_mine = threading.local()
 _worker: dict[str, Any] = {}  # of a worker process: how to open its state, and the state
+
+
+@contextlib.contextmanager
+def turn() -> Iterator[None]:
+    """Work in turns: of all threads inside, one runs at a time, until it waits or is done."""
+    with _turn:
+        _mine.is_held = True
+        try:
+            yield
+        finally:
+            _mine.is_held = False
+
+
+@contextlib.contextmanager
+def waiting() -> Iterator[None]:
+    """Let another thread have this one's turn, if it has one, while it waits for something far away."""
+    if not getattr(_mine, "is_held", False):
+        yield
+        return
+    _mine.is_held = False
+    _turn.release()
+    try:
+        yield
+    finally:
+        _turn.acquire()
+        _mine.is_held = True
 
 
 class Workers(Generic[S]):

@@ -1,0 +1,98 @@
+"""The asynchronous client for code that is not: an event loop in a thread of its own, shared by all threads that ask."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import weakref
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, TypeVar
+
+from s2t.decode.remote.client import Client, RemoteSettings
+from s2t.decode.remote.counts import Counts
+from s2t.decode.remote.wire import Completion, CompletionRequest
+from s2t.workers import waiting
+
+R = TypeVar("R")
+
+
+class BlockingClient:
+    """`Client` behind ordinary calls. While a call waits, a worker's turn goes to the next thread (`workers.waiting`)."""
+
+    def __init__(self, settings: RemoteSettings, id_of_text: Callable[[str], int | None] | None = None) -> None:
+        self.settings = settings
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="s2t-remote", daemon=True)
+        self._thread.start()
+        try:
+            self._client = self._run(_make(settings, id_of_text))
+        except BaseException:
+            _stop(self._loop, self._thread, None)
+            raise
+        self._close = weakref.finalize(self, _stop, self._loop, self._thread, self._client)
+
+    def __enter__(self) -> BlockingClient:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close connections and end the thread; what is under way is cancelled."""
+        self._close()
+
+    @property
+    def counts(self) -> Counts:
+        """Calls, retries and tokens so far."""
+        return self._client.counts
+
+    @property
+    def calls_by_server(self) -> dict[str, int]:
+        """Answered calls per server."""
+        return {server.url: server.calls for server in self._client.servers.all}
+
+    def complete(self, request: CompletionRequest) -> Completion:
+        """One answer; raises RemoteError where no server gives one."""
+        return self._run(self._client.complete(request))
+
+    def complete_all(self, requests: Sequence[CompletionRequest]) -> list[Completion]:
+        """All answers, in order, asked for at once (as many as `max_in_flight` allows)."""
+        return self._run(self._client.complete_all(requests)) if requests else []
+
+    def models(self) -> list[dict[str, Any]]:
+        """What the servers say they serve."""
+        return self._run(self._client.models())
+
+    def model_name(self) -> str:
+        """The model's name on the servers."""
+        return self._run(self._client.model_name())
+
+    def _run(self, work: Coroutine[Any, Any, R]) -> R:
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            with waiting():
+                return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+
+async def _make(settings: RemoteSettings, id_of_text: Callable[[str], int | None] | None) -> Client:
+    return Client(settings, id_of_text)
+
+
+def _stop(loop: asyncio.AbstractEventLoop, thread: threading.Thread, client: Client | None) -> None:
+    if client is not None:
+        asyncio.run_coroutine_threadsafe(_end(client), loop).result(timeout=5.0)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(timeout=5.0)
+    if not loop.is_running():
+        loop.close()
+
+
+async def _end(client: Client) -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+    await client.aclose()

@@ -1,0 +1,308 @@
+"""An asynchronous client of OpenAI-compatible completions APIs: bounded, balanced over servers, retried, counted.
+
+A request is a pure function of its body, so that making it again loses and doubles nothing. Keys never reach a log or an
+error. `blocking` wraps it for code that is not asynchronous.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from s2t.decode.remote.counts import Counts, Prices
+from s2t.decode.remote.servers import Server, Servers
+from s2t.decode.remote.wire import BadReply, Completion, CompletionRequest, parse_completion
+from s2t.errors import ConfigError, RemoteError, missing_extra
+
+R = TypeVar("R")
+_RETRIED = {408, 409, 425, 429}  # and 5xx
+_NOT_ITS_FAULT = {"429", "drained"}  # causes that do not count against a server
+_CONNECT_S = 10.0
+_CHECK_S = 5.0
+_MAX_REPLY_BYTES = 2**28
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteSettings:
+    """Where the servers are and how patiently they are asked. `urls` are base URLs that end in /v1, usually."""
+
+    urls: tuple[str, ...]
+    model: str | None = None
+    """Name under which the servers know the model; None takes the one they serve."""
+    api_key: str | None = field(default=None, repr=False)
+    max_in_flight: int = 128
+    """Requests under way at any time, over all servers."""
+    timeout_s: float = 120.0
+    """For one attempt, from the first byte sent to the last one read."""
+    max_retries: int = 10
+    backoff_s: float = 0.25
+    """Before the first retry; doubles with each further one, with jitter."""
+    max_backoff_s: float = 30.0
+    patience_s: float = 300.0
+    """How long to wait for a server when all have failed."""
+    prices: Prices = field(default_factory=Prices)
+    speaks_ids: bool = True
+    """Ask for token ids in replies (vLLM); other servers may refuse the fields."""
+
+    def __post_init__(self) -> None:
+        if not self.urls:
+            raise ConfigError("a remote model needs the URL of a server, such as http://127.0.0.1:8000/v1.")
+        for url in self.urls:
+            check_url(url)
+
+
+def check_url(url: str) -> None:
+    """Raise ConfigError for what is no base URL of a server."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"a server's URL must look like http://127.0.0.1:8000/v1; got {url!r}.")
+    if parts.username or parts.password or parts.query:
+        raise ConfigError("a server's URL must not hold a key; put the key into an environment variable.")
+
+
+def api_key_from(variable: str | None) -> str | None:
+    """The key in an environment variable; None where it is not set or empty."""
+    return (os.environ.get(variable) or None) if variable else None
+
+
+class _Failed(Exception):
+    """An attempt that may be made again."""
+
+    def __init__(self, cause: str, detail: str, retry_after_s: float = 0.0) -> None:
+        super().__init__(detail)
+        self.cause, self.retry_after_s = cause, retry_after_s
+
+
+class Client:
+    """Asks servers for completions. Use inside one event loop, as an asynchronous context manager."""
+
+    def __init__(self, settings: RemoteSettings, id_of_text: Callable[[str], int | None] | None = None) -> None:
+        try:
+            import httpx
+        except ImportError as error:
+            raise missing_extra("httpx", "remote") from error
+        self.settings, self.counts, self.id_of_text = settings, Counts(), id_of_text
+        self._httpx = httpx
+        headers = {"Authorization": f"Bearer {settings.api_key}"} if settings.api_key else {}
+        room = settings.max_in_flight
+        self._http = httpx.AsyncClient(
+            headers=headers,
+            timeout=httpx.Timeout(settings.timeout_s, connect=min(_CONNECT_S, settings.timeout_s), pool=None),
+            limits=httpx.Limits(max_connections=room + len(settings.urls), max_keepalive_connections=room),
+        )
+        self._room = asyncio.Semaphore(room)
+        self.servers = Servers(
+            [url.rstrip("/") for url in settings.urls], self._is_well, settings.patience_s, self._note_drained
+        )
+        self._random = random.Random()
+        self._model: str | None = settings.model
+        self._naming = asyncio.Lock()
+
+    async def __aenter__(self) -> Client:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """End health checks and close connections."""
+        await self.servers.close()
+        await self._http.aclose()
+
+    async def complete(self, request: CompletionRequest) -> Completion:
+        """The answer to one request, retried until it is one; raises RemoteError where no server gives one."""
+        body = request.body(await self.model_name(), self.settings.speaks_ids)
+        done = await self._ask(
+            "completions", body, lambda reply: parse_completion(reply, request, self.id_of_text), request.key
+        )
+        self.counts.add(done.usage)
+        return done
+
+    async def complete_all(self, requests: Sequence[CompletionRequest]) -> list[Completion]:
+        """All answers, in order; the first error ends the others."""
+        tasks = [asyncio.ensure_future(self.complete(request)) for request in requests]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def models(self) -> list[dict[str, Any]]:
+        """What the servers say they serve (/models of one of them)."""
+        reply = await self._ask("models", None, _model_list, None)
+        return reply
+
+    async def model_name(self) -> str:
+        """The name of the model: the one set, else the only one that is served; adapters do not count."""
+        if self._model is None:
+            async with self._naming:
+                if self._model is None:
+                    self._model = _only_model(await self.models())
+        return self._model
+
+    # One request
+
+    async def _ask(self, path: str, body: dict[str, Any] | None, read: Callable[[Any], R], key: str | None) -> R:
+        """Attempts until `read` accepts a reply; the place among the requests in flight is free between attempts."""
+        attempt = 0
+        while True:
+            async with self._room:
+                server = await self.servers.pick(key)
+                server.in_flight += 1
+                try:
+                    found = await self._attempt(server, path, body, read)
+                    self.servers.note_success(server)
+                    return found
+                except _Failed as failed:
+                    failure = failed
+                    if failed.cause not in _NOT_ITS_FAULT:
+                        self.servers.note_failure(server, f"{failed.cause}, {failed}")
+                finally:
+                    server.in_flight -= 1
+            attempt += failure.cause != "drained"
+            if attempt > self.settings.max_retries:
+                break
+            self.counts.retries[failure.cause] += 1
+            await asyncio.sleep(self._pause(attempt, failure))
+        raise RemoteError(
+            f"{server.url}/{path} failed {attempt} times, at last with {failure.cause} ({failure}); "
+            "look at the server, or raise --timeout-s or --max-retries, and rerun, which resumes."
+        )
+
+    async def _attempt(self, server: Server, path: str, body: dict[str, Any] | None, read: Callable[[Any], R]) -> R:
+        task = asyncio.ensure_future(self._send(f"{server.url}/{path}", body))
+        server.tasks.add(task)
+        try:
+            return read(await task)
+        except BadReply as error:
+            raise _Failed("bad reply", str(error)) from error
+        except asyncio.CancelledError:
+            current = asyncio.current_task()
+            if server.is_drained and current is not None and not current.cancelling():
+                raise _Failed("drained", "its server keeps failing") from None
+            task.cancel()
+            raise
+        finally:
+            server.tasks.discard(task)
+
+    async def _send(self, url: str, body: dict[str, Any] | None) -> Any:
+        """One exchange; returns the JSON of a reply with status 200, raises _Failed for what may be tried again."""
+        httpx = self._httpx
+        try:
+            async with asyncio.timeout(self.settings.timeout_s):
+                call = self._http.stream("GET", url) if body is None else self._http.stream("POST", url, json=body)
+                async with call as response:
+                    data = await _read(response)
+        except (httpx.TimeoutException, TimeoutError) as error:
+            raise _Failed("timeout", f"no answer in {self.settings.timeout_s:g} s") from error
+        except httpx.HTTPError as error:
+            raise _Failed("connection", f"{type(error).__name__} {self._clean(str(error))}".strip()) from error
+        if response.status_code != 200:
+            self._refuse(url, response, data)
+        try:
+            return json.loads(data)
+        except ValueError as error:  # no JSON, or no UTF-8
+            raise _Failed("bad reply", "not JSON") from error
+
+    def _refuse(self, url: str, response: Any, data: bytes) -> None:
+        """Raise for a reply with another status than 200: _Failed where a retry may help, else RemoteError."""
+        status = response.status_code
+        reason = self._clean(_reason(data))
+        if status >= 500 or status in _RETRIED:
+            cause = str(status) if status < 500 else "5xx"
+            raise _Failed(cause, f"HTTP {status} {reason}".strip(), _retry_after_s(response.headers.get("retry-after")))
+        if status in (401, 403):
+            raise RemoteError(
+                f"{url} refused the request (HTTP {status}); put a valid key into the variable that --llm-api-key-env names."
+            )
+        hint = "check the URL (does it end in /v1?) and the model's name" if status == 404 else "check the request"
+        raise RemoteError(f"{url} answered HTTP {status}: {reason or 'no reason given'}; {hint}.")
+
+    def _pause(self, attempt: int, failure: _Failed) -> float:
+        """Seconds before the next attempt: what the server asks for, else exponential with full jitter; none if drained."""
+        if failure.cause == "drained":
+            return 0.0
+        ceiling = min(self.settings.max_backoff_s, self.settings.backoff_s * 2 ** (attempt - 1))
+        pause = self._random.uniform(ceiling / 2, ceiling)
+        return max(pause, min(failure.retry_after_s, self.settings.max_backoff_s) * self._random.uniform(1.0, 1.1))
+
+    def _clean(self, text: str) -> str:
+        """A server's words on one line, bounded, without the key it may have echoed."""
+        key = self.settings.api_key
+        if key:
+            text = text.replace(key, "***")
+        return " ".join(text.split())[:200]
+
+    # Health
+
+    async def _is_well(self, url: str) -> bool:
+        httpx = self._httpx
+        try:
+            async with asyncio.timeout(_CHECK_S):
+                response = await self._http.get(f"{url}/models")
+            _model_list(response.json())
+        except (httpx.HTTPError, TimeoutError, ValueError, BadReply):
+            return False
+        return response.status_code == 200
+
+    def _note_drained(self, url: str) -> None:
+        self.counts.drained[url] += 1
+
+
+def _model_list(reply: Any) -> list[dict[str, Any]]:
+    found = reply.get("data") if isinstance(reply, dict) else None
+    if not isinstance(found, list) or not all(isinstance(each, dict) and "id" in each for each in found):
+        raise BadReply("no list of models")
+    return found
+
+
+def _only_model(models: Sequence[dict[str, Any]]) -> str:
+    names = [str(each["id"]) for each in models if not each.get("parent")]
+    if len(names) != 1:
+        shown = ", ".join(names) or "none"
+        raise ConfigError(f"the server must serve one model, or be asked for one; it serves {shown}; pass --llm-model.")
+    return names[0]
+
+
+async def _read(response: Any) -> bytes:
+    """The body of a reply, of a bounded size."""
+    parts, size = [], 0
+    async for part in response.aiter_bytes():
+        size += len(part)
+        if size > _MAX_REPLY_BYTES:
+            raise _Failed("bad reply", f"more than {_MAX_REPLY_BYTES} bytes")
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _reason(data: bytes) -> str:
+    """The message of an error reply, in the shapes that servers use."""
+    try:
+        body = json.loads(data)
+    except ValueError:
+        return data[:200].decode(errors="replace")
+    error = body.get("error", body) if isinstance(body, dict) else body
+    return str(error.get("message", error)) if isinstance(error, dict) else str(error)
+
+
+def _retry_after_s(value: str | None) -> float:
+    """Seconds of a Retry-After header, which holds seconds or a date; 0 for none or nonsense."""
+    if not value:
+        return 0.0
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        at = parsedate_to_datetime(value)
+    except ValueError:
+        return 0.0
+    return max(0.0, (at - datetime.now(UTC)).total_seconds()) if at.tzinfo else 0.0
