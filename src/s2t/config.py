@@ -103,6 +103,21 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class ServedConfig(ModelConfig):
+    """The same, with an SLM that may be on servers; shared by generate, chat and eval."""
+
+    slm_url: str | None = None
+    """Servers (vLLM) that hold --slm, comma-separated, such as http://127.0.0.1:8000/v1; for greedy and s2t-local."""
+    slm_lora: str | None = None
+    """Name of the selector's LoRA on those servers, for scope stream; None takes the only one there."""
+
+    @property
+    def slm_urls(self) -> tuple[str, ...]:
+        """The SLM's servers; none where it is in this process."""
+        return tuple(url.strip() for url in (self.slm_url or "").split(",") if url.strip())
+
+
+@dataclass(frozen=True)
 class TaskConfig:
     """Which problems; shared by every command that reads problems."""
 
@@ -191,7 +206,7 @@ class DecodeConfig(StepConfig):
 
 
 @dataclass(frozen=True)
-class GenerateConfig(DecodeConfig, ModelConfig):
+class GenerateConfig(DecodeConfig, ServedConfig):
     """`s2t generate` and `s2t chat`."""
 
     strategy: str | None = None
@@ -452,7 +467,7 @@ class MergeConfig:
 
 
 @dataclass(frozen=True)
-class EvalConfig(DecodeConfig, TaskConfig, ModelConfig):
+class EvalConfig(DecodeConfig, TaskConfig, ServedConfig):
     """`s2t eval`: problems x strategies become graded results, scores with intervals and paired tests."""
 
     llm: str | None = None

@@ -1,7 +1,8 @@
 """`s2t merge`: an adapter and its base model become one folder that loads like any causal LM and brings its selector.
 
 Scope `always`: LoRA, bins and criticality rows are in the weights. Scope `candidates`: the weights are the base's and the
-adapter lies beside them. Scope `stream`: the same, with bins and criticality rows in the base's weights. The folder is written under another name and renamed when it is whole. Decodes nothing.
+adapter lies beside them. Scope `stream`: the same, with bins and criticality rows in the base's weights. The folder is
+written under another name and renamed when it is whole. Decodes nothing.
 """
 
 from __future__ import annotations

@@ -59,8 +59,9 @@ class Engine:
 
     `adapter` adds the selector: under scope `always` it acts on every token, under `candidates` on the
     tokens of `branch` alone, under `stream` on none (an engine of scope `always` beside this one reads the candidates);
-    `scope` is the adapter's unless given. `forbidden_ids` (the tokenizer's reserved ids) are never proposed. `execution` says how steps
-    run: eager, static (fixed shapes, CUDA graphs on a GPU), compile (torch.compile as well), or auto (static on a GPU).
+    `scope` is the adapter's unless given. `forbidden_ids` (the tokenizer's reserved ids) are never proposed. `execution` says
+    how steps run: eager, static (fixed shapes, CUDA graphs on a GPU), compile (torch.compile as well), or auto (static on a
+    GPU).
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class Engine:
         self.device, self.dtype = loaded.device, loaded.model.dtype
         reserved = (adapter.reserved if adapter is not None else loaded.reserved).all
         self.forbidden_ids = torch.tensor([i for i in reserved if i < loaded.vocab_size], device=self.device).long()
-        self._flops = _FlopCount(self.model, self.config)
+        self._flops = FlopCount(self.model, self.config)
         self._static = self._static_steps(execution or loaded.execution)
 
     def _static_steps(self, execution: str) -> StaticSteps | None:
@@ -400,7 +401,7 @@ def _similar(run: Sequence[int], widths: Sequence[int], held: Sequence[int]) -> 
     return groups
 
 
-class _FlopCount:
+class FlopCount:
     """2 x parameters x tokens (input embedding left out, output embedding in) + 4 x layers x width x attended tokens."""
 
     def __init__(self, model: nn.Module, config: Any) -> None:
