@@ -13,9 +13,17 @@ from typing import Any, overload
 
 from transformers import PreTrainedTokenizerBase
 
-from s2t.config import MANY_SAMPLES, NEEDS_LLM, STRATEGIES, DecodeConfig, ServedConfig, build_config
+from s2t.config import (
+    MANY_SAMPLES,
+    NEEDS_LLM,
+    STRATEGIES,
+    DecodeConfig,
+    ModelConfig,
+    ServedConfig,
+    build_config,
+)
 from s2t.decode.loop import Request
-from s2t.decode.session import Generated, Session
+from s2t.decode.session import Generated, Session, open_llm
 from s2t.decode.strategies import Strategy, build_strategy, choose_sample
 from s2t.decode.workload import read_thresholds
 from s2t.errors import ConfigError
@@ -28,7 +36,14 @@ from s2t.tasks.graders import canonical_answer, extract_answer
 
 Prompt = str | list[dict[str, str]]
 Prompts = list[str] | list[list[dict[str, str]]]
-_LOAD_SETTINGS = frozenset({item.name for item in fields(ServedConfig)} - {"slm"} | {"adapter"})
+
+
+@dataclass(frozen=True)
+class _LoadConfig(ServedConfig, ModelConfig):
+    """What `load` takes."""
+
+
+_LOAD_SETTINGS = frozenset({item.name for item in fields(_LoadConfig)} - {"slm"} | {"adapter"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,28 +76,31 @@ def load(
 
     `slm` and `llm` are hub ids, folders, embedded models, or PEFT adapters (merged into their bases); `adapter` is what
     `s2t train` wrote, and a folder that `s2t merge` wrote brings its selector with it. A quantization is a name such as
-    bitsandbytes-4bit, or a dict with a `quant_method`. The other settings are the fields of `ServedConfig`: dtype, device,
+    bitsandbytes-4bit, or a dict with a `quant_method`. The other settings are the fields of `ModelConfig`: dtype, device,
     device_map, revision, llm_revision, trust_remote_code and execution (eager, static: CUDA graphs on a GPU, compile:
-    torch.compile as well, or auto). With `slm_url` the SLM runs on vLLM servers, and no weights are loaded.
+    torch.compile as well, or auto). With `llm_url` (the base URL of an OpenAI-compatible server, or several) the LLM runs
+    there, `llm` names its tokenizer, and the fields of `RemoteConfig` apply. With `slm_url` it is the SLM that runs on
+    (vLLM) servers.
 
     Raises ModelError or ConfigError, one line, for what is missing, unsupported or does not fit together.
     """
     texts = {"quantization": _as_text(quantization), "llm_quantization": _as_text(llm_quantization)}
-    config = build_config(ServedConfig, flags={"slm": slm, "llm": llm, **texts, **settings})
+    config = build_config(_LoadConfig, flags={"slm": slm, "llm": llm, **texts, **settings})
     config.check_model()
+    config.check_remote()
     if config.slm_urls:
         return Reasoner(_served(config, adapter))
     small = load_model(config.slm, **config.load_options)
     selector = load_selector(adapter, small)
-    large = load_model(config.llm, **config.llm_load_options) if config.llm is not None else None
+    large = open_llm(config) if config.llm is not None or config.llm_urls else None
     session = Session(small, large, selector)
     _ = session.vocabulary  # raises for a pair that cannot be mapped
     return Reasoner(session)
 
 
-def _served(config: ServedConfig, adapter: str | None) -> Session:
+def _served(config: _LoadConfig, adapter: str | None) -> Session:
     names = ["s2t-local"] if is_merged(local_folder(config.slm)) else ["greedy"]
-    return Session.served(config, names, adapter, 64)
+    return Session.served(config, config, names, adapter, 64)
 
 
 def generate(prompt: Prompt | Prompts, slm: str = "tiny:slm", **settings: Any) -> Generation | list[Generation]:

@@ -14,25 +14,25 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from s2t.config import CollectConfig, DecodeConfig
+from s2t.config import HOW_IT_RUNS, CollectConfig, DecodeConfig
 from s2t.decode.label import Labels
-from s2t.decode.session import Session
+from s2t.decode.session import Session, open_llm
 from s2t.decode.strategies import Strategy, build_strategy
 from s2t.decode.workload import (
+    ServerReport,
     open_task,
     problems_outside,
     read_thresholds,
     requests_for,
+    shard_workers,
     shards_of,
     task_for_workers,
 )
 from s2t.errors import ConfigError, DataError
 from s2t.files import RunFolder, read_tables, write_json, write_table
-from s2t.model.load import load_model
 from s2t.progress import progress
 from s2t.records import Problem, Provenance, SelectionGroup
 from s2t.tasks.problems import Task, heldout_templates
-from s2t.workers import Workers
 
 _LISTS = {
     "prompt_ids": pa.int32(),
@@ -56,22 +56,24 @@ SCHEMA = pa.schema(
 def collect(config: CollectConfig) -> dict[str, Any]:
     """Collect groups and return their counts (also collect.json); a killed run resumes by shard, without loss or duplicates."""
     threshold = _threshold(config)
-    run = RunFolder.open(config.out, "collect", config, ignore=("workers",))
+    run = RunFolder.open(config.out, "collect", config, ignore=HOW_IT_RUNS)
     task = open_task(config, config.slm)
     heldout = heldout_templates(task.templates(), config.heldout_templates)
     problems = problems_outside(task, config.split, config.limit, config.seed, heldout)
     shards = dict(enumerate(shards_of(problems, config.shard_size)))
     jobs = [(i, shard) for i, shard in shards.items() if not run.shard("groups", i, "parquet").exists()]
+    servers = ServerReport(run)
     if jobs:
         missing = sum(len(shard) for _, shard in jobs)
         with (
-            Workers(partial(_Collector, config, task_for_workers(task, config), threshold), config.workers) as workers,
+            shard_workers(partial(_Collector, config, task_for_workers(task, config), threshold), config) as workers,
             progress("collect", len(problems), len(problems) - missing) as advance,
         ):
-            for (i, shard), table in workers.map(_Collector.shard, jobs):
+            for (i, shard), (table, report) in workers.map(_Collector.shard, jobs):
                 write_table(run.shard("groups", i, "parquet"), table)
+                servers.add(report)
                 advance(len(shard))
-    result = _counts(run, len(problems), threshold, heldout)
+    result = _counts(run, len(problems), threshold, heldout) | servers.section()
     write_json(run.file("collect.json"), result)
     run.finish()
     return result
@@ -95,7 +97,8 @@ class _Collector:
         self.config, self.task, self.threshold = config, task or open_task(config, config.slm), threshold
         self.session = Session.open(config, [config.policy], config.adapter, config.batch_size)
         if self.session.llm is None:
-            self.session.llm = load_model(config.llm, **config.llm_load_options)
+            self.session.llm = open_llm(config)
+        self.session.check_tokens()
         self.pair = f"{self.session.slm.fingerprint}/{self.session.llm.fingerprint}"
         self.strategy = self._policy()
 
@@ -106,13 +109,14 @@ class _Collector:
             temperature=config.temperature,
             top_p=1.0,
             support_size=config.support_size,
+            support=config.support,
             divergence=config.divergence,
         )
         k = adapter.config.num_candidates if adapter is not None else None
         return build_strategy(config.policy, decode, thresholds, k, config.seed)
 
-    def shard(self, job: tuple[int, Sequence[Problem]]) -> pa.Table:
-        """One shard's table: write, label, pack."""
+    def shard(self, job: tuple[int, Sequence[Problem]]) -> tuple[pa.Table, dict[str, Any] | None]:
+        """One shard's table (write, label, pack), and what asking servers took."""
         config, session, problems = self.config, self.session, job[1]
         requests = requests_for(session, self.task, problems)
         done = session.run(self.strategy, requests, config.max_new_tokens)
@@ -123,13 +127,19 @@ class _Collector:
             config.num_candidates,
             config.support_size,
             config.divergence,
+            config.support,
+            exact_at=lambda _, found: self._chosen(found),
         )
         rows = [self._row(*row) for row in zip(problems, prompts, generated, labels, strict=True)]
-        return pa.Table.from_pylist(rows, schema=SCHEMA)
+        return pa.Table.from_pylist(rows, schema=SCHEMA), session.take_report()
+
+    def _chosen(self, labels: Labels) -> np.ndarray:
+        """The steps that become groups."""
+        steps = np.arange(len(labels.divergence))
+        return np.flatnonzero((labels.divergence > self.threshold) & (steps >= self.config.warmup_steps))
 
     def _row(self, problem: Problem, prompt: Sequence[int], tokens: list[int], labels: Labels) -> dict[str, Any]:
-        steps = np.arange(len(tokens))
-        chosen = np.flatnonzero((labels.divergence > self.threshold) & (steps >= self.config.warmup_steps))
+        chosen = self._chosen(labels)
         return {
             "task": self.task.name,
             "split": self.config.split,

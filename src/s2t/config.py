@@ -22,6 +22,7 @@ SCOPES = ("candidates", "always", "stream")
 CRITICALITY_READINGS = ("head", "reserved")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 EXECUTIONS = ("auto", "eager", "static", "compile")
+SUPPORTS = ("auto", "slm-top", "llm-top")
 DIVERGENCES = ("llm-slm", "slm-llm", "js", "released-code")
 DISTILLATIONS = ("sft", "kd", "on-policy-kd")
 
@@ -103,18 +104,81 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class ServedConfig(ModelConfig):
-    """The same, with an SLM that may be on servers; shared by generate, chat and eval."""
+class RemoteConfig:
+    """Where an LLM runs that is not loaded here: OpenAI-compatible servers; shared by what reads the LLM."""
 
-    slm_url: str | None = None
-    """Servers (vLLM) that hold --slm, comma-separated, such as http://127.0.0.1:8000/v1; for greedy and s2t-local."""
+    llm_url: list[str] = field(default_factory=list)
+    """Base URL of an OpenAI-compatible server that runs the LLM, such as http://127.0.0.1:8000/v1; several share the requests.
+    --llm is then the folder or hub id of its tokenizer, and no weights of it are loaded."""
+    llm_model: str | None = None
+    """Name under which the servers know the LLM; None takes the only one they serve."""
+    llm_api_key_env: str = "S2T_LLM_API_KEY"
+    """Environment variable that holds the servers' API key, if they want one."""
+    max_in_flight: int = 128
+    """Requests under way at any time, over all servers."""
+    timeout_s: float = 120.0
+    """Seconds within which one request must be answered."""
+    max_retries: int = 10
+    """How often a request is made again after 429, 5xx, a timeout, a broken connection or a garbled reply."""
+    patience_s: float = 300.0
+    """Seconds to wait for a server to come back when all have failed."""
+    prompt_price: float = 0.0
+    """Money per million prompt tokens, for the summary."""
+    completion_price: float = 0.0
+    """Money per million generated tokens, for the summary."""
+    cached_price: float | None = None
+    """Money per million prompt tokens that a server had cached; None is the prompt's price."""
+
+    def check_remote(self) -> None:
+        _at_least(1, max_in_flight=self.max_in_flight)
+        _at_least(0, max_retries=self.max_retries, patience_s=self.patience_s)
+        _positive(timeout_s=self.timeout_s)
+        _at_least(0, prompt_price=self.prompt_price, completion_price=self.completion_price)
+        if self.cached_price is not None:
+            _at_least(0, cached_price=self.cached_price)
+
+    @property
+    def llm_urls(self) -> tuple[str, ...]:
+        """The base URLs, each once."""
+        return _urls(self.llm_url)
+
+
+def _urls(texts: list[str]) -> tuple[str, ...]:
+    urls = [url.strip() for text in texts for url in text.split(",")]
+    return tuple(dict.fromkeys(url for url in urls if url))
+
+
+@dataclass(frozen=True)
+class ShardConfig(RemoteConfig):
+    """How a workflow over many problems uses servers."""
+
+    shards_in_flight: int = 4
+    """Of an LLM on servers: files worked at once, so that one computes while others wait for answers; each holds --batch-size
+    sequences."""
+
+    def check_shards(self) -> None:
+        self.check_remote()
+        _at_least(1, shards_in_flight=self.shards_in_flight)
+
+
+@dataclass(frozen=True)
+class ServedConfig(RemoteConfig):
+    """Where an SLM runs that is not loaded here; shared by generate, chat and eval."""
+
+    slm_url: list[str] = field(default_factory=list)
+    """Base URL of a vLLM server that runs the SLM, for greedy and s2t-local; several share the sequences. --slm is then the
+    folder that is served."""
     slm_lora: str | None = None
     """Name of the selector's LoRA on those servers, for scope stream; None takes the only one there."""
 
     @property
     def slm_urls(self) -> tuple[str, ...]:
-        """The SLM's servers; none where it is in this process."""
-        return tuple(url.strip() for url in (self.slm_url or "").split(",") if url.strip())
+        """The base URLs, each once."""
+        return _urls(self.slm_url)
+
+
+# Settings that may differ when a run is resumed: they say where and how fast the work is done, not what it is.
+HOW_IT_RUNS = ("workers", "slm_url", *(name for name in ShardConfig.__dataclass_fields__ if name != "llm_model"))
 
 
 @dataclass(frozen=True)
@@ -142,7 +206,9 @@ class StepConfig:
     """How sequences are written and read, by measure, collect and decoding alike."""
 
     support_size: int = 64
-    """Tokens over which divergence is taken."""
+    """Tokens over which divergence is taken; a server tells 20 of its LLM's at most."""
+    support: str = "auto"
+    """Whose likeliest tokens these are: slm-top, llm-top, or auto: slm-top, and llm-top for an LLM on servers."""
     divergence: str = "llm-slm"
     """llm-slm, slm-llm, js or released-code: how the two distributions are compared."""
     max_new_tokens: int = 256
@@ -154,6 +220,7 @@ class StepConfig:
 
     def check_steps(self) -> None:
         _choice("divergence", self.divergence, DIVERGENCES)
+        _choice("support", self.support, SUPPORTS)
         _at_least(1, support_size=self.support_size, max_new_tokens=self.max_new_tokens)
         _at_least(1, batch_size=self.batch_size)
         _at_least(0, warmup_steps=self.warmup_steps)
@@ -206,7 +273,7 @@ class DecodeConfig(StepConfig):
 
 
 @dataclass(frozen=True)
-class GenerateConfig(DecodeConfig, ServedConfig):
+class GenerateConfig(DecodeConfig, ServedConfig, ModelConfig):
     """`s2t generate` and `s2t chat`."""
 
     strategy: str | None = None
@@ -217,13 +284,14 @@ class GenerateConfig(DecodeConfig, ServedConfig):
 
     def __post_init__(self) -> None:
         self.check_model()
+        self.check_remote()
         self.check_decode()
         if self.strategy is not None:
             _choice("strategy", self.strategy, STRATEGIES)
 
 
 @dataclass(frozen=True)
-class MeasureConfig(StepConfig, TaskConfig, ModelConfig):
+class MeasureConfig(StepConfig, TaskConfig, ShardConfig, ModelConfig):
     """`s2t measure`: local sufficiency of a pair on the SLM's own trajectories."""
 
     llm: str | None = "tiny:llm"
@@ -241,6 +309,7 @@ class MeasureConfig(StepConfig, TaskConfig, ModelConfig):
 
     def __post_init__(self) -> None:
         self.check_model()
+        self.check_shards()
         self.check_task()
         self.check_steps()
         _between("quantile", self.quantile, 0, 1)
@@ -263,7 +332,7 @@ class CalibrateConfig:
 
 
 @dataclass(frozen=True)
-class CollectConfig(StepConfig, TaskConfig, ModelConfig):
+class CollectConfig(StepConfig, TaskConfig, ShardConfig, ModelConfig):
     """`s2t collect`: problems of the train split become selection groups in parquet shards."""
 
     llm: str | None = "tiny:llm"
@@ -291,6 +360,7 @@ class CollectConfig(StepConfig, TaskConfig, ModelConfig):
 
     def __post_init__(self) -> None:
         self.check_model()
+        self.check_shards()
         self.check_task()
         self.check_steps()
         _choice("policy", self.policy, ("greedy", "sample", "takeover", "s2t", "s2t-local"))
@@ -467,7 +537,7 @@ class MergeConfig:
 
 
 @dataclass(frozen=True)
-class EvalConfig(DecodeConfig, TaskConfig, ServedConfig):
+class EvalConfig(DecodeConfig, TaskConfig, ServedConfig, ShardConfig, ModelConfig):
     """`s2t eval`: problems x strategies become graded results, scores with intervals and paired tests."""
 
     llm: str | None = None
@@ -490,6 +560,7 @@ class EvalConfig(DecodeConfig, TaskConfig, ServedConfig):
 
     def __post_init__(self) -> None:
         self.check_model()
+        self.check_shards()
         self.check_task()
         self.check_decode()
         _between("heldout_templates", self.heldout_templates, 0, 0.9)

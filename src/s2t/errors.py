@@ -29,9 +29,16 @@ class OverlapError(DataError):
 
 
 class RemoteError(S2TError):
-    """A server that runs a model refused a request, or did not answer it however often it was asked."""
+    """A server that runs a model refused a request, or did not answer it however often it was asked.
+
+    `status` is the HTTP status of a refusal.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class MissingExtraError(S2TError):

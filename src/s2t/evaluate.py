@@ -16,20 +16,27 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from s2t.config import MANY_SAMPLES, NEEDS_LLM, EvalConfig
+from s2t.config import HOW_IT_RUNS, MANY_SAMPLES, NEEDS_LLM, EvalConfig
 from s2t.core.stats import bootstrap_interval, holm_p_values, paired_comparison, pass_at
 from s2t.decode.label import Labels
 from s2t.decode.loop import Request
 from s2t.decode.session import Generated, Session, check_needs
 from s2t.decode.strategies import Strategy, build_strategy, choose_sample
-from s2t.decode.workload import open_task, read_thresholds, requests_for, shards_of, task_for_workers
+from s2t.decode.workload import (
+    ServerReport,
+    open_task,
+    read_thresholds,
+    requests_for,
+    shard_workers,
+    shards_of,
+    task_for_workers,
+)
 from s2t.files import RunFolder, read_json, write_json, write_lines, write_text
 from s2t.model.adapter import AdapterConfig, selector_config, selector_problems
 from s2t.model.lora import distilled_from
 from s2t.progress import progress
 from s2t.records import Cost, Problem, Result, Step
 from s2t.tasks.problems import Task, check_disjoint, heldout_templates
-from s2t.workers import Workers
 
 _Rows = list[list[dict[str, Any]]]
 """Results of one strategy: seed by seed, problem by problem."""
@@ -43,7 +50,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     names = config.strategy_names
     check_needs(config, [name.partition("@")[0] for name in names], config.adapter)
     adapter = selector_config(config.adapter, config.slm)
-    run = RunFolder.open(config.out, "eval", config, ignore=("workers",))
+    run = RunFolder.open(config.out, "eval", config, ignore=HOW_IT_RUNS)
     task = open_task(config, config.slm)
     task.check_gradable()
     problems = task.problems(config.split, config.limit, config.seed)
@@ -105,7 +112,8 @@ def _run_missing(
 ) -> None:
     """Decode and grade every shard that is not on disk yet; models are loaded only when one is missing."""
     shards = dict(enumerate(shards_of(problems, config.shard_size)))
-    with Workers(partial(_Evaluator, config, task_for_workers(task, config)), config.workers) as workers:
+    servers = ServerReport(run, _servers(config))
+    with shard_workers(partial(_Evaluator, config, task_for_workers(task, config)), config) as workers:
         for one in contestants:
             paths = {i: run.shard(one.shards, i, "json") for i in shards}
             jobs = [(one, i, shard) for i, shard in shards.items() if not paths[i].exists()]
@@ -116,8 +124,14 @@ def _run_missing(
             with progress(title, len(problems), len(problems) - missing) as advance:
                 for (_, i, shard), result in workers.map(_Evaluator.shard, jobs):
                     write_json(run.file("pair.json"), result.pop("pair"))
+                    report = result.pop("report")
                     write_json(paths[i], result)
+                    servers.add(report)
                     advance(len(shard))
+
+
+def _servers(config: EvalConfig) -> str:
+    return "slm_server" if config.slm_urls else "llm_server"
 
 
 class _Evaluator:
@@ -150,6 +164,7 @@ class _Evaluator:
             "results": [asdict(result) for result in results],
             "traces": [_compact(t) for t in self._traces(one, problems[:traced], requests, done, results)],
             "pair": _pair(session),
+            "report": session.take_report(),
         }
 
     def _grade(self, session: Session, one: _Contestant, problem: Problem, samples: Sequence[Generated]) -> Result:
@@ -218,10 +233,17 @@ class _Evaluator:
     ) -> list[Labels] | list[None]:
         """What both models say of the written tokens; None where no LLM is loaded or it has tokens of its own."""
         session, config = self.session, self.config
-        if session.llm is None or session.vocabulary is not None or not requests:
+        if session.llm is None or not session.has_one_tokenizer or not requests:
             return [None] * len(requests)
         written = [sequence.token_ids for sequence in done]
-        return session.label(requests, written, strategy.num_candidates, config.support_size, config.divergence)
+        fired = [[step.index for step in sequence.steps if step.fired] for sequence in done]
+        settings = (strategy.num_candidates, config.support_size, config.divergence, config.support)
+        return session.label(requests, written, *settings, exact_at=lambda i, own: _shown(fired[i], own))
+
+
+def _shown(fired: Sequence[int], labels: Labels) -> list[int]:
+    """The steps whose candidates the trace page shows."""
+    return sorted({*fired, *np.flatnonzero(labels.rank > 0).tolist()})
 
 
 class TokenTexts(dict[int, str]):
@@ -255,7 +277,7 @@ def trace_step(texts: Mapping[int, str], step: Step, labels: Labels | None = Non
 
 
 def _trace_candidates(texts: Mapping[int, str], step: Step, labels: Labels | None) -> list[dict[str, Any]]:
-    llm: dict[int, float] = {}
+    llm: dict[int, float | None] = {}
     ids, logprobs = (step.candidates.ids, step.candidates.logprobs) if step.candidates is not None else ((), ())
     if labels is not None:
         row = labels.candidate_ids[step.index].tolist()
@@ -340,6 +362,7 @@ def _summary(
         "sufficiency": None,
         **_section(rows, seconds, config.seed),
         "gap_closed": _gap_closed(rows),
+        **ServerReport(run, _servers(config)).section(),
     }
     for title, is_held in (("seen_templates", False), ("unseen_templates", True)):
         part = {

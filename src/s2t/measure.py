@@ -15,20 +15,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from s2t.config import CalibrateConfig, DecodeConfig, MeasureConfig
+from s2t.config import HOW_IT_RUNS, CalibrateConfig, DecodeConfig, MeasureConfig
 from s2t.core.calibration import threshold_at
 from s2t.core.stats import clustered_rate_interval, hit_rate_curve
 from s2t.decode.label import Labels
-from s2t.decode.session import Generated, Session
+from s2t.decode.session import Generated, Session, open_llm
 from s2t.decode.strategies import build_strategy
-from s2t.decode.workload import open_task, requests_for, shards_of, task_for_workers
+from s2t.decode.workload import ServerReport, open_task, requests_for, shard_workers, shards_of, task_for_workers
 from s2t.errors import DataError
 from s2t.files import RunFolder, load_run, read_tables, write_json, write_table
 from s2t.model.load import load_model
 from s2t.progress import progress
 from s2t.records import Problem
 from s2t.tasks.problems import Task
-from s2t.workers import Workers
 
 KS = (1, 2, 4, 8, 16)
 _EDGES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 1.0)  # quantiles of divergence that bound the bins
@@ -37,19 +36,21 @@ _NUM_RESAMPLES = 2000
 
 def measure(config: MeasureConfig) -> dict[str, Any]:
     """Measure a pair and return measure.json; resumes by shard. Source: arXiv 2604.26940, local sufficiency."""
-    run = RunFolder.open(config.out, "measure", config, ignore=("workers",))
+    run = RunFolder.open(config.out, "measure", config, ignore=HOW_IT_RUNS)
     task = open_task(config, config.slm)
     problems = task.problems(config.split, config.limit, config.seed)
     shards = dict(enumerate(shards_of(problems, config.shard_size)))
     jobs = [(i, shard) for i, shard in shards.items() if not run.shard("steps", i, "parquet").exists()]
+    servers = ServerReport(run)
     if jobs:
         missing = sum(len(shard) for _, shard in jobs)
         with (
-            Workers(partial(_Measurer, config, task_for_workers(task, config)), config.workers) as workers,
+            shard_workers(partial(_Measurer, config, task_for_workers(task, config)), config) as workers,
             progress("measure", len(problems), len(problems) - missing) as advance,
         ):
-            for (i, shard), table in workers.map(_Measurer.shard, jobs):
+            for (i, shard), (table, report) in workers.map(_Measurer.shard, jobs):
                 write_table(run.shard("steps", i, "parquet"), table)
+                servers.add(report)
                 advance(len(shard))
     result = summarize(read_tables(run.shards("steps", "parquet")), config.quantile, config.threshold)
     result = {
@@ -58,6 +59,7 @@ def measure(config: MeasureConfig) -> dict[str, Any]:
         "num_problems": len(problems),
         "seed": config.seed,
         **result,
+        **servers.section(),
     }
     write_json(run.file("measure.json"), result)
     run.finish()
@@ -69,14 +71,12 @@ class _Measurer:
 
     def __init__(self, config: MeasureConfig, task: Task | None) -> None:
         slm = load_model(config.slm, **config.load_options)
-        if config.llm is None:
-            raise DataError("measure compares two models; pass --llm MODEL.")
-        llm = load_model(config.llm, **config.llm_load_options)
         self.config, self.task = config, task or open_task(config, config.slm)
-        self.session = Session(slm, llm, batch_size=config.batch_size)
+        self.session = Session(slm, open_llm(config), batch_size=config.batch_size)
+        self.session.check_tokens()
 
-    def shard(self, job: tuple[int, Sequence[Problem]]) -> pa.Table:
-        """One shard's steps."""
+    def shard(self, job: tuple[int, Sequence[Problem]]) -> tuple[pa.Table, dict[str, Any] | None]:
+        """One shard's steps, and what asking servers took."""
         config, session, problems = self.config, self.session, job[1]
         requests = requests_for(session, self.task, problems)
         done = session.run(build_strategy("greedy", DecodeConfig(), {}), requests, config.max_new_tokens)
@@ -86,9 +86,10 @@ class _Measurer:
             max(KS),
             config.support_size,
             config.divergence,
+            config.support,
         )
         tables = [_steps_table(*row, config.warmup_steps) for row in zip(problems, done, labels, strict=True)]
-        return pa.concat_tables(tables)
+        return pa.concat_tables(tables), session.take_report()
 
 
 def _steps_table(problem: Problem, sequence: Generated, labels: Labels, warmup_steps: int) -> pa.Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,6 +39,12 @@ def progress(description: str, total: int, done: int = 0) -> Iterator[Callable[[
     with Progress(*_COLUMNS, console=console) as bar:
         task = bar.add_task(description, total=total, completed=done)
         yield lambda count=1: bar.advance(task, count)
+
+
+def note(text: str) -> None:
+    """One line on stderr, from the first process alone where several share the work."""
+    if multiprocessing.parent_process() is None:
+        Console(stderr=True).print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 class _Lines:

@@ -1,7 +1,8 @@
 """Independent shards worked in this process, or shared by several, each with models of its own.
 
-Several processes pay where one model leaves most of the machine idle: small models on a CPU. What a shard
-holds never depends on who worked it.
+Several processes pay where one model leaves most of the machine idle: small models on a CPU. Several threads of one process
+pay where the work waits for servers: they share the models and take turns, one computing while the others wait. What a
+shard holds never depends on who worked it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -54,11 +55,12 @@ def waiting() -> Iterator[None]:
 class Workers(Generic[S]):
     """`count` processes that each call `open` once, at their first job; with 1 the work is done in this process.
 
-    `open`, the work, jobs and results must be picklable when `count` is above 1. Use as a context manager.
+    There, `threads` jobs are worked at once, in turns, on one state. `open`, the work, jobs and results must be picklable
+    when `count` is above 1. Use as a context manager.
     """
 
-    def __init__(self, open: Callable[[], S], count: int = 1) -> None:
-        self._open, self._count = open, count
+    def __init__(self, open: Callable[[], S], count: int = 1, threads: int = 1) -> None:
+        self._open, self._count, self._threads = open, count, threads
         self._state: S | None = None
         self._pool: ProcessPoolExecutor | None = None
 
@@ -71,17 +73,34 @@ class Workers(Generic[S]):
 
     def map(self, work: Callable[[S, J], R], jobs: Sequence[J]) -> Iterator[tuple[J, R]]:
         """(job, result) as they get done, in any order; the first error of a job is raised here."""
+        if self._count == 1 and jobs:
+            if self._state is None:
+                self._state = self._open()
+            if self._threads == 1:
+                for job in jobs:
+                    yield job, work(self._state, job)
+            else:
+                yield from self._in_turns(self._state, work, jobs)
         if self._count == 1:
-            for job in jobs:
-                if self._state is None:
-                    self._state = self._open()
-                yield job, work(self._state, job)
             return
         if self._pool is None:
             self._pool = self._start()
         futures = {self._pool.submit(_call, work, job): job for job in jobs}
         for future in as_completed(futures):
             yield futures[future], future.result()
+
+    def _in_turns(self, state: S, work: Callable[[S, J], R], jobs: Sequence[J]) -> Iterator[tuple[J, R]]:
+        def one(job: J) -> R:
+            with turn():
+                return work(state, job)
+
+        pool = ThreadPoolExecutor(min(self._threads, len(jobs)))
+        try:
+            futures = {pool.submit(one, job): job for job in jobs}
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _start(self) -> ProcessPoolExecutor:
         threads = max(1, torch.get_num_threads() // self._count)

@@ -23,6 +23,8 @@ from s2t.config import build_config
 
 PANELS = {
     "ModelConfig": "Models",
+    "RemoteConfig": "LLM on servers",
+    "ShardConfig": "LLM on servers",
     "TaskConfig": "Problems",
     "StepConfig": "Decoding",
     "DecodeConfig": "Decoding",

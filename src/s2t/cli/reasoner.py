@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from s2t.config import NEEDS_LLM, DecodeConfig, GenerateConfig
+from s2t.config import NEEDS_LLM, DecodeConfig, GenerateConfig, RemoteConfig
 
 if TYPE_CHECKING:
     from s2t.api import Reasoner
@@ -25,6 +25,7 @@ def load_reasoner(config: GenerateConfig) -> Reasoner:
         slm_url=config.slm_url,
         slm_lora=config.slm_lora,
         **config.load_options,
+        **{item.name: getattr(config, item.name) for item in fields(RemoteConfig) if needs_llm},
     )
 
 

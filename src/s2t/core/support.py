@@ -26,22 +26,27 @@ def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
     return terms.sum(-1).clamp_min(0.0)
 
 
-def divergence(llm_logits: Tensor, slm_logits: Tensor, support_size: int = 64, kind: str = "llm-slm") -> Tensor:
+def divergence(
+    llm_logits: Tensor, slm_logits: Tensor, support_size: int = 64, kind: str = "llm-slm", support: str = "slm-top"
+) -> Tensor:
     """Disagreement of the two next-token distributions in nats; [..., V'], [..., V] -> [...], float32, >= 0.
 
     `llm-slm` is KL(llm || slm) on the SLM's top `support_size` tokens plus one rest bucket that keeps the
     mass outside, so a token the SLM does not propose still counts; a lower bound of the full KL. `slm-llm`
-    turns the direction, `js` is the Jensen-Shannon divergence on the same buckets. `released-code` is the
+    turns the direction, `js` is the Jensen-Shannon divergence on the same buckets. Under support `llm-top` the
+    buckets are the LLM's likeliest tokens and the rest: what a server that runs the LLM tells. `released-code` is the
     original script's: tokens with p_L <= 1e-12 dropped, both renormalised, full vocabulary.
 
-    Raises ConfigError for an unknown kind.
+    Raises ConfigError for an unknown kind or support.
     Source: Select to Think (arXiv 2604.26940), the trigger; the rest bucket is ours.
     """
     llm_logits = align_vocabulary(llm_logits, slm_logits.shape[-1])
     if kind == "released-code":
         return _masked_divergence(llm_logits, slm_logits)
+    if support not in ("slm-top", "llm-top"):
+        raise ConfigError(f"support must be slm-top or llm-top; got {support!r}.")
     support_size = min(support_size, slm_logits.shape[-1])
-    top = slm_logits.topk(support_size, dim=-1)  # [..., S]
+    top = (slm_logits if support == "slm-top" else llm_logits).topk(support_size, dim=-1)  # [..., S]
     slm_probs = bucket_probs(slm_logits, top.indices)  # [..., S + 1]
     llm_probs = bucket_probs(llm_logits, top.indices)  # [..., S + 1]
     if kind == "llm-slm":
@@ -52,6 +57,37 @@ def divergence(llm_logits: Tensor, slm_logits: Tensor, support_size: int = 64, k
         middle = 0.5 * (llm_probs + slm_probs)
         return 0.5 * (kl_divergence(llm_probs, middle) + kl_divergence(slm_probs, middle))
     raise ConfigError(f"divergence must be llm-slm, slm-llm, js or released-code; got {kind!r}.")
+
+
+def resolve_support(support: str, support_size: int, kind: str, num_listed: int | None) -> tuple[str, int]:
+    """Support and its size where an LLM tells its `num_listed` likeliest tokens alone (None: all of them).
+
+    `auto` is slm-top for an LLM that is known in full, else llm-top. Raises ConfigError for what such an LLM cannot give.
+    """
+    if num_listed is None:
+        return ("slm-top" if support == "auto" else support), support_size
+    if support == "slm-top" or kind == "released-code":
+        what = "support slm-top" if support == "slm-top" else f"divergence {kind}"
+        raise ConfigError(
+            f"{what} needs the LLM's whole distribution, and a server tells its {num_listed} likeliest tokens; pass "
+            "--support llm-top and another --divergence, or run the LLM in this process."
+        )
+    return "llm-top", min(support_size, num_listed)
+
+
+def spread(ids: Tensor, logprobs: Tensor, size: int) -> Tensor:
+    """Log-probabilities of a whole vocabulary from those of its likeliest tokens; [n, S], [n, S] -> [n, size], float32.
+
+    What the listed tokens leave is shared equally by all others, so that listed tokens and rest keep their
+    probabilities, and the order of the listed ones stands before all others. Ids outside 0..size - 1 are passed over.
+    """
+    logprobs = logprobs.double()
+    known = (ids >= 0) & (ids < size)
+    rest = (1.0 - logprobs.exp().sum(-1)).clamp_min(0.0)  # [n]
+    others = (size - known.sum(-1)).clamp_min(1)  # [n]
+    filled = (rest / others).log()[:, None].expand(-1, size + 1).clone()  # one column for ids that are passed over
+    filled.scatter_(-1, torch.where(known, ids, size), logprobs)
+    return filled[:, :size].float()
 
 
 def bucket_probs(logits: Tensor, ids: Tensor) -> Tensor:

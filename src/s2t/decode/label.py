@@ -6,7 +6,7 @@ and `distill` stand on this.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from s2t.core.candidates import mask_forbidden, propose
 from s2t.core.support import align_vocabulary, bucket_probs, divergence, entropy, rank_of
+from s2t.decode.remote.llm import Listed, RemoteLLM
 from s2t.decode.state import log_softmax_at
 from s2t.decode.text_reference import TextReference
 from s2t.model.engine import Engine
@@ -39,6 +40,10 @@ class Labels:
     llm_probs: np.ndarray  # [T, K] float32, absolute
 
 
+ExactAt = Callable[[int, Labels], Iterable[int]]
+"""Number of a trajectory and its labels -> the steps at which its candidates' probabilities have to be exact."""
+
+
 @dataclass(slots=True)
 class Targets:
     """What the LLM gives to its S likeliest tokens, and to all others together, at each of T steps."""
@@ -55,6 +60,7 @@ def label(
     num_candidates: int = 16,
     support_size: int = 64,
     kind: str = "llm-slm",
+    support: str = "slm-top",
 ) -> list[Labels]:
     """Labels of every trajectory, in order; prompts and generated are token ids.
 
@@ -64,10 +70,60 @@ def label(
     k = min(num_candidates, slm.vocab_size)
     limit = _TOKENS_AT_ONCE.get(slm.device.type, 2**13)
     for batch in _batches([len(p) + len(g) for p, g in zip(prompts, generated, strict=True)], limit):
-        reader = _PairReader(Engine(slm, len(batch)), Engine(llm, len(batch)), k, support_size, kind)
+        reader = _PairReader(Engine(slm, len(batch)), Engine(llm, len(batch)), k, support_size, kind, support)
         found = reader.read([prompts[i] for i in batch], [generated[i] for i in batch])
         labels.update(zip(batch, found, strict=True))
     return [labels[i] for i in range(len(prompts))]
+
+
+def label_listed(
+    slm: LoadedModel,
+    llm: RemoteLLM,
+    prompts: Sequence[Sequence[int]],
+    generated: Sequence[Sequence[int]],
+    num_candidates: int = 16,
+    support_size: int = 20,
+    kind: str = "llm-slm",
+    support: str = "llm-top",
+    exact_at: ExactAt | None = None,
+) -> list[Labels]:
+    """As `label`, for an LLM on servers: one request per trajectory, all at once, and one per step that `exact_at` names.
+
+    Elsewhere a candidate that the LLM did not list has an equal share of what the listed ones leave.
+    """
+    listed = llm.read(prompts, generated)
+    labels: dict[int, Labels] = {}
+    k = min(num_candidates, slm.vocab_size)
+    limit = _TOKENS_AT_ONCE.get(slm.device.type, 2**13)
+    for batch in _batches([len(p) + len(g) for p, g in zip(prompts, generated, strict=True)], limit):
+        reader = _PairReader(Engine(slm, len(batch)), None, k, support_size, kind, support)
+        found = reader.read([prompts[i] for i in batch], [generated[i] for i in batch], [listed[i] for i in batch])
+        labels.update(zip(batch, found, strict=True))
+    done = [labels[i] for i in range(len(prompts))]
+    if exact_at is not None and llm.abilities.logprob_token_ids:
+        _make_exact(llm, prompts, generated, listed, done, exact_at)
+    return done
+
+
+def _make_exact(
+    llm: RemoteLLM,
+    prompts: Sequence[Sequence[int]],
+    generated: Sequence[Sequence[int]],
+    listed: Sequence[Listed],
+    labels: Sequence[Labels],
+    exact_at: ExactAt,
+) -> None:
+    """Write the exact probabilities of all candidates into the labels, at the steps where not all were listed."""
+    places = [
+        (i, step)
+        for i, own in enumerate(labels)
+        for step in exact_at(i, own)
+        if not np.isin(own.candidate_ids[step], listed[i].ids[step]).all()
+    ]
+    prefixes = [[*prompts[i], *generated[i][:step]] for i, step in places]
+    found = llm.logprobs_of(prefixes, [labels[i].candidate_ids[step].tolist() for i, step in places])
+    for (i, step), logprobs in zip(places, found, strict=True):
+        labels[i].llm_probs[step] = np.exp(logprobs)
 
 
 @torch.inference_mode()
@@ -121,6 +177,7 @@ def label_by_text(
     num_candidates: int = 16,
     support_size: int = 64,
     kind: str = "llm-slm",
+    support: str = "slm-top",
 ) -> list[Labels]:
     """As `label`, for a pair with different tokenizers: the LLM reads the text token by token, in batches of trajectories."""
     labels: list[Labels] = []
@@ -129,7 +186,7 @@ def label_by_text(
         part = slice(start, start + batch_size)
         rows = len(prompts[part])
         slm, llm = Engine(vocabulary.slm, rows), Engine(vocabulary.llm, rows)
-        reader = _PairReader(slm, llm, k, support_size, kind)
+        reader = _PairReader(slm, llm, k, support_size, kind, support)
         labels += reader.read_text(TextReference(llm, vocabulary), prompts[part], llm_prompts[part], generated[part])
     return labels
 
@@ -150,17 +207,25 @@ def _batches(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
 @dataclass(slots=True)
 class _PairReader:
     slm: Engine
-    llm: Engine
+    llm: Engine | None
     num_candidates: int
     support_size: int
     kind: str
+    support: str
 
     @torch.inference_mode()
-    def read(self, prompts: Sequence[Sequence[int]], generated: Sequence[Sequence[int]]) -> list[Labels]:
-        slm_hidden, llm_hidden = (_states(engine, prompts, generated) for engine in (self.slm, self.llm))
+    def read(
+        self,
+        prompts: Sequence[Sequence[int]],
+        generated: Sequence[Sequence[int]],
+        listed: Sequence[Listed] | None = None,
+    ) -> list[Labels]:
+        """The LLM's side comes from its own forward, or from what servers listed."""
+        slm_hidden = _states(self.slm, prompts, generated)
+        llm_logits = self._llm_logits(prompts, generated) if listed is None else self._listed_logits(listed)
         size = _steps_at_once(self.slm.loaded)
         parts = [
-            self._compare(*self._logits(slm_hidden[i : i + size], llm_hidden[i : i + size]))
+            self._compare(self.slm.logits(slm_hidden[i : i + size]), llm_logits(slice(i, i + size)))
             for i in range(0, len(slm_hidden), size)
         ]
         columns = [np.concatenate([part[c] for part in parts]) for c in range(6)]
@@ -193,15 +258,22 @@ class _PairReader:
                 reference.settle(row, drafts[row], drafts[row])
         return [Labels(*(np.stack(column) for column in zip(*steps, strict=True))) for steps in found]
 
-    def _logits(self, slm_hidden: Tensor, llm_hidden: Tensor) -> tuple[Tensor, Tensor]:
-        size = self.slm.vocab_size
-        llm_logits = mask_forbidden(align_vocabulary(self.llm.head(llm_hidden), size), self.slm.forbidden_ids, size)
-        return self.slm.logits(slm_hidden), llm_logits
+    def _llm_logits(
+        self, prompts: Sequence[Sequence[int]], generated: Sequence[Sequence[int]]
+    ) -> Callable[[slice], Tensor]:
+        llm, size, forbidden = self.llm, self.slm.vocab_size, self.slm.forbidden_ids
+        assert llm is not None
+        hidden = _states(llm, prompts, generated)
+        return lambda part: mask_forbidden(align_vocabulary(llm.head(hidden[part]), size), forbidden, size)
+
+    def _listed_logits(self, listed: Sequence[Listed]) -> Callable[[slice], Tensor]:
+        whole, size, forbidden = Listed.joined(listed), self.slm.vocab_size, self.slm.forbidden_ids
+        return lambda part: Listed(whole.ids[part], whole.logprobs[part]).logits(size, forbidden)
 
     def _compare(self, slm_logits: Tensor, llm_logits: Tensor) -> tuple[np.ndarray, ...]:
         ids, logprobs = propose(slm_logits, self.num_candidates)
         values = (
-            divergence(llm_logits, slm_logits, self.support_size, self.kind),
+            divergence(llm_logits, slm_logits, self.support_size, self.kind, self.support),
             entropy(slm_logits),
             rank_of(slm_logits, llm_logits.argmax(-1)).int(),
             ids.int(),

@@ -7,6 +7,7 @@ new rows, and the candidates of triggered rows side by side. Token ids only, nev
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,8 +20,9 @@ from s2t.core.candidates import propose
 from s2t.core.sampling import filter_logits, sample, uniforms
 from s2t.decode.adapter_stream import AdapterStream
 from s2t.decode.draft import DraftLength
+from s2t.decode.remote.reference import RemoteReference
 from s2t.decode.selectors import LocalSelector, Selection
-from s2t.decode.state import Reference, State, log_softmax_at
+from s2t.decode.state import Reference, State
 from s2t.decode.strategies import Strategy
 from s2t.decode.text_reference import TextReference
 from s2t.errors import ConfigError
@@ -30,6 +32,9 @@ from s2t.records import Candidates, Cost, Step
 _PROMPT_TOKENS_AT_ONCE = 2**14
 _LOGITS_AT_ONCE = 2**27  # floats that the drafts of all rows may hold
 
+
+AnyReference = Reference | TextReference | RemoteReference
+"""The LLM beside the loop: in this process, by text, or on servers."""
 
 Adjust = Callable[[Sequence[int], Tensor], Tensor]
 """Request indices and the model's own logits of their next tokens, [n, V] -> the logits to go on with, [n, V]."""
@@ -103,7 +108,7 @@ class Decoder:
         self,
         engine: Engine,
         strategy: Strategy,
-        reference: Reference | TextReference | None = None,
+        reference: AnyReference | None = None,
         max_new_tokens: int = 256,
         trace: bool = False,
         ends: Callable[[int, int], bool] | None = None,
@@ -137,7 +142,7 @@ class Decoder:
             return DraftLength(fixed=1)
         if self.reference.max_draft is not None:
             return DraftLength(fixed=self.reference.max_draft)
-        ratio = self.reference.engine.loaded.num_params / self.engine.loaded.num_params
+        ratio = self.reference.cost_ratio(self.engine.loaded.num_params)
         room = _LOGITS_AT_ONCE // (self.engine.max_rows * self.engine.vocab_size)
         return DraftLength(self.strategy.draft_tokens, ratio, min(64, max(1, room)))
 
@@ -255,7 +260,10 @@ class Decoder:
             places.logits,
             self._uniforms(places.rows, places.offsets),
             None if reference is None else lambda wanted: self._llm_logits(places, wanted),
+            None if reference is None else reference.num_listed,
         )
+        if isinstance(reference, RemoteReference):
+            state.look_up = lambda *asked: self._look_up(reference, places, *asked)
         values = strategy.trigger.read(state)
         choice = _Choice(None if values is None else values.tolist(), self._fired(places, values))
         if self.trace:
@@ -278,6 +286,20 @@ class Decoder:
             self.engine.forbidden_ids,
         )
 
+    def _look_up(
+        self,
+        reference: RemoteReference,
+        places: _Places,
+        asked: Sequence[int],
+        ids: Tensor,
+        logprobs: Tensor,
+        must_order: bool,
+    ) -> Tensor:
+        """log p_L of candidates, exact where a remote LLM told them or must; [f, K]."""
+        wanted = [(places.rows[place].slot, places.offsets[place]) for place in asked]
+        drafts = {places.rows[place].slot: places.draft(places.rows[place]) for place in asked}
+        return reference.look_up(wanted, drafts, ids, logprobs, must_order)
+
     def _fired(self, places: _Places, values: Tensor | None) -> list[int]:
         if values is None:
             return []
@@ -292,10 +314,10 @@ class Decoder:
         ids, logprobs = propose(state.logits, self.strategy.num_candidates)
         details = _candidate_details(ids, logprobs)
         if self.strategy.trigger.needs_llm:
-            logits = state.llm_logits()
-            probs, top = log_softmax_at(logits, ids).exp().tolist(), logits.argmax(-1).tolist()
+            top = state.llm_logits().argmax(-1).tolist()
+            probs = _known(state.llm_logprobs(range(len(top)), ids).exp())
             for place, detail in enumerate(details):
-                detail.update(llm_probs=tuple(probs[place]), llm_top_id=top[place])
+                detail.update(llm_probs=probs[place], llm_top_id=top[place])
         return dict(enumerate(details))
 
     def _note(self, choice: _Choice, selection: Selection) -> None:
@@ -304,7 +326,7 @@ class Decoder:
         found = _candidate_details(choice.candidate_ids, choice.logprobs)
         index = selection.index.tolist()
         scores = selection.scores.tolist() if selection.scores is not None else None
-        llm_probs = selection.llm_probs.tolist() if selection.llm_probs is not None else None
+        llm_probs = _known(selection.llm_probs) if selection.llm_probs is not None else None
         for i, (place, token) in enumerate(zip(choice.fired, selection.token_ids.tolist(), strict=True)):
             choice.chosen[place] = token
             detail = choice.details.setdefault(place, {})
@@ -312,7 +334,7 @@ class Decoder:
             if scores is not None:
                 detail["scores"] = tuple(scores[i])
             if llm_probs is not None:
-                detail["llm_probs"] = tuple(llm_probs[i])
+                detail["llm_probs"] = llm_probs[i]
 
     # Accepting
 
@@ -360,7 +382,7 @@ class Decoder:
     def _retire(self) -> None:
         """Free the slots of finished rows; the last rows move into the gaps."""
         for row in sorted((row for row in self.rows if row.is_finished), key=lambda row: -row.slot):
-            llm = self.reference.engine.work[row.slot] if self.reference is not None else Work()
+            llm = self.reference.work[row.slot] if self.reference is not None else Work()
             slm = [self.engine.work[row.slot]]
             if self.stream is not None:
                 slm.append(self.stream.engine.work[row.slot])
@@ -478,6 +500,11 @@ def _cost(generated: int, slm: Sequence[Work], llm: Work) -> Cost:
     forwards, processed = sum(work.forwards for work in slm), sum(work.processed for work in slm)
     flops = sum(work.flops for work in slm)
     return Cost(generated, forwards, llm.forwards, processed, llm.processed, flops, llm.flops)
+
+
+def _known(probs: Tensor) -> list[tuple[float | None, ...]]:
+    """Probabilities row by row, None where they are not known."""
+    return [tuple(None if math.isnan(prob) else prob for prob in row) for row in probs.tolist()]
 
 
 def _candidate_details(ids: Tensor, logprobs: Tensor) -> list[dict]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from s2t.decode.state import State, log_softmax_at
+from s2t.decode.state import State
 from s2t.model.adapter import SelectorReader
 
 
@@ -39,8 +39,8 @@ class LLMSelector(Selector):
     needs_llm = True
 
     def select(self, state: State, places: Sequence[int], ids: Tensor, logprobs: Tensor) -> Selection:
-        llm_logprobs = log_softmax_at(state.llm_logits(places), ids)  # [f, K]
-        index = llm_logprobs.argmax(-1)
+        llm_logprobs = state.llm_logprobs(places, ids, must_order=True)  # [f, K]
+        index = llm_logprobs.nan_to_num(nan=float("-inf"), neginf=float("-inf")).argmax(-1)
         return Selection(ids.gather(-1, index[:, None])[:, 0], index, llm_logprobs, llm_logprobs.exp())
 
 
@@ -54,7 +54,7 @@ class TakeoverSelector(Selector):
         token_ids = logits.argmax(-1)
         is_candidate = ids == token_ids[:, None]  # [f, K]
         index = torch.where(is_candidate.any(-1), is_candidate.int().argmax(-1), -1)
-        return Selection(token_ids, index, llm_probs=log_softmax_at(logits, ids).exp())
+        return Selection(token_ids, index, llm_probs=state.llm_logprobs(places, ids).exp())
 
 
 class LocalSelector(Selector):

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from s2t.config import NEEDS_LLM, ModelConfig, ServedConfig
-from s2t.decode.label import Labels, label, label_by_text
-from s2t.decode.loop import Decoder, Request
+from s2t.config import NEEDS_LLM, ModelConfig, RemoteConfig, ServedConfig
+from s2t.core.support import resolve_support
+from s2t.decode.label import ExactAt, Labels, label, label_by_text, label_listed
+from s2t.decode.loop import AnyReference, Decoder, Request
+from s2t.decode.remote.llm import RemoteLLM, remote_settings
+from s2t.decode.remote.reference import RemoteReference
 from s2t.decode.remote.slm import RemoteDecoder, ServedSLM, check_served
+from s2t.decode.remote.writer import RemoteWriter
 from s2t.decode.state import Reference
 from s2t.decode.strategies import Strategy
 from s2t.decode.text_reference import TextReference
@@ -24,8 +29,10 @@ from s2t.model.chat import decode_ids, prompt_ids
 from s2t.model.engine import Engine
 from s2t.model.load import LoadedModel, load_model, load_without_weights
 from s2t.model.merged import is_merged, local_folder
+from s2t.model.outline import load_outline
 from s2t.model.stops import Stops, cut
 from s2t.model.text import VocabularyMap, same_tokens
+from s2t.progress import note
 from s2t.records import Cost, Step
 
 
@@ -56,41 +63,59 @@ class Session:
     """
 
     slm: LoadedModel
-    llm: LoadedModel | None = None
+    llm: LoadedModel | RemoteLLM | None = None
     adapter: SelectorReader | None = None
     batch_size: int = 64
     served_slm: ServedSLM | None = None
     _made: dict[str, VocabularyMap | None] = field(default_factory=dict, repr=False)
+    _facts: dict[str, bool] = field(default_factory=dict, repr=False)
 
     @property
     def vocabulary(self) -> VocabularyMap | None:
-        """The map between the two models' tokens, made once; None for one model, or where both have the same tokens."""
-        if self.llm is None:
+        """The map between two loaded models' tokens, made once; None for one model, or where both have the same tokens."""
+        if not isinstance(self.llm, LoadedModel):
             return None
         if "map" not in self._made:
-            shares = same_tokens(self.slm, self.llm)
-            self._made["map"] = None if shares else VocabularyMap(self.slm, self.llm)
+            self._made["map"] = None if self.has_one_tokenizer else VocabularyMap(self.slm, self.llm)
         return self._made["map"]
+
+    @property
+    def has_one_tokenizer(self) -> bool:
+        """Whether there is one model, or two with the same tokens."""
+        if self.llm is None:
+            return True
+        if "same" not in self._facts:
+            self._facts["same"] = same_tokens(self.slm, self.llm)
+        return self._facts["same"]
+
+    def check_tokens(self) -> None:
+        """Raise ModelError where the LLM is to be read beside the SLM and cannot be, for its tokens."""
+        _ = self.vocabulary  # raises for a pair that cannot be mapped
+        if isinstance(self.llm, RemoteLLM) and not self.has_one_tokenizer:
+            raise ModelError(
+                f"the tokenizer of {self.llm.outline.name} is not that of {self.slm.name}, and an LLM on servers is read by "
+                "token; pass --llm the tokenizer of a model that shares the SLM's, or run the LLM in this process."
+            )
 
     @classmethod
     def open(cls, config: ModelConfig, strategies: Sequence[str], adapter: str | None, batch_size: int) -> Session:
         """Load the models that `strategies` need; raises ModelError or ConfigError, one line, when one is missing."""
         check_needs(config, strategies, adapter)
         if isinstance(config, ServedConfig) and config.slm_urls:
-            return cls.served(config, strategies, adapter, batch_size)
+            return cls.served(config, config, strategies, adapter, batch_size)
         needs_llm = any(name in NEEDS_LLM for name in strategies)
         slm = load_model(config.slm, **config.load_options)
         loaded = load_selector(adapter, slm) if "s2t-local" in strategies else None
-        llm = None
-        if needs_llm:
-            assert config.llm is not None
-            llm = load_model(config.llm, **config.llm_load_options)
-        session = cls(slm, llm, loaded, batch_size)
+        session = cls(slm, open_llm(config) if needs_llm else None, loaded, batch_size)
+        if any(name in NEEDS_LLM - {"llm"} for name in strategies):
+            session.check_tokens()
         _ = session.vocabulary  # raises for a pair that cannot be mapped
         return session
 
     @classmethod
-    def served(cls, config: ServedConfig, strategies: Sequence[str], adapter: str | None, batch_size: int) -> Session:
+    def served(
+        cls, config: ModelConfig, where: ServedConfig, strategies: Sequence[str], adapter: str | None, batch_size: int
+    ) -> Session:
         """An SLM on servers, for `greedy` and `s2t-local`; loads no weights. Raises as `open`, and RemoteError."""
         if adapter is not None:
             raise ConfigError(
@@ -98,7 +123,8 @@ class Session:
             )
         check_served(strategies)
         slm = load_without_weights(config.slm, config.revision, config.trust_remote_code)
-        served = ServedSLM.connect(slm, config.slm_urls, config.slm_lora, "s2t-local" in strategies)
+        settings = replace(remote_settings(where), urls=where.slm_urls, model=None)
+        served = ServedSLM.connect(slm, settings, where.slm_lora, "s2t-local" in strategies)
         return cls(slm, batch_size=batch_size, served_slm=served)
 
     def prompt(self, messages: str | Sequence[dict[str, str]], system: str | None = None) -> list[int]:
@@ -110,21 +136,21 @@ class Session:
     ) -> Request:
         """A request for the answer to a user message, or to a list of messages, in the tokens of both models."""
         own = None
-        if self.llm is not None and self.vocabulary is not None:
+        if self.llm is not None and not self.has_one_tokenizer:
             own = _checked(self.llm, prompt_ids(self.llm.tokenizer, messages, system))
         return Request(index, self.prompt(messages, system), key, own)
 
     def request_of_ids(self, index: int, ids: list[int], key: str = "") -> Request:
         """A request for the continuation of prompt ids; an LLM with other tokens reads their text."""
         own, vocabulary = None, self.vocabulary
-        if self.llm is not None and vocabulary is not None:
+        if vocabulary is not None:
             [found] = vocabulary.llm_codec.encode([vocabulary.slm_codec.join(ids)])
-            own = _checked(self.llm, found)
+            own = _checked(vocabulary.llm, found)
         return Request(index, _checked(self.slm, ids), key, own)
 
     def tokenizer_of(self, strategy: str) -> PreTrainedTokenizerBase:
         """The tokenizer whose ids a strategy writes."""
-        return self._llm().tokenizer if strategy == "llm" else self.slm.tokenizer
+        return self._any_llm().tokenizer if strategy == "llm" else self.slm.tokenizer
 
     def text(self, sequence: Generated, stop: Sequence[str] = (), strategy: str = "") -> str:
         """Text of a finished sequence, without the stop id or the stop string that ended it."""
@@ -152,22 +178,27 @@ class Session:
         num_rows: int,
         trace: bool = False,
         stop: Sequence[str] = (),
-    ) -> Decoder | RemoteDecoder:
+    ) -> Decoder | RemoteDecoder | RemoteWriter:
         """A fresh decoder for a strategy, with no more rows than there are sequences; `stop` are stop strings."""
         rows = max(1, min(self.batch_size, num_rows))
         ends = Stops(self.tokenizer_of(strategy.name), stop).ends if stop else None
         if self.served_slm is not None:
             return self.served_slm.decoder(strategy, max_new_tokens, trace, ends, rows)
+        if strategy.name == "llm" and isinstance(self.llm, RemoteLLM):
+            return RemoteWriter(self.llm, max_new_tokens, ends, stop)
         if strategy.name == "llm":
-            return Decoder(Engine(self._llm(), rows), strategy, None, max_new_tokens, trace, ends)
+            return Decoder(Engine(self.local_llm(), rows), strategy, None, max_new_tokens, trace, ends)
         uses_adapter = strategy.name == "s2t-local"
         engine = Engine(self.slm, rows, self.adapter if uses_adapter else None)
         reference = self.reference(rows) if strategy.needs_llm else None
         return Decoder(engine, strategy, reference, max_new_tokens, trace, ends)
 
-    def reference(self, num_rows: int) -> Reference | TextReference:
-        """The LLM beside so many rows, read by token or by text."""
-        engine = Engine(self._llm(), num_rows)
+    def reference(self, num_rows: int) -> AnyReference:
+        """The LLM beside so many rows: by token, by text, or on its servers."""
+        self.check_tokens()
+        if isinstance(self.llm, RemoteLLM):
+            return RemoteReference(self.llm, num_rows)
+        engine = Engine(self.local_llm(), num_rows)
         return Reference(engine) if self.vocabulary is None else TextReference(engine, self.vocabulary)
 
     def label(
@@ -177,11 +208,22 @@ class Session:
         num_candidates: int = 16,
         support_size: int = 64,
         kind: str = "llm-slm",
+        support: str = "auto",
+        exact_at: ExactAt | None = None,
     ) -> list[Labels]:
-        """What both models say at every step of trajectories written for some requests; see `decode.label`."""
-        llm, vocabulary = self._llm(), self.vocabulary
-        settings = (num_candidates, support_size, kind)
+        """What both models say at every step of trajectories written for some requests; see `decode.label`.
+
+        Of an LLM on servers, candidate probabilities are asked for at the steps that `exact_at` names; elsewhere those that
+        it did not list share the rest equally.
+        """
+        self.check_tokens()
         prompts = [request.prompt_ids for request in requests]
+        num_listed = self.llm.num_listed if isinstance(self.llm, RemoteLLM) else None
+        support, support_size = resolve_support(support, support_size, kind, num_listed)
+        settings = (num_candidates, support_size, kind, support)
+        if isinstance(self.llm, RemoteLLM):
+            return label_listed(self.slm, self.llm, prompts, generated, *settings, exact_at=exact_at)
+        llm, vocabulary = self.local_llm(), self.vocabulary
         if vocabulary is None:
             return label(self.slm, llm, prompts, generated, *settings)
         own = [request.llm_prompt_ids or request.prompt_ids for request in requests]
@@ -223,22 +265,54 @@ class Session:
                     on_finish()
         return done
 
-    def _llm(self) -> LoadedModel:
+    def take_report(self) -> dict[str, Any] | None:
+        """What asking the LLM's or the SLM's servers took since this was last called; None where there are none."""
+        if self.served_slm is not None:
+            return self.served_slm.take_report()
+        return self.llm.take_report() if isinstance(self.llm, RemoteLLM) else None
+
+    def local_llm(self) -> LoadedModel:
+        """The LLM in this process; raises ConfigError where there is none."""
+        llm = self._any_llm()
+        if isinstance(llm, RemoteLLM):
+            raise ConfigError("this needs the LLM's weights in this process; pass --llm MODEL without --llm-url.")
+        return llm
+
+    def _any_llm(self) -> LoadedModel | RemoteLLM:
         if self.llm is None:
             raise ConfigError("this strategy needs the LLM; pass --llm MODEL.")
         return self.llm
+
+
+def open_llm(config: ModelConfig) -> LoadedModel | RemoteLLM:
+    """The LLM that a config names: on its servers where it has some (no weights are loaded, and a line on stderr says what
+    they can tell), else in this process.
+
+    Raises ConfigError, ModelError or RemoteError, one line.
+    """
+    if config.llm is None:
+        raise ConfigError(
+            "the LLM is missing; pass --llm MODEL (with --llm-url the folder or hub id of its tokenizer)."
+        )
+    if not isinstance(config, RemoteConfig) or not config.llm_urls:
+        return load_model(config.llm, **config.llm_load_options)
+    outline = load_outline(config.llm, config.llm_revision, config.trust_remote_code)
+    llm = RemoteLLM.open(outline, remote_settings(config))
+    note(f"LLM {llm.name} at {', '.join(config.llm_urls)}: {llm.abilities.note()}")
+    return llm
 
 
 def check_needs(config: ModelConfig, strategies: Sequence[str], adapter: str | None) -> None:
     """Raise ConfigError where a strategy needs an LLM or an adapter and there is none; loads nothing."""
     if config.llm is None and any(name in NEEDS_LLM for name in strategies):
         names = ", ".join(name for name in strategies if name in NEEDS_LLM)
-        raise ConfigError(f"strategy {names} needs the LLM; pass --llm MODEL.")
+        hint = " (its tokenizer, beside --llm-url)" if isinstance(config, RemoteConfig) and config.llm_urls else ""
+        raise ConfigError(f"strategy {names} needs the LLM; pass --llm MODEL{hint}.")
     if "s2t-local" in strategies and adapter is None and not is_merged(local_folder(config.slm)):
         raise ConfigError("strategy s2t-local needs --adapter, a folder written by `s2t train`.")
 
 
-def _checked(loaded: LoadedModel, ids: list[int]) -> list[int]:
+def _checked(loaded: LoadedModel | RemoteLLM, ids: list[int]) -> list[int]:
     """The ids of a prompt; raises ModelError where there are none, or one that the model has no row for."""
     if not ids:
         raise ModelError("the prompt is empty after tokenizing; give some text.")

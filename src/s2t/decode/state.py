@@ -14,7 +14,7 @@ from torch import Tensor
 
 from s2t.core.candidates import mask_forbidden
 from s2t.core.support import align_vocabulary
-from s2t.model.engine import Engine
+from s2t.model.engine import Engine, Work
 
 
 class Reference:
@@ -24,11 +24,21 @@ class Reference:
     """
 
     max_draft: int | None = None
+    num_listed: int | None = None
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.pending: list[list[int]] = [[] for _ in range(engine.max_rows)]
         self._states: dict[int, Tensor] = {}  # row -> [d, H], of the rows read in this round
+
+    @property
+    def work(self) -> list[Work]:
+        """What each row cost so far."""
+        return self.engine.work
+
+    def cost_ratio(self, slm_params: int) -> float:
+        """What one forward costs, in forwards of the SLM."""
+        return self.engine.loaded.num_params / slm_params
 
     def start(self, row: int, prompt_ids: Sequence[int]) -> None:
         """Begin a sequence in a slot; nothing is computed yet."""
@@ -81,6 +91,8 @@ class State:
     logits: Tensor  # [n, V], masked
     uniforms: Tensor  # [n], for the random trigger
     read_llm: Callable[[Sequence[int]], Tensor] | None = None  # places -> masked logits, [len(places), V]
+    num_listed: int | None = None  # likeliest tokens that the LLM's logits are true of; None: all
+    look_up: Callable[[Sequence[int], Tensor, Tensor, bool], Tensor] | None = None
     _llm_logits: Tensor | None = None
 
     def llm_logits(self, places: Sequence[int] | None = None) -> Tensor:
@@ -92,6 +104,14 @@ class State:
         if places is None:
             self._llm_logits = logits
         return logits
+
+    def llm_logprobs(self, places: Sequence[int], ids: Tensor, must_order: bool = False) -> Tensor:
+        """log p_L of listed ids at some places; [f, K] -> [f, K], float32, NaN where a remote LLM did not tell.
+
+        `must_order` says that the best of each row has to be known.
+        """
+        logprobs = log_softmax_at(self.llm_logits(places), ids)
+        return logprobs if self.look_up is None else self.look_up(places, ids, logprobs, must_order)
 
 
 def log_softmax_at(logits: Tensor, ids: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ def _trigger(name: str, config: DecodeConfig) -> Trigger:
     if wanted not in allowed:
         raise ConfigError(f"strategy {name} takes trigger {', '.join(allowed)}; got {wanted!r}.")
     if wanted == "divergence":
-        return Divergence(config.support_size, config.divergence)
+        return Divergence(config.support_size, config.divergence, config.support)
     return {"never": Never, "random": Random, "entropy": Entropy, "criticality": Criticality}[wanted]()
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from s2t.core.candidates import mask_forbidden
-from s2t.model.engine import Engine
+from s2t.model.engine import Engine, Work
 from s2t.model.text import VocabularyMap
 
 NUM_WANTED = 16  # of the SLM's best tokens, whose spellings are followed
@@ -49,10 +49,20 @@ class TextReference:
     """Rows of the LLM's engine that follow the SLM's rows by text; one token of the SLM at a time."""
 
     max_draft: int | None = 1
+    num_listed: int | None = None
 
     def __init__(self, engine: Engine, vocabulary: VocabularyMap) -> None:
         self.engine, self.vocabulary = engine, vocabulary
         self.rows = [_Row() for _ in range(engine.max_rows)]
+
+    @property
+    def work(self) -> list[Work]:
+        """What each row cost so far."""
+        return self.engine.work
+
+    def cost_ratio(self, slm_params: int) -> float:
+        """What one forward costs, in forwards of the SLM."""
+        return self.engine.loaded.num_params / slm_params
 
     def start(self, row: int, prompt_ids: Sequence[int]) -> None:
         """Begin a sequence in a slot, with the LLM's own prompt; nothing is computed yet."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from s2t.core.support import divergence, entropy, self_certainty
+from s2t.core.support import divergence, entropy, resolve_support, self_certainty
 from s2t.decode.state import State
 
 
@@ -72,11 +72,13 @@ class Divergence(Trigger):
 
     support_size: int = 64
     kind: str = "llm-slm"
+    support: str = "auto"
     name = "divergence"
     needs_llm = True
 
     def read(self, state: State) -> Tensor:
-        return divergence(state.llm_logits(), state.logits, self.support_size, self.kind)
+        support, size = resolve_support(self.support, self.support_size, self.kind, state.num_listed)
+        return divergence(state.llm_logits(), state.logits, size, self.kind, support)
 
 
 class Criticality(Trigger):

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
-from s2t.config import TaskConfig
+from s2t.config import ShardConfig, TaskConfig
 from s2t.decode.loop import Request
+from s2t.decode.remote.counts import merge_reports
 from s2t.decode.session import Session
 from s2t.errors import DataError
-from s2t.files import read_json
+from s2t.files import RunFolder, read_json, write_json
 from s2t.model.merged import base_model
 from s2t.model.tiny import is_embedded
 from s2t.records import Problem
 from s2t.tasks.problems import Task, load_task
+from s2t.workers import Workers
+
+S = TypeVar("S")
 
 
 def open_task(config: TaskConfig, slm: str) -> Task:
@@ -28,6 +33,33 @@ def open_task(config: TaskConfig, slm: str) -> Task:
 def task_for_workers(task: Task, config: TaskConfig) -> Task | None:
     """The task where this process does the work; None where workers must open their own, since tasks hold functions."""
     return task if config.workers == 1 else None
+
+
+def shard_workers(open: Callable[[], S], config: TaskConfig) -> Workers[S]:
+    """Who works the shards: processes, or threads that take turns where an LLM on servers is waited for."""
+    is_remote = isinstance(config, ShardConfig) and bool(config.llm_urls)
+    threads = config.shards_in_flight if isinstance(config, ShardConfig) and is_remote else 1
+    return Workers(open, config.workers, threads)
+
+
+class ServerReport:
+    """What asking the LLM's servers (or the SLM's) took, over all processes and restarts of a run; kept in NAME.json."""
+
+    def __init__(self, run: RunFolder, name: str = "llm_server") -> None:
+        self._name, self._path = name, run.file(f"{name}.json")
+
+    def add(self, report: dict[str, Any] | None) -> None:
+        """Add what one shard took; None, of an LLM in this process, is nothing."""
+        if report is not None:
+            write_json(self._path, merge_reports(self._read(), report))
+
+    def section(self) -> dict[str, Any]:
+        """The part of a summary that says it; empty where no server was asked."""
+        found = self._read()
+        return {} if found is None else {self._name: found}
+
+    def _read(self) -> dict[str, Any] | None:
+        return read_json(self._path) if self._path.exists() else None
 
 
 def problems_outside(task: Task, split: str, limit: int, seed: int, heldout: frozenset[str]) -> list[Problem]:

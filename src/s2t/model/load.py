@@ -37,7 +37,7 @@ from s2t.model.reserved import ReservedIds, choose_reserved_ids
 from s2t.model.tiny import embedded_path, is_embedded
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_LOAD_ERRORS = (OSError, ValueError, TypeError, ImportError, KeyError, RuntimeError, SafetensorError)
+LOAD_ERRORS = (OSError, ValueError, TypeError, ImportError, KeyError, RuntimeError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,8 @@ def load_model(
         try:
             lora = None if is_embedded(name) or merged is not None else find_lora(name, revision)
             tokenizer, model = reading.merged(lora, revision) if lora else reading.plain(source, revision)
-        except _LOAD_ERRORS as error:
-            raise ModelError(_why_not_loaded(name, error, revision, quantization)) from error
+        except LOAD_ERRORS as error:
+            raise ModelError(why_not_loaded(name, error, revision, quantization)) from error
     identity = fingerprint(model)  # before any cast that cannot hold every value of the checkpoint
     reading.cast(model)
     loaded = replace(wrap_model(name, model, tokenizer, merged), execution=execution)
@@ -139,8 +139,8 @@ def load_without_weights(name: str, revision: str | None = None, trust_remote_co
             config = AutoConfig.from_pretrained(source, **options)
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        except _LOAD_ERRORS as error:
-            raise ModelError(_why_not_loaded(name, error, revision)) from error
+        except LOAD_ERRORS as error:
+            raise ModelError(why_not_loaded(name, error, revision)) from error
         with suppress(OSError):  # it has none
             model.generation_config = GenerationConfig.from_pretrained(source, revision=revision or "main")
     return wrap_model(name, model, tokenizer, merged)
@@ -179,8 +179,8 @@ class _Reading:
             model = self._weights(source, torch.float32, lora.base_revision)
             origin, version = (lora.name, revision) if lora.has_tokenizer else (source, lora.base_revision)
             tokenizer = AutoTokenizer.from_pretrained(origin, revision=version, **self.options)
-        except _LOAD_ERRORS as error:
-            why = _why_not_loaded(lora.base, error, lora.base_revision)
+        except LOAD_ERRORS as error:
+            why = why_not_loaded(lora.base, error, lora.base_revision)
             raise ModelError(f"adapter {lora.name} needs its base model: {why}") from error
         if lora.has_tokenizer and len(tokenizer) > model.get_input_embeddings().weight.shape[0]:  # it added tokens
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -293,7 +293,8 @@ def _plain_name(name: str) -> str:
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
-def _why_not_loaded(name: str, error: Exception, revision: str | None = None, quantization: str | None = None) -> str:
+def why_not_loaded(name: str, error: Exception, revision: str | None = None, quantization: str | None = None) -> str:
+    """One line for a model that cannot be loaded: what is wrong and what to do."""
     if quantization is not None and isinstance(error, ImportError):
         return missing_package(quantization, error)
     text = " ".join(str(error).split())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from tokenizers import Tokenizer
@@ -168,7 +168,14 @@ def _from_pieces(token: str) -> bytes:
     return token.replace("▁", " ").encode()
 
 
-def same_tokens(slm: LoadedModel, llm: LoadedModel) -> bool:
+class HasTokenizer(Protocol):
+    """Whatever a tokenizer belongs to."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase: ...
+
+
+def same_tokens(slm: HasTokenizer, llm: HasTokenizer) -> bool:
     """Whether both tokenizers give every token the same id; padding rows may differ in number."""
     left: Any = slm.tokenizer.get_vocab()
     return left == llm.tokenizer.get_vocab()

@@ -128,11 +128,13 @@ class _Writer:
         }
 
     def _targets(self, requests: Sequence[Request], answers: Sequence[Sequence[int]]) -> list[Targets]:
-        config, llm = self.config, self.session.llm
-        if config.method == "sft" or llm is None:
+        config = self.config
+        if config.method == "sft":
             return [Targets(np.empty((0, 0), np.int32), np.empty((0, 0), np.float32)) for _ in answers]
         prompts = [request.prompt_ids for request in requests]
-        return llm_targets(self.session.slm, llm, prompts, answers, config.support_size, config.kd_temperature)
+        return llm_targets(
+            self.session.slm, self.session.local_llm(), prompts, answers, config.support_size, config.kd_temperature
+        )
 
 
 def read_answers(run: RunFolder) -> list[Answer]:

@@ -28,7 +28,7 @@ class BlockingClient:
         self._thread = threading.Thread(target=self._loop.run_forever, name="s2t-remote", daemon=True)
         self._thread.start()
         try:
-            self._client = self._run(_make(settings, id_of_text))
+            self._client = self._wait(_make(settings, id_of_text))
         except BaseException:
             _stop(self._loop, self._thread, None)
             raise
@@ -49,6 +49,15 @@ class BlockingClient:
         """Calls, retries and tokens so far."""
         return self._client.counts
 
+    def take_counts(self) -> Counts:
+        """The counters since this was last called, which start again at zero."""
+
+        async def take(client: Client) -> Counts:
+            counts, client.counts = client.counts, Counts()
+            return counts
+
+        return self.run(take)
+
     @property
     def calls_by_server(self) -> dict[str, int]:
         """Answered calls per server."""
@@ -56,19 +65,27 @@ class BlockingClient:
 
     def complete(self, request: CompletionRequest) -> Completion:
         """One answer; raises RemoteError where no server gives one."""
-        return self._run(self._client.complete(request))
+        return self._wait(self._client.complete(request))
 
     def complete_all(self, requests: Sequence[CompletionRequest]) -> list[Completion]:
         """All answers, in order, asked for at once (as many as `max_in_flight` allows)."""
-        return self._run(self._client.complete_all(requests)) if requests else []
+        return self._wait(self._client.complete_all(requests)) if requests else []
+
+    def map(self, requests: Sequence[CompletionRequest], then: Callable[[CompletionRequest, Completion], R]) -> list[R]:
+        """`then` of every request and its answer, in order; `then` runs in the client's thread as answers come."""
+        return self._wait(self._client.map(requests, then)) if requests else []
+
+    def run(self, work: Callable[[Client], Coroutine[Any, Any, R]]) -> R:
+        """What some work with the asynchronous client returns."""
+        return self._wait(work(self._client))
 
     def models(self) -> list[dict[str, Any]]:
         """What the servers say they serve."""
-        return self._run(self._client.models())
+        return self._wait(self._client.models())
 
     def model_name(self) -> str:
         """The model's name on the servers."""
-        return self._run(self._client.model_name())
+        return self._wait(self._client.model_name())
 
     def stream(self, work: Callable[[Client, Callable[[T], None]], Coroutine[Any, Any, None]]) -> Iterator[T]:
         """What a coroutine hands to its second argument while it runs in the loop, item by item; its error is raised.
@@ -89,7 +106,7 @@ class BlockingClient:
         finally:
             future.cancel()
 
-    def _run(self, work: Coroutine[Any, Any, R]) -> R:
+    def _wait(self, work: Coroutine[Any, Any, R]) -> R:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             with waiting():

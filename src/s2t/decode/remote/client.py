@@ -27,6 +27,8 @@ _RETRIED = {408, 409, 425, 429}  # and 5xx
 _NOT_ITS_FAULT = {"429", "drained"}  # causes that do not count against a server
 _CONNECT_S = 10.0
 _CHECK_S = 5.0
+_TRIES = 4
+_REFUSED = {400, 422, 500, 501}  # statuses that servers use for what they cannot do
 _MAX_REPLY_BYTES = 2**28
 
 
@@ -103,6 +105,7 @@ class Client:
             [url.rstrip("/") for url in settings.urls], self._is_well, settings.patience_s, self._note_drained
         )
         self._random = random.Random()
+        self.speaks_ids = settings.speaks_ids
         self._model: str | None = settings.model
         self._naming = asyncio.Lock()
 
@@ -119,7 +122,7 @@ class Client:
 
     async def complete(self, request: CompletionRequest) -> Completion:
         """The answer to one request, retried until it is one; raises RemoteError where no server gives one."""
-        body = request.body(await self.model_name(), self.settings.speaks_ids)
+        body = request.body(await self.model_name(), self.speaks_ids)
         done = await self._ask(
             "completions", body, lambda reply: parse_completion(reply, request, self.id_of_text), request.key
         )
@@ -128,12 +131,41 @@ class Client:
 
     async def complete_all(self, requests: Sequence[CompletionRequest]) -> list[Completion]:
         """All answers, in order; the first error ends the others."""
-        tasks = [asyncio.ensure_future(self.complete(request)) for request in requests]
+        return await self.map(requests, lambda _, done: done)
+
+    async def map(
+        self, requests: Sequence[CompletionRequest], then: Callable[[CompletionRequest, Completion], R]
+    ) -> list[R]:
+        """`then` of every request and its answer, in order, each applied as soon as the answer is there."""
+
+        async def one(request: CompletionRequest) -> R:
+            return then(request, await self.complete(request))
+
+        tasks = [asyncio.ensure_future(one(request)) for request in requests]
         try:
             return await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
+
+    async def try_once(self, url: str, body: dict[str, Any]) -> Any:
+        """The JSON that one server answers to a body, None where it refuses it; raises RemoteError where it cannot be reached.
+
+        For finding out what a server can do: neither balanced nor counted.
+        """
+        for attempt in range(1, _TRIES + 1):
+            try:
+                return await self._send(f"{url}/completions", body)
+            except RemoteError as error:
+                if error.status not in _REFUSED:
+                    raise
+                return None
+            except _Failed as failed:
+                if attempt == _TRIES:
+                    raise RemoteError(
+                        f"{url} cannot be asked: {failed.cause}, {failed}; start it and rerun."
+                    ) from failed
+                await asyncio.sleep(self._pause(attempt, failed))
 
     async def models(self) -> list[dict[str, Any]]:
         """What the servers say they serve (/models of one of them)."""
@@ -221,10 +253,11 @@ class Client:
             raise _Failed(cause, f"HTTP {status} {reason}".strip(), _retry_after_s(response.headers.get("retry-after")))
         if status in (401, 403):
             raise RemoteError(
-                f"{url} refused the request (HTTP {status}); put a valid key into the variable that --llm-api-key-env names."
+                f"{url} refused the request (HTTP {status}); put a valid key into the variable that --llm-api-key-env names.",
+                status,
             )
         hint = "check the URL (does it end in /v1?) and the model's name" if status == 404 else "check the request"
-        raise RemoteError(f"{url} answered HTTP {status}: {reason or 'no reason given'}; {hint}.")
+        raise RemoteError(f"{url} answered HTTP {status}: {reason or 'no reason given'}; {hint}.", status)
 
     def _pause(self, attempt: int, failure: _Failed) -> float:
         """Seconds before the next attempt: what the server asks for, else exponential with full jitter; none if drained."""

@@ -56,3 +56,15 @@ class Counts:
             "drained": dict(sorted(self.drained.items())),
         }
         return found if prices is None or prices == Prices() else found | {"cost": self.cost(prices)}
+
+
+def merge_reports(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> dict[str, Any]:
+    """Two reports of asking servers as one: numbers added, also those within (retries by cause), the rest as it is now."""
+    merged = dict(new)
+    for key, value in (old or {}).items():
+        now = new.get(key)
+        if isinstance(value, Mapping) and isinstance(now, Mapping | None):
+            merged[key] = merge_reports(value, now or {}) | {k: v for k, v in value.items() if k not in (now or {})}
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            merged[key] = value + (now or 0)
+    return merged

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +31,6 @@ from s2t.records import Candidates, Cost, Step
 REQUEST_COST = 16.0
 """What a request costs a server, in tokens of a full batch; from it and a row's rate of flips follow chunk lengths."""
 _LONGEST_CHUNK = 256
-_MAX_IN_FLIGHT = 256
 _STRATEGIES = ("greedy", "s2t-local")
 _TRIGGERS = ("criticality", "random", "never")
 
@@ -249,9 +249,11 @@ class ServedSLM:
     selector: ServedSelector | None
 
     @classmethod
-    def connect(cls, loaded: LoadedModel, urls: tuple[str, ...], lora: str | None, needs_selector: bool) -> ServedSLM:
+    def connect(
+        cls, loaded: LoadedModel, settings: RemoteSettings, lora: str | None, needs_selector: bool
+    ) -> ServedSLM:
         """Ask the servers what they serve; raises ConfigError, ModelError or RemoteError, one line, for what cannot work."""
-        client = BlockingClient(RemoteSettings(urls, max_in_flight=_MAX_IN_FLIGHT))
+        client = BlockingClient(settings)
         try:
             client.model_name()
             selector = served_selector(loaded, client.models(), lora) if needs_selector else None
@@ -271,6 +273,11 @@ class ServedSLM:
         """A decoder for one run."""
         uses = self.selector if strategy.name == "s2t-local" else None
         return RemoteDecoder(self.client, self.loaded, strategy, uses, max_new_tokens, trace, ends, num_rows)
+
+    def take_report(self) -> dict[str, Any]:
+        """Where the SLM runs and what asking it took since this was last called, as JSON values."""
+        counts, settings = self.client.take_counts(), self.client.settings
+        return {"model": self.client.model_name(), "urls": list(settings.urls), **counts.as_dict()}
 
 
 def check_served(strategies: Sequence[str]) -> None:

@@ -26,7 +26,8 @@ class CompletionRequest:
     `logprobs` lists that many likeliest tokens per generated token, `prompt_logprobs` per prompt token, and
     `logprob_token_ids` these very ids per generated token in place of the likeliest. `model` goes before the client's own
     (the name of a LoRA, say). Requests of one `key` go to one server while it is not much busier than the others, since
-    it has their prefix cached. `extra` is merged into the body as it is.
+    it has their prefix cached. `extra` is merged into the body as it is. Of the prompt's log-probabilities those of the
+    first `num_prompt_skipped` tokens are not read.
     """
 
     prompt_ids: Sequence[int]
@@ -37,6 +38,7 @@ class CompletionRequest:
     model: str | None = None
     key: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    num_prompt_skipped: int = 0
 
     def body(self, model: str, speaks_ids: bool = True) -> dict[str, Any]:
         """The JSON body; `speaks_ids` asks for token ids in the reply, which vLLM understands and others may refuse."""
@@ -99,7 +101,7 @@ def _parse(reply: Any, request: CompletionRequest, id_of_text: Callable[[str], i
     done = Completion(
         ids,
         listed,
-        [None if each is None else {int(i): float(at["logprob"]) for i, at in each.items()} for each in prompt],
+        [_of_prompt(each) if place >= request.num_prompt_skipped else None for place, each in enumerate(prompt)],
         str(choice.get("text") or ""),
         str(choice.get("finish_reason") or ""),
         reply.get("usage"),
@@ -113,6 +115,10 @@ def _parse(reply: Any, request: CompletionRequest, id_of_text: Callable[[str], i
     if request.logprob_token_ids is not None and any(set(request.logprob_token_ids) - each.keys() for each in listed):
         raise BadReply("listed ids are missing from the log-probabilities")
     return done
+
+
+def _of_prompt(listed: Mapping[str, Mapping[str, float]] | None) -> LogProbs | None:
+    return None if listed is None else {int(i): _logprob(float(at["logprob"])) for i, at in listed.items()}
 
 
 def _of_mapping(listed: Mapping[str, float], id_of_text: Callable[[str], int | None] | None) -> LogProbs:

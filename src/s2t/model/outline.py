@@ -1,0 +1,63 @@
+"""A model without its weights: tokenizer, stop ids and size, for a model that runs somewhere else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from s2t.errors import ModelError
+from s2t.model.chat import stop_ids
+from s2t.model.engine import FlopCount
+from s2t.model.load import LOAD_ERRORS, count_params, quiet, why_not_loaded
+from s2t.model.reserved import choose_reserved_ids
+from s2t.model.tiny import embedded_path, is_embedded
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What is known of a model from its folder or hub id alone; `num_params` and `flops` where it has a config."""
+
+    name: str
+    tokenizer: PreTrainedTokenizerBase
+    vocab_size: int
+    stop_ids: frozenset[int]
+    num_params: int | None = None
+    flops: FlopCount | None = None
+
+    @property
+    def reserved_ids(self) -> tuple[int, ...]:
+        """Ids that are never to be generated."""
+        reserved = choose_reserved_ids(self.tokenizer.get_vocab(), self.vocab_size, 16)
+        return tuple(i for i in reserved.all if i < self.vocab_size)
+
+
+def load_outline(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Outline:
+    """Read tokenizer and config of a hub id, a folder or an embedded model; raises ModelError, one line, without a tokenizer."""
+    source = str(embedded_path(name)) if is_embedded(name) else name
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        except LOAD_ERRORS as error:
+            raise ModelError(why_not_loaded(name, error, revision)) from error
+        try:
+            config = AutoConfig.from_pretrained(source, **options)
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        except LOAD_ERRORS:  # a tokenizer alone is enough
+            return Outline(name, tokenizer, max(tokenizer.get_vocab().values()) + 1, stop_ids(tokenizer, None))
+        try:
+            eos = GenerationConfig.from_pretrained(source, revision=revision or "main").eos_token_id
+        except LOAD_ERRORS:
+            eos = getattr(config, "eos_token_id", None)
+    rows = model.get_input_embeddings().weight.shape[0]
+    return Outline(
+        name,
+        tokenizer,
+        min(max(tokenizer.get_vocab().values()) + 1, rows),
+        stop_ids(tokenizer, eos),
+        count_params(model),
+        FlopCount(model, model.config.get_text_config(decoder=True)),
+    )
