@@ -134,13 +134,17 @@ def _run_missing(
         servers.add(result.pop("report"))
         write_json(path, result)
 
-    servers = ServerReport(run)
+    servers = ServerReport(run, _servers(config))
     parts = shards_of(problems, config.shard_size)
     with shard_workers(partial(_Evaluator, config, task_for_workers(task, config)), config) as workers:
         for one in contestants:
             shards = to_files(parts, partial(run.shard, one.shards, suffix="json"))
             title = one.name if one.is_first else f"{one.name}, seed {one.seed}"
             write_missing(workers, partial(_Evaluator.shard, one=one), shards, write, title)
+
+
+def _servers(config: EvalConfig) -> str:
+    return "slm_server" if config.slm_urls else "llm_server"
 
 
 class _Evaluator:
@@ -370,7 +374,7 @@ def _summary(
         "sufficiency": None,
         **_section(rows, seconds, config.seed),
         "gap_closed": _gap_closed(rows),
-        **ServerReport(run).section(),
+        **ServerReport(run, _servers(config)).section(),
     }
     for title, is_held in (("seen_templates", False), ("unseen_templates", True)):
         part = {
