@@ -91,12 +91,15 @@ CLEAN = Recipe(width=64, layers=4, heads=2, steps=8_000, seed=1, num_problems=60
 UNFILTERED = replace(
     CLEAN, steps=10_000, seed=2, num_problems=74_000, careless_authors=0.75, warmup=50, is_constant=False
 )
+NARROW, SHALLOW = {"width": 32, "heads": 1}, {"layers": 2}  # the unfiltered SLM, smaller: for `s2t study scaling`
 SMALL = Recipe(width=32, layers=4, heads=1, steps=10_000, seed=3, num_problems=130_000)
 MODELS = {
     "llm": (DIGITS, LLM),
     "slm-unfiltered": (DIGITS, CLEAN, UNFILTERED),
     "slm-small": (DIGITS, SMALL),
     "slm-numbers": (NUMBERS, CLEAN, UNFILTERED),
+    "slm-narrow": (DIGITS, replace(CLEAN, **NARROW), replace(UNFILTERED, **NARROW)),
+    "slm-shallow": (DIGITS, replace(CLEAN, **SHALLOW), replace(UNFILTERED, **SHALLOW)),
 }
 
 

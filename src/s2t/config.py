@@ -500,7 +500,8 @@ class StudyConfig(TaskConfig, ModelConfig):
     llm: str | None = "tiny:llm"
     """Hub id, folder, or `tiny:llm`: the reference."""
     name: str = field(default="sufficiency", metadata={"hidden": True})
-    """sufficiency, positions, scaling, triggers, criticality, candidates, training, size, transfer or knowledge."""
+    """sufficiency, positions, scaling, triggers, criticality, candidates, training, size, transfer, distillation,
+    knowledge, slips or data."""
     out: str = "runs/study"
     """Folder of this study; rerunning resumes it."""
     base: str | None = None
@@ -521,8 +522,10 @@ class StudyConfig(TaskConfig, ModelConfig):
     """SLMs of sufficiency and scaling, comma-separated; None takes --slm alone."""
     tasks: str | None = None
     """Tasks of sufficiency and transfer, separated by semicolons; None takes --task alone."""
+    distilled: str | None = None
+    """Distilled SLMs that knowledge compares with selection, comma-separated folders of `s2t distill`; None is without."""
     num_seeds: int = 3
-    """Seeds of the trigger random."""
+    """Seeds of the trigger random, and of every arm of the study distillation."""
     max_new_tokens: int = 256
     """Length limit of one answer, in tokens."""
     batch_size: int = 64
@@ -540,6 +543,10 @@ class StudyConfig(TaskConfig, ModelConfig):
     @property
     def slm_names(self) -> tuple[str, ...]:
         return tuple(name.strip() for name in (self.slms or self.slm).split(",") if name.strip())
+
+    @property
+    def distilled_names(self) -> tuple[str, ...]:
+        return tuple(name.strip() for name in (self.distilled or "").split(",") if name.strip())
 
     @property
     def task_names(self) -> tuple[str, ...]:

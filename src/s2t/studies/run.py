@@ -9,8 +9,8 @@ from typing import Any
 from s2t.config import StudyConfig
 from s2t.errors import ConfigError
 from s2t.files import write_bytes, write_json, write_text
-from s2t.report.chart import draw_chart
-from s2t.studies import adapters, knowledge, pairs, triggers
+from s2t.report.chart import draw_charts
+from s2t.studies import adapters, data, distillation, knowledge, pairs, slips, triggers
 from s2t.studies.lab import Findings, Lab, open_run
 
 STUDIES: dict[str, Callable[[Lab], Findings]] = {
@@ -23,7 +23,10 @@ STUDIES: dict[str, Callable[[Lab], Findings]] = {
     "training": adapters.training,
     "size": adapters.size,
     "transfer": adapters.transfer,
+    "distillation": distillation.distillation,
     "knowledge": knowledge.knowledge,
+    "slips": slips.slips,
+    "data": data.data,
 }
 
 
@@ -36,7 +39,8 @@ def study(config: StudyConfig) -> dict[str, Any]:
     result = {"name": config.name, **asdict(found)}
     write_json(run.file("study.json"), result)
     write_text(run.file("table.md"), markdown(found))
-    write_bytes(run.file("picture.png"), draw_chart(asdict(found.chart)))
+    charts = found.chart if isinstance(found.chart, list) else [found.chart]
+    write_bytes(run.file("picture.png"), draw_charts([asdict(chart) for chart in charts]))
     run.finish()
     return result
 
