@@ -560,6 +560,24 @@ class StudyConfig(TaskConfig, ModelConfig):
 
 
 @dataclass(frozen=True)
+class ReproduceConfig:
+    """`s2t reproduce RECIPE`: the stages of a recipe, one after the other."""
+
+    recipe: str = field(default="", metadata={"hidden": True})
+    """TOML file with the stages."""
+    out: str = "runs/reproduce"
+    """Folder below which every stage has its own; rerunning goes on."""
+    override: list[str] = field(default_factory=list)
+    """name=value, in place of the recipe's wherever the recipe gives that setting; one that it never gives goes to every
+    stage that knows it. May be given several times."""
+    dry_run: bool = False
+    """Check the recipe and print its commands; run nothing."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.out), "out must name a folder.")
+
+
+@dataclass(frozen=True)
 class BenchConfig(ModelConfig):
     """`s2t bench`; a model may also be `random:` and a shape, such as random:qwen2.5-0.5b or random:qwen2.5-1.5b,layers=4."""
 

@@ -28,6 +28,7 @@ from s2t.cli import (
     measure,
     merge,
     report,
+    reproduce,
     study,
     train,
 )
@@ -46,10 +47,11 @@ COMMANDS = {
     "eval": evaluate.command,
     "report": report.command,
     "study": study.command,
+    "reproduce": reproduce.command,
     "bench": bench.command,
 }
 
-RESUMED = ("demo", "measure", "collect", "train", "eval", "study")
+RESUMED = ("demo", "measure", "collect", "train", "eval", "study", "reproduce")
 INTERRUPTED = 130
 USAGE_ERROR = typer.BadParameter.__mro__[1]  # UsageError, which Typer keeps to itself
 DISK_ERRORS = {
