@@ -500,7 +500,7 @@ class StudyConfig(TaskConfig, ModelConfig):
     llm: str | None = "tiny:llm"
     """Hub id, folder, or `tiny:llm`: the reference."""
     name: str = field(default="sufficiency", metadata={"hidden": True})
-    """sufficiency, positions, scaling, triggers, criticality, candidates, training, size, transfer, distillation,
+    """baselines, sufficiency, positions, scaling, triggers, criticality, candidates, training, size, transfer, distillation,
     knowledge, slips or data."""
     out: str = "runs/study"
     """Folder of this study; rerunning resumes it."""
@@ -525,7 +525,7 @@ class StudyConfig(TaskConfig, ModelConfig):
     distilled: str | None = None
     """Distilled SLMs that knowledge compares with selection, comma-separated folders of `s2t distill`; None is without."""
     num_seeds: int = 3
-    """Seeds of the trigger random, and of every arm of the study distillation."""
+    """Seeds of what draws at random in baselines and triggers, and of every arm of distillation."""
     max_new_tokens: int = 256
     """Length limit of one answer, in tokens."""
     batch_size: int = 64

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6A51A3", "#8C8C8C", "#1B1F24")
-_MARKERS = "osD^vPX*<"
+_MARKERS = "osD^vPX*<>ph"
 
 
 def draw_charts(charts: Sequence[dict[str, Any]], theme: Theme = LIGHT) -> bytes:
@@ -31,7 +31,7 @@ def draw_charts(charts: Sequence[dict[str, Any]], theme: Theme = LIGHT) -> bytes
         raise ValueError("bars stand alone; got several charts.")
     figure, panels = _panels(theme, len(charts))
     for chart, axes in zip(charts, panels, strict=True):
-        _lines(chart, axes, theme, columns=1 if len(charts) > 1 else 2)
+        _lines(chart, axes, theme, columns=1 if len(charts) > 1 and len(chart["series"]) < 7 else 2)
     return _png(figure)
 
 

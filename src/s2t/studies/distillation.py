@@ -36,7 +36,7 @@ def distillation(lab: Lab) -> Findings:
         bars.append(Series(name, [0.0], [accuracy], [interval]))
     columns = (
         *("arm", "seeds", "optimizer steps", "accuracy %", "95 %", "seen templates %", "held out %"),
-        *("over s2t-local, points %", "95 % of it", "p", "least found, points %"),
+        *("over s2t-local, points %", "95 % of it", "p (Holm)", "least found, points %"),
     )
     notes = [
         f"{lab.config.train_limit:,} training problems for every arm, the same under one seed; LoRA, rate and number of "

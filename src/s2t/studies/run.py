@@ -10,10 +10,11 @@ from s2t.config import StudyConfig
 from s2t.errors import ConfigError
 from s2t.files import write_bytes, write_json, write_text
 from s2t.report.chart import draw_charts
-from s2t.studies import adapters, data, distillation, knowledge, pairs, slips, triggers
+from s2t.studies import adapters, baselines, data, distillation, knowledge, pairs, slips, triggers
 from s2t.studies.lab import Findings, Lab, open_run
 
 STUDIES: dict[str, Callable[[Lab], Findings]] = {
+    "baselines": baselines.baselines,
     "sufficiency": pairs.sufficiency,
     "positions": pairs.positions,
     "scaling": pairs.scaling,
@@ -60,7 +61,7 @@ def cell(column: str, value: Any) -> str:
         return f"{100 * value[0]:.1f} to {100 * value[1]:.1f}"
     if column.endswith("%"):
         return f"{100 * value:.1f}"
-    if column == "p":
+    if column in ("p", "p (Holm)"):
         return "<0.001" if value < 0.0005 else f"{value:.3f}"
     if isinstance(value, int):
         return f"{value:,}"
