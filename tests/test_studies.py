@@ -145,6 +145,10 @@ def test_an_unknown_study_is_refused(tmp_path):
         ("0.5 * 3 = $1.5", [True]),
         ("5 / 0 = 0", []),
         ("x = 4, total 7", []),
+        ("a rate of 10/50 = 1/5", []),
+        ("84 pages x 3/4 = 63 pages", []),
+        ("42 / 12 = 4 trays", []),
+        ("42 / 12 = 3.5", [True]),
         ("-3 + 5 = 2", [True]),
     ],
 )
@@ -197,7 +201,11 @@ def test_a_slip_that_selection_mends_is_seen_and_so_is_one_that_stays():
 def test_tokens_of_several_characters_are_judged_from_where_the_result_begins():
     steps = traced("25", " + ", "17", " =", (" 42", " 32"), ".")
     assert judged(steps) == [(4, False, True), (5, True, True)]
-    assert judged(traced("7", " / ", "2", " = ", "3", ".5", "!")) == [(4, True, True), (5, True, True), (6, True, True)]
+    assert judged(traced("1.5", " + ", "2", " = ", "3", ".5", "!")) == [
+        (4, True, True),
+        (5, True, True),
+        (6, True, True),
+    ]
     assert judged(traced("1", " / ", "3", " = ", "0", ".3")) == []
 
 
