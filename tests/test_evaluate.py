@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,8 @@ def test_the_curves_over_the_number_of_samples_end_at_what_was_run(run):
         assert list(curve) == ["1", "2", "3", "4"]
         assert curve["4"]["accuracy"] == pytest.approx(scores["accuracy"])
         assert curve["4"]["pass_at"] == pytest.approx(scores["pass_at_n"])
+        for value, interval in (("accuracy", "ci95"), ("pass_at", "pass_at_ci95")):
+            assert all(low <= one[value] <= high for one in curve.values() for low, high in [one[interval]])
         passes = [curve[n]["pass_at"] for n in curve]
         assert passes == sorted(passes)
         share = np.mean([r["num_correct_samples"] / 4 for r in lines(config) if r["strategy"] == name])
@@ -100,6 +103,16 @@ def test_both_ways_to_choose_see_the_same_samples(run):
         assert [s["answer"] for s in voted] == [s["answer"] for s in rated]
         assert all(s["certainty"] is None for s in voted)
         assert all(s["certainty"] > 0 for s in rated)
+
+
+def test_samples_judged_twice_are_those_of_a_vote_alone(run, tmp_path):
+    config, _ = run
+    alone = replace(config, strategies="self-consistency", out=str(tmp_path / "alone"), limit=6)
+    evaluate(alone)
+    both = {(r["problem_id"], r["seed"]): r for r in lines(config) if r["strategy"] == "self-consistency"}
+    for result in lines(alone):
+        same = both[result["problem_id"], result["seed"]]
+        assert {k: v for k, v in result.items() if k != "cost"} == {k: v for k, v in same.items() if k != "cost"}
 
 
 def test_many_comparisons_are_adjusted(run):

@@ -19,7 +19,7 @@ FLOORS = (
     {"decode"},
     {"measure", "collect", "train", "merge", "evaluate", "report", "serve"},
     {"api", "demo", "bench", "workflows"},
-    {"studies"},
+    {"studies", "reproduce"},
     {"cli", "integrations"},
 )
 WORKFLOWS = FLOORS[4]

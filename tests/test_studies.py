@@ -10,7 +10,7 @@ import pytest
 from s2t.config import StudyConfig
 from s2t.errors import ConfigError
 from s2t.files import read_json
-from s2t.studies import STUDIES, adapters, study, triggers
+from s2t.studies import STUDIES, adapters, slips, study, triggers
 from s2t.studies.knowledge import equations, fault
 from s2t.studies.lab import parse_settings
 from s2t.studies.run import cell
@@ -55,7 +55,7 @@ def run(name, base, folder, **settings):
     return study(config), Path(config.out)
 
 
-SLOW = ("scaling", "size", "triggers")
+SLOW = ("distillation", "scaling", "size", "triggers")
 
 
 @pytest.mark.parametrize(
@@ -73,6 +73,39 @@ def test_every_study_ends_with_a_table_and_a_picture(name, base, folder):
     assert json.loads((made / "study.json").read_text())["name"] == name
     again, _ = run(name, base, folder, **settings)
     assert json.dumps(again) == json.dumps(found)
+
+
+@pytest.mark.slow
+def test_distilled_models_are_compared_with_selection(base, folder):
+    found, made = run("distillation", base, folder)
+    arms = {row[0]: row for row in found["rows"]}
+    assert set(arms) == {
+        "greedy, the SLM as it is",
+        "s2t-local",
+        "sft",
+        "kd",
+        "on-policy-kd",
+        "s2t-local on top of sft",
+    }
+    steps = read_json(Path(base) / "train" / "train.json")["num_steps"]
+    assert {arms[name][2] for name in ("s2t-local", "sft", "kd", "on-policy-kd")} == {steps}
+    config = read_json(made / "sft" / "manifest.json")["config"]
+    assert (config["max_steps"], config["learning_rate"], config["limit"]) == (steps, 5e-3, SMALL["train_limit"])
+    knowledge, _ = run("knowledge", base, folder / "distilled", distilled=str(made / "sft" / "adapter"))
+    rows = {row[0]: row for row in knowledge["rows"]}
+    assert set(rows) == {"greedy", "s2t-local", "s2t", "llm", "sft"}
+    assert rows["greedy"][6:] == (0.0, 0.0, 0.0) or rows["greedy"][6:] == [0.0, 0.0, 0.0]
+    assert any(note.startswith("s2t-local and sft: of ") for note in knowledge["notes"])
+
+
+def test_the_splits_of_a_run_are_told_apart(base, folder):
+    found, _ = run("data", base, folder)
+    rows = {row[0]: row for row in found["rows"]}
+    assert [rows[name][2] for name in ("training", "calibration", "test")] == [32, 24, 8]
+    assert rows["training"][4] == 0 < rows["calibration"][3]
+    assert len({row[-1] for row in rows.values()}) == 3
+    collected = read_json(Path(base) / "collect" / "collect.json")
+    assert rows["training"][6] == collected["num_groups"]
 
 
 def test_no_study_changes_the_shared_runs(base, folder, tmp_path):
@@ -112,11 +145,68 @@ def test_an_unknown_study_is_refused(tmp_path):
         ("0.5 * 3 = $1.5", [True]),
         ("5 / 0 = 0", []),
         ("x = 4, total 7", []),
+        ("a rate of 10/50 = 1/5", []),
+        ("84 pages x 3/4 = 63 pages", []),
+        ("42 / 12 = 4 trays", []),
+        ("42 / 12 = 3.5", [True]),
         ("-3 + 5 = 2", [True]),
     ],
 )
 def test_equations_of_a_text(text, holds):
     assert equations(text) == holds
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted", "may_stand"),
+    [
+        ("4", "42", True),
+        ("3", "42", False),
+        ("42", "42", True),
+        ("42.", "42", True),
+        ("4.", "42", False),
+        ("421", "42", False),
+        (".", "", True),
+        ("1", "", False),
+        ("3.5", "3.5", True),
+        (" dollars", "4", False),
+        ("-", "-8", True),
+    ],
+)
+def test_what_may_stand_in_a_result(text, wanted, may_stand):
+    assert slips.fits(text, wanted) is may_stand
+
+
+def traced(*tokens):
+    """Steps of a traced answer: a token, or (written, what the SLM would have written) where it fired."""
+    steps = []
+    for token in tokens:
+        own, greedy = token if isinstance(token, tuple) else (token, token)
+        steps.append({"text": own} | ({"greedy_text": greedy, "flip": True} if own != greedy else {}))
+        steps[-1] |= {"fired": True} if isinstance(token, tuple) else {}
+    return steps
+
+
+def judged(steps):
+    return [(i, c.greedy_is_right, c.is_right) for i, c in enumerate(slips.choices_of(steps)) if c.is_result]
+
+
+def test_a_slip_that_selection_mends_is_seen_and_so_is_one_that_stays():
+    mended = traced("2", "5", " +", " ", "1", "7", " =", " ", ("4", "3"), "2", ".")
+    assert judged(mended) == [(8, False, True), (9, True, True), (10, True, True)]
+    assert judged(traced("2", "5", " +", " ", "1", "7", " =", " ", "3", "2", ".")) == [(8, False, False)]
+    spoiled = traced("2", "5", " +", " ", "1", "7", " =", " ", ("3", "4"), "2", ".")
+    assert judged(spoiled) == [(8, True, False)]
+
+
+def test_tokens_of_several_characters_are_judged_from_where_the_result_begins():
+    steps = traced("25", " + ", "17", " =", (" 42", " 32"), ".")
+    assert judged(steps) == [(4, False, True), (5, True, True)]
+    assert judged(traced("1.5", " + ", "2", " = ", "3", ".5", "!")) == [
+        (4, True, True),
+        (5, True, True),
+        (6, True, True),
+    ]
+    assert judged(traced("1", " / ", "3", " = ", "0", ".3")) == []
 
 
 def test_faults_are_slips_or_others():

@@ -651,7 +651,8 @@ class StudyConfig(TaskConfig, ModelConfig):
     llm: str | None = "tiny:llm"
     """Hub id, folder, or `tiny:llm`: the reference."""
     name: str = field(default="sufficiency", metadata={"hidden": True})
-    """sufficiency, positions, scaling, triggers, criticality, candidates, training, size, transfer or knowledge."""
+    """baselines, sufficiency, positions, scaling, triggers, criticality, candidates, training, size, transfer, distillation,
+    knowledge, slips or data."""
     out: str = "runs/study"
     """Folder of this study; rerunning resumes it."""
     base: str | None = None
@@ -672,8 +673,10 @@ class StudyConfig(TaskConfig, ModelConfig):
     """SLMs of sufficiency and scaling, comma-separated; None takes --slm alone."""
     tasks: str | None = None
     """Tasks of sufficiency and transfer, separated by semicolons; None takes --task alone."""
+    distilled: str | None = None
+    """Distilled SLMs that knowledge compares with selection, comma-separated folders of `s2t distill`; None is without."""
     num_seeds: int = 3
-    """Seeds of the trigger random."""
+    """Seeds of what draws at random in baselines and triggers, and of every arm of distillation."""
     max_new_tokens: int = 256
     """Length limit of one answer, in tokens."""
     batch_size: int = 64
@@ -693,6 +696,10 @@ class StudyConfig(TaskConfig, ModelConfig):
         return tuple(name.strip() for name in (self.slms or self.slm).split(",") if name.strip())
 
     @property
+    def distilled_names(self) -> tuple[str, ...]:
+        return tuple(name.strip() for name in (self.distilled or "").split(",") if name.strip())
+
+    @property
     def task_names(self) -> tuple[str, ...]:
         return tuple(name.strip() for name in (self.tasks or self.task).split(";") if name.strip())
 
@@ -701,6 +708,24 @@ class StudyConfig(TaskConfig, ModelConfig):
         folder = "".join(c if c.isalnum() else "-" for c in slm).strip("-")
         is_own = slm == self.slm
         return replace(self, slm=slm, slms=None, out=f"{self.out}/{folder}", base=self.base if is_own else None)
+
+
+@dataclass(frozen=True)
+class ReproduceConfig:
+    """`s2t reproduce RECIPE`: the stages of a recipe, one after the other."""
+
+    recipe: str = field(default="", metadata={"hidden": True})
+    """TOML file with the stages."""
+    out: str = "runs/reproduce"
+    """Folder below which every stage has its own; rerunning goes on."""
+    override: list[str] = field(default_factory=list)
+    """name=value, in place of the recipe's wherever the recipe gives that setting; one that it never gives goes to every
+    stage that knows it. May be given several times."""
+    dry_run: bool = False
+    """Check the recipe and print its commands; run nothing."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.out), "out must name a folder.")
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from s2t.files import RunFolder, read_json, write_json, write_lines, write_text
 from s2t.model.adapter import AdapterConfig, selector_config, selector_problems
 from s2t.model.card import EVAL_FILE, measured, with_accuracy
 from s2t.model.lora import distilled_from
-from s2t.records import Cost, Problem, Result, Step
+from s2t.records import Cost, Grade, Problem, Result, Step
 from s2t.scale import Shard, to_files, write_missing
 from s2t.tasks.problems import Task, check_disjoint, heldout_templates
 
@@ -45,6 +45,7 @@ _Rows = list[list[dict[str, Any]]]
 """Results of one strategy: seed by seed, problem by problem."""
 _Run = tuple[list[dict[str, Any]], float]
 """Results and seconds of one strategy under one seed."""
+_CURVE_RESAMPLES = 2000
 _COSTS = ("slm_forwards", "llm_forwards", "slm_processed", "llm_processed", "slm_flops", "llm_flops")
 
 
@@ -97,6 +98,11 @@ class _Contestant:
         """What its shard files are called."""
         return f"results-{self.name}" if self.is_first else f"results-{self.name}-seed{self.seed}"
 
+    @property
+    def voter(self) -> _Contestant:
+        """The majority vote over the samples that self-certainty draws: the same ones, drawn once for both."""
+        return replace(self, name="self-consistency", strategy=replace(self.strategy, name="self-consistency"))
+
 
 def _contestants(config: EvalConfig, adapter: AdapterConfig | None) -> list[_Contestant]:
     """Every strategy once, and those that draw at random once per seed; raises ConfigError for what does not fit."""
@@ -127,20 +133,26 @@ def _run_missing(
 ) -> None:
     """Decode and grade every shard that is not on disk yet; models are loaded only when one is missing."""
 
-    def write(path: Path, result: dict[str, Any]) -> None:
-        pair = result.pop("pair")
+    def write(judges: Sequence[_Contestant], path: Path, result: dict[str, Any]) -> None:
         if not run.file("pair.json").exists():
-            write_json(run.file("pair.json"), pair)
-        servers.add(result.pop("report"))
-        write_json(path, result)
+            write_json(run.file("pair.json"), result["pair"])
+        servers.add(result["report"])
+        paths = [run.shard(judge.shards, result["index"], "json") for judge in judges]
+        assert paths[-1] == path, "the file that says a shard is done comes last"
+        for place, found in zip(paths, result["found"], strict=True):
+            write_json(place, found)
 
     servers = ServerReport(run, _servers(config))
     parts = shards_of(problems, config.shard_size)
+    judged_twice = set(MANY_SAMPLES) <= set(config.strategy_names)
     with shard_workers(partial(_Evaluator, config, task_for_workers(task, config)), config) as workers:
         for one in contestants:
-            shards = to_files(parts, partial(run.shard, one.shards, suffix="json"))
+            if judged_twice and one.name == "self-consistency":
+                continue  # written with self-certainty, whose samples it judges
+            judges = [one, one.voter] if judged_twice and one.name == "self-certainty" else [one]
+            shards = to_files(parts, partial(run.shard, judges[-1].shards, suffix="json"))
             title = one.name if one.is_first else f"{one.name}, seed {one.seed}"
-            write_missing(workers, partial(_Evaluator.shard, one=one), shards, write, title)
+            write_missing(workers, partial(_Evaluator.shard, judges=judges), shards, partial(write, judges), title)
 
 
 def _servers(config: EvalConfig) -> str:
@@ -156,9 +168,11 @@ class _Evaluator:
         self.session = Session.open(config, names, config.adapter, config.batch_size)
         _warm_up(self.session)
 
-    def shard(self, shard: Shard[Problem], one: _Contestant) -> dict[str, Any]:
-        """Results and traces of one strategy on one shard, the seconds they took, and the models' names and sizes."""
-        session, strategy, problems = self.session, one.strategy, shard.items
+    def shard(self, shard: Shard[Problem], judges: Sequence[_Contestant]) -> dict[str, Any]:
+        """What one strategy wrote for a shard: per judge of its answers the results, traces and seconds; the models' names and
+        sizes, and what asking servers took."""
+        one, problems = judges[0], shard.items
+        session, strategy = self.session, one.strategy
         samples = self.config.num_samples if strategy.name in MANY_SAMPLES else 1
         requests = requests_for(session, self.task, problems, samples, self.config.system)
         start = time.perf_counter()
@@ -167,21 +181,31 @@ class _Evaluator:
             strategy, requests, self.config.max_new_tokens, keep_steps=traced > 0, trace=False, stop=self.config.stop
         )
         seconds = time.perf_counter() - start
-        results = [
-            self._grade(session, one, problem, done[i * samples : (i + 1) * samples])
-            for i, problem in enumerate(problems)
-        ]
-        return {
-            "seconds": seconds,
-            "results": [asdict(result) for result in results],
-            "traces": [_compact(t) for t in self._traces(one, problems[:traced], requests, done, results)],
-            "pair": _pair(session),
-            "report": session.take_report(),
-        }
+        answers = [done[i * samples : (i + 1) * samples] for i in range(len(problems))]
+        texts = [[session.text(sample, self.config.stop, strategy.name) for sample in row] for row in answers]
+        grades = [[self.task.grade(p, text) for text in row] for p, row in zip(problems, texts, strict=True)]
+        found = []
+        for judge in judges:
+            rows = zip(problems, answers, texts, grades, strict=True)
+            results = [self._result(judge, *row) for row in rows]
+            traces = self._traces(judge, problems[:traced], requests, done, results)
+            found.append(
+                {
+                    "seconds": seconds,
+                    "results": [asdict(result) for result in results],
+                    "traces": [_compact(trace) for trace in traces],
+                }
+            )
+        return {"index": shard.index, "pair": _pair(session), "report": session.take_report(), "found": found}
 
-    def _grade(self, session: Session, one: _Contestant, problem: Problem, samples: Sequence[Generated]) -> Result:
-        texts = [session.text(sample, self.config.stop, one.strategy.name) for sample in samples]
-        grades = [self.task.grade(problem, text) for text in texts]
+    def _result(
+        self,
+        one: _Contestant,
+        problem: Problem,
+        samples: Sequence[Generated],
+        texts: Sequence[str],
+        grades: Sequence[Grade],
+    ) -> Result:
         answers = [self.task.canonical(grade.extracted) for grade in grades]
         certainties = [sample.mean_value for sample in samples]
         winner = choose_sample(one.strategy.name, answers, certainties)
@@ -447,23 +471,32 @@ def _scores(seeds: _Rows, seconds: float | None) -> dict[str, Any]:
     if results[0]["samples"] is not None:
         scores["num_samples"] = results[0]["num_samples"]
         scores["pass_at_n"] = float(np.mean([r["num_correct_samples"] > 0 for r in results]))
-        scores["by_num_samples"] = _by_num_samples(base, results)
+        scores["by_num_samples"] = _by_num_samples(base, seeds)
     return scores
 
 
-def _by_num_samples(strategy: str, results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """What the first n of the N samples would have answered, for every n; `pass_at` is the unbiased estimate."""
-    total = results[0]["num_samples"]
-    curves = {}
+def _by_num_samples(strategy: str, seeds: _Rows) -> dict[str, dict[str, Any]]:
+    """What the first n of the N samples would have answered, for every n, with intervals over problems and seeds.
+
+    `pass_at` is the unbiased estimate from all N.
+    """
+    total = seeds[0][0]["num_samples"]
+    curves: dict[str, dict[str, Any]] = {}
     for n in range(1, total + 1):
-        right = []
-        for result in results:
-            samples = result["samples"][:n]
-            winner = choose_sample(strategy, [s["answer"] for s in samples], [s["certainty"] for s in samples])
-            right.append(samples[winner]["is_correct"])
-        passed = [pass_at(total, result["num_correct_samples"], n) for result in results]
-        curves[str(n)] = {"accuracy": float(np.mean(right)), "pass_at": float(np.mean(passed))}
+        right = np.array([[_first_right(strategy, result["samples"][:n]) for result in found] for found in seeds])
+        passed = np.array([[pass_at(total, result["num_correct_samples"], n) for result in found] for found in seeds])
+        curves[str(n)] = {
+            "accuracy": float(right.mean()),
+            "ci95": list(bootstrap_interval(right, num_resamples=_CURVE_RESAMPLES)),
+            "pass_at": float(passed.mean()),
+            "pass_at_ci95": list(bootstrap_interval(passed, num_resamples=_CURVE_RESAMPLES)),
+        }
     return curves
+
+
+def _first_right(strategy: str, samples: Sequence[Mapping[str, Any]]) -> bool:
+    winner = choose_sample(strategy, [s["answer"] for s in samples], [s["certainty"] for s in samples])
+    return bool(samples[winner]["is_correct"])
 
 
 def _gap_closed(rows: Mapping[str, _Rows]) -> float | None:

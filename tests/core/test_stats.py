@@ -18,6 +18,8 @@ from s2t.core.stats import (
     mcnemar_p_value,
     paired_comparison,
     pass_at,
+    precision_recall_curve,
+    reliability_curve,
     roc_auc,
     roc_curve,
     sign_flip_p_value,
@@ -197,6 +199,24 @@ def test_the_area_under_the_curve_is_the_share_of_pairs_in_order():
 def test_average_precision_by_hand():
     assert average_precision([4, 3, 2, 1], [True, False, True, False]) == pytest.approx((1 + 2 / 3) / 2)
     assert average_precision([1, 1, 1, 1], [True, False, True, False]) == pytest.approx(0.5)
+
+
+def test_precision_and_recall_by_hand_and_their_area_is_the_average_precision():
+    scores, truth = [4, 3, 2, 1], [True, False, True, False]
+    precision, recall = precision_recall_curve(scores, truth)
+    assert precision.tolist() == pytest.approx([1, 1 / 2, 2 / 3, 1 / 2])
+    assert recall.tolist() == [0.5, 0.5, 1.0, 1.0]
+    area = float((precision * np.diff(recall, prepend=0)).sum())
+    assert area == pytest.approx(average_precision(scores, truth))
+
+
+def test_reliability_lies_on_the_diagonal_for_true_probabilities():
+    rng = np.random.default_rng(6)
+    probs = rng.random(20_000)
+    bins = reliability_curve(probs, rng.random(20_000) < probs)
+    assert sum(count for *_, count in bins) == 20_000
+    assert all(abs(stated - rate) < 0.05 and low <= rate <= high for stated, rate, (low, high), _ in bins)
+    assert reliability_curve([0.95, 1.0], [True, False]) == [(0.975, 0.5, pytest.approx((0.095, 0.905), abs=1e-3), 2)]
 
 
 def test_calibration_error_is_zero_for_true_probabilities_and_the_gap_for_others():

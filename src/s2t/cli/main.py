@@ -28,6 +28,7 @@ from s2t.cli import (
     measure,
     merge,
     report,
+    reproduce,
     serve,
     study,
     train,
@@ -48,10 +49,11 @@ COMMANDS = {
     "report": report.command,
     "serve": serve.command,
     "study": study.command,
+    "reproduce": reproduce.command,
     "bench": bench.command,
 }
 
-RESUMED = ("demo", "measure", "collect", "train", "eval", "study")
+RESUMED = ("demo", "measure", "collect", "train", "eval", "study", "reproduce")
 INTERRUPTED = 130
 USAGE_ERROR = typer.BadParameter.__mro__[1]  # UsageError, which Typer keeps to itself
 DISK_ERRORS = {

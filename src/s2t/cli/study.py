@@ -26,8 +26,8 @@ def show(found: Mapping[str, Any]) -> None:
 @with_options(StudyConfig, show)
 def command(
     config: StudyConfig,
-    study: Annotated[str, typer.Argument(help="sufficiency, positions, scaling, triggers, criticality, candidates, training, "
-    "size, transfer or knowledge.")] = "",
+    study: Annotated[str, typer.Argument(help="baselines, sufficiency, positions, scaling, triggers, criticality, candidates, "
+    "training, size, transfer, distillation, knowledge, slips or data.")] = "",
 ) -> Any:  # fmt: skip
     """Answer one question about a pair or a selector: a table and a picture, from runs that resume."""
     from s2t.studies import study as run

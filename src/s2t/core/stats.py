@@ -183,6 +183,33 @@ def average_precision(scores: ArrayLike, truth: ArrayLike) -> float:
     return float(np.sum(np.diff(hits) * precision) / hits[-1])
 
 
+def precision_recall_curve(scores: ArrayLike, truth: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Precision and recall as the cut falls, recall rising to 1; float [N], bool [N] -> two arrays.
+
+    ValueError unless there are both true and false items.
+    """
+    hits, misses = _passed(scores, truth)
+    return hits[1:] / (hits[1:] + misses[1:]), hits[1:] / hits[-1]
+
+
+def reliability_curve(
+    probs: ArrayLike, truth: ArrayLike, num_bins: int = 10
+) -> list[tuple[float, float, tuple[float, float], int]]:
+    """(mean stated probability, true rate, its Wilson interval, items) of every equal-width bin that holds items."""
+    values, marks = np.asarray(probs, dtype=np.float64), np.asarray(truth, dtype=bool)
+    place = np.minimum((values * num_bins).astype(int), num_bins - 1)
+    bins = [place == i for i in range(num_bins) if (place == i).any()]
+    return [
+        (
+            float(values[b].mean()),
+            float(marks[b].mean()),
+            wilson_interval(int(marks[b].sum()), int(b.sum())),
+            int(b.sum()),
+        )
+        for b in bins
+    ]
+
+
 def calibration_error(probs: ArrayLike, truth: ArrayLike, num_bins: int = 10) -> float:
     """Expected calibration error: mean gap of stated probability and true rate over equal-width bins, weighted by size.
 

@@ -9,20 +9,34 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from s2t.report.plots import LIGHT, Theme, _figure, _png
+from s2t.report.plots import LIGHT, Theme, _figure, _panels, _png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6A51A3", "#8C8C8C", "#1B1F24")
-_MARKERS = "osD^vPX*<"
+_MARKERS = "osD^vPX*<>ph"
 
 
-def draw_chart(chart: dict[str, Any], theme: Theme = LIGHT) -> bytes:
-    """A chart with x_label, y_label, series (name, x, y in [0, 1], ci95), kind (line or bar) and log_x; PNG bytes."""
-    if chart["kind"] == "bar":
-        return _bars(chart, theme)
-    figure, axes = _figure(theme)
+def draw_charts(charts: Sequence[dict[str, Any]], theme: Theme = LIGHT) -> bytes:
+    """One chart, or several of lines side by side; PNG bytes.
+
+    A chart has x_label, y_label, series (name, x, y in [0, 1], ci95), kind (line or bar) and log_x. ValueError for bars
+    among several.
+    """
+    kinds = [chart["kind"] for chart in charts]
+    if kinds == ["bar"]:
+        return _bars(charts[0], theme)
+    if "bar" in kinds:
+        raise ValueError("bars stand alone; got several charts.")
+    figure, panels = _panels(theme, len(charts))
+    for chart, axes in zip(charts, panels, strict=True):
+        _lines(chart, axes, theme, columns=1 if len(charts) > 1 and len(chart["series"]) < 7 else 2)
+    return _png(figure)
+
+
+def _lines(chart: dict[str, Any], axes: Axes, theme: Theme, columns: int) -> None:
+    """Lines with intervals, the legend above them."""
     for place, series in enumerate(chart["series"]):
         style: dict[str, Any] = {"color": _COLORS[place % len(_COLORS)], "marker": _MARKERS[place % len(_MARKERS)]}
         y = [100 * value for value in series["y"]]
@@ -35,11 +49,11 @@ def draw_chart(chart: dict[str, Any], theme: Theme = LIGHT) -> bytes:
         _log_axis(axes, [x for series in chart["series"] for x in series["x"]])
     axes.set_xlabel(chart["x_label"])
     axes.set_ylabel(chart["y_label"])
-    columns = 2 if len(chart["series"]) > 2 else max(1, len(chart["series"]))
+    if 0 < len(chart["series"]) <= 2 and columns > 1:
+        columns = len(chart["series"])
     axes.legend(
         loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, frameon=False, labelcolor=theme.ink, fontsize=9
     )
-    return _png(figure)
 
 
 def _bars(chart: dict[str, Any], theme: Theme) -> bytes:

@@ -260,15 +260,28 @@ def _obstacle(axes: Axes, x: float, low: float, high: float) -> Any:
 
 def _figure(theme: Theme) -> tuple[Figure, Axes]:
     """An empty Agg figure in the theme's colours."""
+    figure, [axes] = _panels(theme, 1)
+    return figure, axes
+
+
+def _panels(theme: Theme, count: int) -> tuple[Figure, list[Axes]]:
+    """An empty Agg figure with `count` axes side by side, in the theme's colours."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise missing_extra("matplotlib", "plots") from error
 
-    figure = Figure(figsize=(6.0, 3.9), dpi=190, layout="constrained", facecolor=theme.paper)
+    width = 6.0 if count == 1 else 4.3 * count
+    figure = Figure(figsize=(width, 3.9), dpi=190 if count == 1 else 130, layout="constrained", facecolor=theme.paper)
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot(facecolor=theme.paper)
+    found = [figure.add_subplot(1, count, place + 1, facecolor=theme.paper) for place in range(count)]
+    for axes in found:
+        _dress(axes, theme)
+    return figure, found
+
+
+def _dress(axes: Axes, theme: Theme) -> None:
     axes.grid(color=theme.grid, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=theme.muted, which="both", labelsize=9.5, length=0)
@@ -277,7 +290,6 @@ def _figure(theme: Theme) -> tuple[Figure, Axes]:
         spine.set_color(theme.muted)
     axes.xaxis.label.set(color=theme.ink, size=10.5)
     axes.yaxis.label.set(color=theme.ink, size=10.5)
-    return figure, axes
 
 
 def _png(figure: Figure) -> bytes:

@@ -15,6 +15,7 @@ from s2t.config import PLACES, StudyConfig
 from s2t.demo import TRAIN_SETTINGS
 from s2t.errors import ConfigError
 from s2t.files import RunFolder, load_run, read_json, write_json
+from s2t.model.merged import base_model
 from s2t.model.tiny import is_embedded
 
 
@@ -42,12 +43,15 @@ class Chart:
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """A study's table and chart; rows are plain values, shares in [0, 1] under a column whose name ends in %."""
+    """A study's table and chart (several of lines stand side by side).
+
+    Rows are plain values, shares in [0, 1] under a column whose name ends in %.
+    """
 
     title: str
     columns: tuple[str, ...]
     rows: list[tuple[Any, ...]]
-    chart: Chart
+    chart: Chart | list[Chart]
     notes: list[str] = field(default_factory=list)
 
 
@@ -103,12 +107,17 @@ class Lab:
             self._run("train", place, models | own | self.training | settings)
         return place / "adapter"
 
+    def distilled(self, name: str, **settings: Any) -> Path:
+        """A distilled SLM's folder."""
+        own = {"limit": self.config.train_limit}
+        return self._run("distill", self.folder / name, self.models | self.problems | own | settings) / "adapter"
+
     @property
     def training(self) -> dict[str, Any]:
         """Settings of `s2t train`: those that were given, else those that suit the embedded models, else the defaults."""
         if self.config.training is not None:
             return parse_settings(self.config.training)
-        return TRAIN_SETTINGS if is_embedded(self.config.slm) else {}
+        return TRAIN_SETTINGS if is_embedded(base_model(self.config.slm)) else {}
 
     def evaluated(self, name: str, strategies: str, **settings: Any) -> dict[str, Any]:
         """summary.json of an evaluation, with the results as `results`."""

@@ -9,11 +9,12 @@ from typing import Any
 from s2t.config import StudyConfig
 from s2t.errors import ConfigError
 from s2t.files import write_bytes, write_json, write_text
-from s2t.report.chart import draw_chart
-from s2t.studies import adapters, knowledge, pairs, triggers
+from s2t.report.chart import draw_charts
+from s2t.studies import adapters, baselines, data, distillation, knowledge, pairs, slips, triggers
 from s2t.studies.lab import Findings, Lab, open_run
 
 STUDIES: dict[str, Callable[[Lab], Findings]] = {
+    "baselines": baselines.baselines,
     "sufficiency": pairs.sufficiency,
     "positions": pairs.positions,
     "scaling": pairs.scaling,
@@ -23,7 +24,10 @@ STUDIES: dict[str, Callable[[Lab], Findings]] = {
     "training": adapters.training,
     "size": adapters.size,
     "transfer": adapters.transfer,
+    "distillation": distillation.distillation,
     "knowledge": knowledge.knowledge,
+    "slips": slips.slips,
+    "data": data.data,
 }
 
 
@@ -36,7 +40,8 @@ def study(config: StudyConfig) -> dict[str, Any]:
     result = {"name": config.name, **asdict(found)}
     write_json(run.file("study.json"), result)
     write_text(run.file("table.md"), markdown(found))
-    write_bytes(run.file("picture.png"), draw_chart(asdict(found.chart)))
+    charts = found.chart if isinstance(found.chart, list) else [found.chart]
+    write_bytes(run.file("picture.png"), draw_charts([asdict(chart) for chart in charts]))
     run.finish()
     return result
 
@@ -56,7 +61,7 @@ def cell(column: str, value: Any) -> str:
         return f"{100 * value[0]:.1f} to {100 * value[1]:.1f}"
     if column.endswith("%"):
         return f"{100 * value:.1f}"
-    if column == "p":
+    if column in ("p", "p (Holm)"):
         return "<0.001" if value < 0.0005 else f"{value:.3f}"
     if isinstance(value, int):
         return f"{value:,}"

@@ -8,7 +8,14 @@ import numpy as np
 
 from s2t.config import EvalConfig
 from s2t.core.calibration import threshold_at
-from s2t.core.stats import average_precision, calibration_error, roc_auc, roc_curve
+from s2t.core.stats import (
+    average_precision,
+    calibration_error,
+    precision_recall_curve,
+    reliability_curve,
+    roc_auc,
+    roc_curve,
+)
 from s2t.decode.session import Session
 from s2t.decode.strategies import build_strategy
 from s2t.decode.workload import open_task, requests_for, shards_of
@@ -90,8 +97,12 @@ def criticality(lab: Lab) -> Findings:
     )
     notes.append(f"{int(truth.sum())} divergence points among {len(truth)} steps of {lab.config.limit} greedy answers.")
     columns = ("threshold", "fires %", "precision %", "recall %")
-    chart = Chart("false positive rate (%)", "true positive rate (%)", series)
-    return Findings("Criticality against the true divergence points", columns, rows, chart, notes)
+    charts = [
+        Chart("false positive rate (%)", "true positive rate (%)", series),
+        Chart("recall (%)", "precision (%)", [Series(name, *_precision(v, truth)) for name, v in rivals.items()]),
+        Chart("criticality (%)", "true share of divergence points (%)", [_reliability(values, truth)]),
+    ]
+    return Findings("Criticality against the true divergence points", columns, rows, charts, notes)
 
 
 def candidates(lab: Lab) -> Findings:
@@ -145,6 +156,18 @@ def _read(lab: Lab, adapter: str, split: str, limit: int) -> dict[str, np.ndarra
                 parts["entropy"].append(np.asarray(label.entropy)[skip:])
             advance(len(shard))
     return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+
+
+def _reliability(values: np.ndarray, truth: np.ndarray) -> Series:
+    bins = reliability_curve(values, truth)
+    stated, rates, intervals = ([b[i] for b in bins] for i in range(3))
+    return Series("criticality, by tenths", [100 * float(s) for s in stated], list(rates), list(intervals))  # type: ignore[arg-type]
+
+
+def _precision(values: np.ndarray, truth: np.ndarray) -> tuple[list[float], list[float]]:
+    precision, recall = precision_recall_curve(values, truth)
+    places = np.unique(np.searchsorted(recall, np.linspace(0, 1, 200)).clip(max=len(recall) - 1))
+    return (100 * recall[places]).tolist(), precision[places].tolist()
 
 
 def _roc(values: np.ndarray, truth: np.ndarray) -> tuple[list[float], list[float]]:

@@ -1,0 +1,187 @@
+"""A recipe: a chain of the ordinary workflows in one TOML file, checked as a whole, then run stage by stage and resumed.
+
+    title = "..."
+    [settings]                 # of every stage that knows them
+    slm = "Qwen/Qwen2.5-1.5B-Instruct"
+    [[stage]]
+    name = "calibrate"         # the stage's folder below --out
+    command = "calibrate"
+    run = "@measure"           # @NAME: the folder of the stage of that name
+    [[stage]]
+    name = "gsm8k"
+    command = "eval"
+    published = { greedy = 72.1 }   # per cent, shown beside what was measured
+
+Every setting of every stage is checked before the first one starts: a slip in the last stage costs seconds, not a day.
+"""
+
+from __future__ import annotations
+
+import shlex
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from s2t import workflows
+from s2t.config import (
+    CalibrateConfig,
+    CollectConfig,
+    DistillConfig,
+    EvalConfig,
+    MeasureConfig,
+    ReproduceConfig,
+    TrainConfig,
+    build_config,
+)
+from s2t.errors import ConfigError
+from s2t.files import RunFolder, write_json, write_text
+from s2t.studies.lab import parse_settings
+
+CONFIGS: dict[str, type[Any]] = {
+    "measure": MeasureConfig,
+    "calibrate": CalibrateConfig,
+    "collect": CollectConfig,
+    "train": TrainConfig,
+    "distill": DistillConfig,
+    "eval": EvalConfig,
+}
+_OWN = ("name", "command", "published")
+_COLUMNS = ("stage", "what", "n", "measured %", "95 %", "published %")
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One workflow of a recipe with its settings, and the numbers that were published for it (per cent, by name)."""
+
+    name: str
+    command: str
+    settings: dict[str, Any]
+    published: dict[str, float]
+
+    @property
+    def line(self) -> str:
+        """The stage as a shell command."""
+        words = ["s2t", self.command]
+        for key, value in self.settings.items():
+            flag = f"--{key.replace('_', '-')}"
+            if isinstance(value, bool):
+                words.append(flag if value else f"--no-{flag[2:]}")
+                continue
+            for one in value if isinstance(value, list) else [value]:
+                words += [flag, str(one)]
+        return shlex.join(words)
+
+
+def reproduce(config: ReproduceConfig) -> dict[str, Any]:
+    """Run a recipe and return its table: what was measured beside what was published; also reproduce.json and table.md.
+
+    Stages that are finished are read, so the same command goes on where it was killed. With `dry_run` nothing runs.
+    """
+    title, stages = read_recipe(config.recipe, config.out, config.override)
+    if config.dry_run:
+        return {"title": title, "commands": [stage.line for stage in stages]}
+    run = RunFolder.open(config.out, "reproduce", config, ignore=("dry_run",))
+    rows = []
+    for stage in stages:
+        name = "evaluate" if stage.command == "eval" else stage.command
+        rows += _rows(stage, getattr(workflows, name)(**stage.settings))
+    result = {"title": title, "columns": _COLUMNS, "rows": rows, "commands": [stage.line for stage in stages]}
+    write_json(run.file("reproduce.json"), result)
+    write_text(run.file("table.md"), _markdown(title, rows))
+    run.finish()
+    return result
+
+
+def read_recipe(path: str, out: str, override: Sequence[str] = ()) -> tuple[str, list[Stage]]:
+    """Title and stages of a recipe with their folders below `out`; ConfigError, one line, for anything that would fail."""
+    recipe = _load(path)
+    changed = {key: value for text in override for key, value in parse_settings(text).items()}
+    shared = recipe.get("settings", {})
+    listed = recipe.get("stage", [])
+    if not listed or not all(isinstance(stage, dict) and {"name", "command"} <= stage.keys() for stage in listed):
+        raise ConfigError(f"recipe {path} needs [[stage]] tables, each with a name and a command.")
+    names = [str(stage["name"]) for stage in listed]
+    given = {key for stage in listed for key in stage} | set(shared)
+    shared |= {key: value for key, value in changed.items() if key not in given}
+    stages: list[Stage] = []
+    for place, (name, stage) in enumerate(zip(names, listed, strict=True)):
+        if name in names[:place]:
+            raise ConfigError(f"recipe {path} has two stages named {name}; give each a name of its own.")
+        stages.append(_stage(stage, shared, changed, Path(out), names[:place]))
+    known = {item.name for stage in stages for item in fields(CONFIGS[stage.command])}
+    if unknown := sorted(set(shared) - known):
+        raise ConfigError(f"recipe {path}: no stage has a setting {', '.join(unknown)}; see docs/cli.md.")
+    return str(recipe.get("title", Path(path).stem)), stages
+
+
+def _load(path: str) -> dict[str, Any]:
+    if not path:
+        raise ConfigError("reproduce needs a recipe; pass a .toml file, such as one of recipes/.")
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"recipe {path} cannot be read: {error.strerror}; pass a .toml file of recipes/.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {path} is not TOML: {error}.") from error
+
+
+def _stage(
+    stage: Mapping[str, Any], shared: Mapping[str, Any], changed: Mapping[str, Any], out: Path, before: Sequence[str]
+) -> Stage:
+    name, command = str(stage["name"]), str(stage["command"])
+    if command not in CONFIGS:
+        raise ConfigError(f"stage {name}: command must be one of {', '.join(CONFIGS)}; got {command!r}.")
+    known = {item.name for item in fields(CONFIGS[command])}
+    own = {key: value for key, value in stage.items() if key not in _OWN}
+    given = {key: value for key, value in shared.items() if key in known} | own
+    given |= {key: value for key, value in changed.items() if key in given}
+    settings = {key: _folder(name, value, out, before) for key, value in given.items()} | {"out": str(out / name)}
+    try:
+        build_config(CONFIGS[command], flags=settings)
+    except ConfigError as error:
+        raise ConfigError(f"stage {name}: {error}") from error
+    return Stage(name, command, settings, dict(stage.get("published", {})))
+
+
+def _folder(name: str, value: Any, out: Path, before: Sequence[str]) -> Any:
+    """A text with every @NAME as the folder of an earlier stage; other values as they are."""
+    if not isinstance(value, str) or not value.startswith("@"):
+        return value
+    folders = []
+    for part in value.split(","):
+        first, *rest = part.strip().removeprefix("@").split("/")
+        if first not in before:
+            raise ConfigError(
+                f"stage {name}: {part.strip()} is no earlier stage; there are {', '.join(before) or 'none'}."
+            )
+        folders.append(str(Path(out, first, *rest)))
+    return ",".join(folders)
+
+
+def _rows(stage: Stage, result: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    """What a stage measured: accuracies by strategy, or hit rates; nothing for the others."""
+    if stage.command == "eval":
+        scores = result["strategies"].items()
+        found = [(name, one["num_problems"], one["accuracy"], tuple(one["ci95"])) for name, one in scores]
+    elif stage.command == "measure" and stage.settings.get("split") == "test":
+        rates, intervals, count = result["hit_rate"], result["hit_rate_ci95"], result["num_divergence_points"]
+        found = [(f"hit@{k}", count, rate, tuple(intervals[k])) for k, rate in rates.items()]
+    else:
+        return []
+    return [(stage.name, *row, stage.published.get(row[0])) for row in found]
+
+
+def _markdown(title: str, rows: Sequence[tuple[Any, ...]]) -> str:
+    lines = [f"**{title}**", "", f"| {' | '.join(_COLUMNS)} |", "| --- | --- | --- | --- | --- | --- |"]
+    return "\n".join([*lines, *(f"| {' | '.join(cells(row))} |" for row in rows)]) + "\n"
+
+
+def cells(row: Sequence[Any]) -> list[str]:
+    """A row of the table as text."""
+    stage, what, count, value, interval, published = row
+    low, high = interval
+    shown = "–" if published is None else f"{published:.1f}"
+    return [stage, what, f"{count:,}", f"{100 * value:.1f}", f"{100 * low:.1f} to {100 * high:.1f}", shown]

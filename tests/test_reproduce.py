@@ -1,0 +1,126 @@
+"""`s2t reproduce`: recipes are checked as a whole, run stage by stage and resumed, their numbers beside the published ones."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from s2t.cli.main import main
+from s2t.config import ReproduceConfig
+from s2t.errors import ConfigError
+from s2t.reproduce import read_recipe, reproduce
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
+EMBEDDED = ["slm=tiny:slm", "llm=tiny:llm", "task=rg:gsm_symbolic", "dtype=float32", "limit=12", "max_new_tokens=48"]
+SHORT = """
+title = "short"
+[settings]
+slm = "tiny:slm"
+max_new_tokens = 48
+limit = 6
+[[stage]]
+name = "points"
+command = "measure"
+llm = "tiny:llm"
+[[stage]]
+name = "thresholds"
+command = "calibrate"
+run = "@points"
+[[stage]]
+name = "scores"
+command = "eval"
+strategies = "greedy,s2t"
+llm = "tiny:llm"
+calibration = "@thresholds/calibration.json"
+published = { greedy = 40.0 }
+"""
+
+
+def written(tmp_path, text=SHORT):
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_valid_to_its_last_stage(path, tmp_path):
+    title, stages = read_recipe(str(path), str(tmp_path))
+    assert "Qwen2.5" in title
+    assert [stage.published for stage in stages if stage.command == "eval"] or "sufficiency" in path.stem
+    loading = [
+        s.name
+        for s in stages
+        if s.command == "eval" and "s2t-local" in s.settings["strategies"] and "llm" in s.settings
+    ]
+    assert not loading  # s2t-local is scored where no LLM is loaded
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_runs_on_the_embedded_pair(path, tmp_path):
+    found = reproduce(
+        ReproduceConfig(recipe=str(path), out=str(tmp_path / "out"), override=[*EMBEDDED, "learning_rate=5e-3"])
+    )
+    measured = {(row[0], row[1]) for row in found["rows"]}
+    published = {(s.name, what) for s in read_recipe(str(path), "x")[1] for what in s.published}
+    assert published <= measured
+
+
+def test_a_recipe_runs_resumes_and_shows_both_numbers(tmp_path):
+    config = ReproduceConfig(recipe=written(tmp_path), out=str(tmp_path / "out"))
+    found = reproduce(config)
+    assert [row[:3] for row in found["rows"]] == [("scores", "greedy", 6), ("scores", "s2t", 6)]
+    assert [row[-1] for row in found["rows"]] == [40.0, None]
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["status"] == "complete"
+    assert "| scores | greedy | 6 |" in (tmp_path / "out" / "table.md").read_text()
+    shards = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*-00000.*")}
+    assert reproduce(config)["rows"] == found["rows"]
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*-00000.*")} == shards
+
+
+def test_the_printed_commands_are_commands(tmp_path, capsys):
+    assert main(["reproduce", written(tmp_path), "--out", str(tmp_path / "out"), "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [shlex.split(line)[:2] for line in lines] == [["s2t", "measure"], ["s2t", "calibrate"], ["s2t", "eval"]]
+    assert shlex.split(lines[1])[3] == str(tmp_path / "out" / "points")
+    assert not (tmp_path / "out").exists()
+    assert main(shlex.split(lines[0])[1:]) == 0
+    assert (tmp_path / "out" / "points" / "measure.json").is_file()
+
+
+def test_an_override_reaches_the_stages_that_give_the_setting(tmp_path):
+    path = written(tmp_path, SHORT.replace('llm = "tiny:llm"\ncalibration', "calibration"))
+    _, stages = read_recipe(path, "x", ["llm=other", "workers=2", "limit=3"])
+    assert [stage.settings.get("llm") for stage in stages] == ["other", None, None]
+    assert [stage.settings.get("workers") for stage in stages] == [2, None, 2]
+    assert [stage.settings.get("limit") for stage in stages] == [3, None, 3]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (SHORT.replace("[settings]", "[settings"), "is not TOML"),
+        ("title = 'x'", r"needs \[\[stage\]\] tables"),
+        (SHORT.replace('"@points"', '"@point"'), "stage thresholds: @point is no earlier stage; there are points"),
+        (SHORT.replace('"scores"', '"points"'), "two stages named points"),
+        (SHORT.replace('"eval"', '"evaluate"'), "stage scores: command must be one of"),
+        (SHORT.replace("greedy,s2t", "greedy,s3t"), "stage scores: strategies must be one of"),
+        (SHORT.replace("strategies =", "strategy ="), "stage scores: unknown setting strategy"),
+        (SHORT.replace("limit = 6", "limt = 6"), "no stage has a setting limt"),
+        (SHORT.replace("limit = 6", 'limit = "six"'), "stage points: limit must be a whole number"),
+    ],
+)
+def test_a_mistake_is_said_before_anything_runs(text, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        reproduce(ReproduceConfig(recipe=written(tmp_path, text), out=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_that_is_not_there_is_one_line(tmp_path, capsys):
+    assert main(["reproduce", str(tmp_path / "none.toml")]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+    assert main(["reproduce"]) == 2
+    assert "needs a recipe" in capsys.readouterr().err
