@@ -213,7 +213,7 @@ def _measured(run: str | None, adapter: Path) -> dict[str, Any] | None:
         return read_json(adapter / EVAL_FILE) if (adapter / EVAL_FILE).is_file() else None
     config = load_run(run, "eval")["config"]
     other = config.get("adapter")
-    if other is None or not _same_adapter(Path(other), adapter):
+    if other is None or not _same_adapter(adapter_folder(other), adapter):
         raise ConfigError(f"eval run {run} measured adapter {other}, not {adapter}; pass the run of this adapter.")
     return measured(read_json(Path(run) / "summary.json"))
 

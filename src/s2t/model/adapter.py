@@ -24,7 +24,7 @@ from s2t import __version__
 from s2t.core.bins import candidate_score, expected_bin
 from s2t.errors import ModelError
 from s2t.files import read_json, write_bytes, write_json, write_text
-from s2t.model.card import adapter_card
+from s2t.model.card import EVAL_FILE, adapter_card
 from s2t.model.load import LoadedModel
 from s2t.model.lora import import_peft, lora_parameters, new_lora, quiet_peft
 from s2t.model.merged import (
@@ -176,6 +176,7 @@ class SelectorAdapter(SelectorReader):
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / EVAL_FILE).unlink(missing_ok=True)  # of other weights
         weights = weights or self.trainable()
         lora = {f"base_model.model.{name}": value for name, value in weights.items() if "lora_" in name}
         self.peft_model.save_pretrained(str(folder), safe_serialization=True, state_dict=lora)
