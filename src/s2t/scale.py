@@ -208,7 +208,7 @@ def _join(ray: Any, address: str, actors: int | None) -> None:
         "num_cpus": max(os.cpu_count() or 1, actors or 1),
         "object_store_memory": _STORE_BYTES,
     }
-    if address == "auto":
+    if address == "auto" and "RAY_ADDRESS" not in os.environ:
         try:
             ray.init(address="auto", **quiet)
             return
