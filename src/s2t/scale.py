@@ -24,6 +24,7 @@ R = TypeVar("R")
 
 _LOSSES = 3
 _PASSED_ON = ("S2T_DATA_DIR", "S2T_ALLOW_CODE_EXECUTION", "HF_HOME", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM")
+_PATIENCE_S = 120
 _STORE_BYTES = 512 * 2**20
 
 
@@ -132,7 +133,12 @@ class RayWorkers(Generic[S]):
                     flying[actor.call.remote(work, job)] = (actor, job, losses)
                 for _ in range(min(len(queue), count - len(flying) - len(self._starting))):
                     self._start()
-                [ready], _ = ray.wait([*flying, *self._starting], num_returns=1)
+                found, _ = ray.wait([*flying, *self._starting], num_returns=1, timeout=_PATIENCE_S)
+                if not found:
+                    if not flying:
+                        print("no Ray worker has started yet; the cluster may have no room left", file=sys.stderr)
+                    continue
+                [ready] = found
                 if ready in self._starting:
                     self._welcome(ready)
                     continue
@@ -141,8 +147,8 @@ class RayWorkers(Generic[S]):
                     result = ray.get(ready)
                 except ray.exceptions.RayTaskError as error:
                     self._idle.append(actor)
-                    raise error.cause from None
-                except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
+                    raise (error.cause if isinstance(error.cause, BaseException) else error) from None
+                except ray.exceptions.RayError as error:  # whatever else befalls it: the process, the host, the result
                     ray.kill(actor)
                     queue.append((job, self._note_loss(losses, error)))
                     continue
@@ -161,7 +167,7 @@ class RayWorkers(Generic[S]):
         actor = self._starting.pop(sign)
         try:
             self._ray.get(sign)
-        except (self._ray.exceptions.RayTaskError, self._ray.exceptions.RayActorError) as error:
+        except self._ray.exceptions.RayError as error:
             self._failed_starts += 1
             if self._failed_starts >= _LOSSES:
                 raise WorkerError(
@@ -181,7 +187,6 @@ class RayWorkers(Generic[S]):
         return losses + 1
 
     def _connect(self) -> Any:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
             import ray
         except ImportError as error:
@@ -202,6 +207,8 @@ class RayWorkers(Generic[S]):
 
 def _join(ray: Any, address: str, actors: int | None) -> None:
     """Connect to a cluster, or start one that only this machine can reach; ConfigError when there is none at the address."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # of a cluster begun here: its actors are this command's own work
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "namespace": "s2t"}
     local: dict[str, Any] = {
         "include_dashboard": False,
@@ -209,7 +216,7 @@ def _join(ray: Any, address: str, actors: int | None) -> None:
         "num_cpus": max(os.cpu_count() or 1, actors or 1),
         "object_store_memory": _STORE_BYTES,
     }
-    if address == "auto":
+    if address == "auto" and "RAY_ADDRESS" not in os.environ:
         try:
             ray.init(address="auto", **quiet)
             return

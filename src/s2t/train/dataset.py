@@ -58,7 +58,7 @@ class GroupData:
 class Batch:
     """b trajectories, right-padded, and their N groups of K candidates, trajectory by trajectory."""
 
-    ids: Tensor  # [b, T]
+    ids: Tensor  # [b, T], or empty where the prefixes have been read already
     candidate_ids: Tensor  # [N, K]
     group_row: Tensor  # [N], the trajectory each group belongs to
     prefix_lengths: Tensor  # [N], tokens before the candidates
@@ -177,7 +177,9 @@ def pad_ids(trajectories: Sequence[HasIds]) -> Tensor:
     return torch.from_numpy(padded)
 
 
-def make_batch(trajectories: Sequence[Trajectory], threshold: float, warmup_steps: int, device: torch.device) -> Batch:
+def make_batch(
+    trajectories: Sequence[Trajectory], threshold: float, warmup_steps: int, device: torch.device, has_ids: bool = True
+) -> Batch:
     """Pad and stack trajectories; groups are not padded. Where there is none, one is made up: every batch has its forward."""
     if not any(len(t.group_steps) for t in trajectories):
         trajectories = [_with_a_group(trajectories[0]), *trajectories[1:]]
@@ -189,7 +191,7 @@ def make_batch(trajectories: Sequence[Trajectory], threshold: float, warmup_step
         return torch.from_numpy(np.concatenate(parts, axis=axis)).to(device)
 
     return Batch(
-        pad_ids(trajectories).to(device),
+        pad_ids(trajectories).to(device) if has_ids else torch.empty(0, dtype=torch.long, device=device),
         tensor([t.candidate_ids for t in trajectories]),
         tensor(rows),
         tensor(prefixes),

@@ -141,8 +141,9 @@ class Trainer(Fit):
         """Terms of the loss on a batch of those trajectories."""
         data = self.data
         trajectories = [data.trajectories[i] for i in chosen]
-        batch = make_batch(trajectories, data.threshold, data.warmup_steps, self.adapter.loaded.device)
         frozen = self.frozen.take(chosen) if self.frozen is not None else None
+        device = self.adapter.loaded.device
+        batch = make_batch(trajectories, data.threshold, data.warmup_steps, device, has_ids=frozen is None)
         return self.losses(forward(self.adapter, batch, frozen), batch)
 
     def counts(self, chosen: Sequence[int]) -> dict[str, int]:
