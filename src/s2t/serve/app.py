@@ -53,12 +53,12 @@ def create_app(service: Service, key: str | None) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,  # its page loads scripts from elsewhere
         redoc_url=None,
-        responses={status: {**what, "model": schema.ErrorBody} for status, what in _ERRORS.items() if status < 404},  # type: ignore[operator]
     )
     _add_errors(app)
     _add_api(app, service)
     _add_info(app, service)
     _add_page(app)
+    _name_models(app, service)
     paths = {getattr(route, "path", "") for route in app.routes}
 
     def observe(path: str, status: int, seconds: float) -> None:
@@ -68,6 +68,17 @@ def create_app(service: Service, key: str | None) -> FastAPI:
 
     app.add_middleware(Edge, key=key, max_body_bytes=service.config.max_body_bytes, observe=observe)
     return app
+
+
+def _name_models(app: FastAPI, service: Service) -> None:
+    """Say in the OpenAPI schema which models and strategies there are."""
+    found = app.openapi()  # made once, and kept by the application
+    parts = found["components"]["schemas"]
+    for body in ("ChatBody", "CompletionBody"):
+        parts[body]["properties"]["model"]["enum"] = service.intake.models
+    parts["Extension"]["properties"]["strategy"] = {"enum": [*service.intake.strategies, None]}
+    [name] = found["paths"]["/v1/models/{name}"]["get"]["parameters"]
+    name["schema"]["enum"] = service.intake.models
 
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -6,10 +6,10 @@ have to change the answer. `s2t` is the only extension, in requests and in answe
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import BaseModel, ConfigDict, Field
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
 
 MAX_CHOICES = 128
 MAX_PROMPTS = 128
