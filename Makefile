@@ -36,5 +36,5 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (once; a few minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) -c constraints.txt $(TORCH)
-	@$(PIP) -c constraints.txt -e ".[train,eval,plots,lm-eval,ray,remote,dev]"
+	@$(PIP) -c constraints.txt -e ".[train,eval,plots,lm-eval,ray,remote,serve,dev]"
 	@touch $@

@@ -6,10 +6,12 @@ What an earlier page would have left in `runs/` is put there first.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -25,12 +27,30 @@ PAGES = [
     "README",
     *(
         f"docs/{page}"
-        for page in ("distill", "evaluate", "generate", "lm_eval", "loading", "measure", "merge", "report", "train")
+        for page in (
+            "distill",
+            "evaluate",
+            "generate",
+            "lm_eval",
+            "loading",
+            "measure",
+            "merge",
+            "report",
+            "serve",
+            "train",
+        )
     ),
 ]
 BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 NOT_RUN = ("make ", "pip install ")  # setting up, which is how the tests came here
+PORT = 18_321
+SERVE = (  # in the background, until the page is done
+    r"\1 --port 8000 > serve.log 2>&1 & echo $! >> serve.pid\n"
+    r"until curl -sf http://127.0.0.1:8000/health; do sleep 0.2; kill -0 $(tail -1 serve.pid); done"
+)
 SUBSTITUTES = [
+    (r"^(s2t serve [^#]*?)(?: +#.*)?$", SERVE),
+    (r"(127\.0\.0\.1:|--port )8000", rf"\g<1>{PORT}"),
     (r"Qwen/Qwen2\.5-1\.5B-Instruct", str(embedded_path("tiny:slm"))),
     (r"Qwen/Qwen2\.5-32B-Instruct", str(embedded_path("tiny:llm"))),
     (r"--task gsm8k", "--task rg:gsm_symbolic"),
@@ -72,7 +92,7 @@ def program(page: str) -> str:
             lines.append(
                 f"subprocess.run(['bash', '-euc', {chr(10).join(commands)!r}], stdin=subprocess.DEVNULL, check=True)"
             )
-    return "\n".join(lines)
+    return "\n".join(lines).replace(str(PORT), str(PORT + PAGES.index(page)))  # pages may run at once
 
 
 def missing(code: str, made: Path) -> list[str]:
@@ -80,6 +100,14 @@ def missing(code: str, made: Path) -> list[str]:
     names = [str(path.relative_to(made)) for path in sorted(made.glob("runs/*")) if path.name != "demo"]
     written = re.findall(r"(?:--out |out=\\?\")(runs/\w+)", code)
     return ["runs/demo", *(name for name in names if name in code and name not in written)]
+
+
+def stop_servers(folder: Path) -> None:
+    """End the servers that a page started."""
+    started = folder / "serve.pid"
+    for pid in started.read_text().split() if started.exists() else ():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -127,15 +155,18 @@ def test_a_page_runs(page, made, tmp_path):
         "HF_HOME": str(tmp_path / "cache"),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
-    done = subprocess.run(
-        [sys.executable, "-W", "error::DeprecationWarning:s2t", "-c", code],
-        cwd=tmp_path,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=420,
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-W", "error::DeprecationWarning:s2t", "-c", code],
+            cwd=tmp_path,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=420,
+        )
+    finally:
+        stop_servers(tmp_path)
     assert done.returncode == 0, f"{done.stdout[-1500:]}\n{done.stderr[-2500:]}"
     assert done.stdout

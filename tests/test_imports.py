@@ -14,7 +14,7 @@ import s2t
 ROOT = Path(s2t.__file__).parent
 FLOORS = (
     {"errors", "records", "config"},
-    {"core", "files", "hub", "progress", "scale", "tasks", "workers"},
+    {"core", "files", "hub", "progress", "scale", "tasks", "web", "workers"},
     {"model"},
     {"decode"},
     {"measure", "collect", "train", "merge", "evaluate", "report", "serve"},

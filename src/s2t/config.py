@@ -333,11 +333,13 @@ class ServeConfig(DecodeConfig, ModelConfig):
     no_auth: bool = False
     """Allow an address that others can reach without a key."""
 
-    num_samples: int = field(default=8, metadata={"hidden": True})
+    num_samples: int = 1
+    """Not for a server, and always 1: requests ask for n choices."""
 
     def __post_init__(self) -> None:
         self.check_model()
         self.check_decode()
+        _require(self.num_samples == 1, "a server takes no num_samples; let requests ask for n choices.")
         if self.strategy is not None:
             _choice(
                 "strategy", self.strategy, tuple(name for name in STRATEGIES if name not in ("sample", *MANY_SAMPLES))

@@ -20,6 +20,7 @@ import pytest
 from s2t.errors import DataError, MissingExtraError
 from s2t.report import build, plots, write_report
 from s2t.report.trace import Traces, load_traces, script_json, unpack
+from s2t.web import source
 
 NAMES = ("greedy", "sample", "self-consistency", "llm", "takeover", "s2t", "s2t-local")
 EVIL = '</script><script>alert("x")</script><!-- <img src=x onerror=alert(1)>\u2028&amp;'
@@ -257,7 +258,7 @@ def test_model_text_cannot_leave_its_script_element(tmp_path: Path, field: str) 
     index, *blocks, script = page.scripts
     num_strategies = len({trace["strategy"] for trace in traces})
     assert [tag for tag, _ in page.tags].count("script") == len(page.scripts) == 4 + num_strategies
-    assert script == Path(plots.__file__).with_name("report.js").read_text()
+    assert script == source("tokens.js") + Path(plots.__file__).with_name("report.js").read_text()
     assert "\u2028" not in html and "onerror=alert" not in page.text
     assert not any("onerror" in attributes for _, attributes in page.tags)
     data = json.dumps([json.loads(index), [unpack(block) for block in blocks]])
@@ -278,10 +279,10 @@ def test_summary_and_note_are_escaped(tmp_path: Path) -> None:
 
 
 def test_script_writes_text_only() -> None:
-    for name in ("report.js", "report.html"):
-        source = Path(plots.__file__).with_name(name).read_text()
+    texts = [Path(plots.__file__).with_name(name).read_text() for name in ("report.js", "report.html")]
+    for text in (*texts, source("tokens.js")):
         assert not re.search(
-            r"innerHTML|outerHTML|insertAdjacentHTML|setHTML|document\.write|eval\(|new Function|\|\s*safe", source
+            r"innerHTML|outerHTML|insertAdjacentHTML|setHTML|document\.write|eval\(|new Function|\|\s*safe", text
         )
 
 

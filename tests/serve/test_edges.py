@@ -52,7 +52,7 @@ def error_of(response):
         ({"messages": None}, "messages", "list"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "'user'"),
         ({"messages": [{"role": "user", "content": "x", "name": "a"}]}, "messages.0.name", "not a parameter"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages.0.content.0.type", "text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0.type", "text"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages.0.content", "surrogate"),
         ({"temperature": 3}, "temperature", "less than or equal to 2"),
         ({"temperature": "hot"}, "temperature", "number"),
@@ -104,7 +104,8 @@ def test_known_fields_that_change_nothing_are_taken(server, change):
 
 
 @pytest.mark.parametrize(
-    "prompt", ["", [], [[]], [""], ["a", 1], [1, "a"], [-1], [1.5], [True], [10**30], [999999], {"a": 1}, None, [[1], []]]
+    "prompt",
+    ["", [], [[]], [""], ["a", 1], [1, "a"], [-1], [1.5], [True], [10**30], [999999], {"a": 1}, None, [[1], []]],
 )
 def test_a_prompt_that_is_none_is_refused(server, prompt):
     response = post(server, COMPLETION | {"prompt": prompt}, "/v1/completions")
@@ -112,7 +113,9 @@ def test_a_prompt_that_is_none_is_refused(server, prompt):
     assert error_of(response)["param"] == "prompt"
 
 
-@pytest.mark.parametrize("change", [{"echo": True}, {"suffix": "x"}, {"best_of": 3}, {"logprobs": 21}, {"logprobs": True}])
+@pytest.mark.parametrize(
+    "change", [{"echo": True}, {"suffix": "x"}, {"best_of": 3}, {"logprobs": 21}, {"logprobs": True}]
+)
 def test_what_plain_completions_cannot_do_is_refused(server, change):
     response = post(server, COMPLETION | change, "/v1/completions")
     assert response.status_code == 400
@@ -121,8 +124,10 @@ def test_what_plain_completions_cannot_do_is_refused(server, change):
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"{", b"nonsense", b"[]", b"null", b"1", b'"x"', b"\xff\xfe", b"{}" * 9, b"[" * 100_000, b'{"seed": ' + b"9" * 9999]
-    + [json.dumps(CHAT).encode() + b"x", b'{"temperature": NaN}'],
+    [
+        *(b"", b"{", b"nonsense", b"[]", b"null", b"1", b'"x"', b"\xff\xfe", b"{}" * 9, b"[" * 100_000),
+        *(b'{"seed": ' + b"9" * 9999, json.dumps(CHAT).encode() + b"x", b'{"temperature": NaN}'),
+    ],
 )
 def test_a_body_that_is_no_json_object_is_refused(server, body):
     response = post(server, body)
@@ -130,14 +135,18 @@ def test_a_body_that_is_no_json_object_is_refused(server, body):
     assert error_of(response)["type"] == "invalid_request_error"
 
 
-@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""])
+@pytest.mark.parametrize(
+    "kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""]
+)
 def test_a_page_elsewhere_cannot_post_without_asking(server, kind):
     """A browser sends these kinds across sites without a preflight; only JSON is read."""
     response = post(server, json.dumps(CHAT), headers={"content-type": kind})
     assert response.status_code == 400
 
 
-@pytest.mark.parametrize(("method", "path"), [("GET", "/v1/nothing"), ("GET", "/assets/../app.py"), ("GET", "/assets/app.py")])
+@pytest.mark.parametrize(
+    ("method", "path"), [("GET", "/v1/nothing"), ("GET", "/assets/../app.py"), ("GET", "/assets/app.py")]
+)
 def test_a_path_that_is_none_is_not_found(server, method, path):
     response = httpx.request(method, server.url + path)
     assert response.status_code == 404
@@ -196,7 +205,12 @@ def test_a_client_that_sends_too_slowly_is_let_go(serve, monkeypatch):
 def test_without_the_key_nothing_but_page_and_health_is_served(serve, monkeypatch, caplog, capfd):
     monkeypatch.setenv("S2T_API_KEY", KEY)
     with caplog.at_level(logging.DEBUG), serve() as server:
-        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": KEY}, {"authorization": f"Basic {KEY}"}):
+        for headers in (
+            {},
+            {"authorization": "Bearer wrong"},
+            {"authorization": KEY},
+            {"authorization": f"Basic {KEY}"},
+        ):
             for path in ("/v1/models", "/metrics", "/openapi.json", "/nowhere"):
                 response = httpx.get(server.url + path, headers=headers)
                 assert response.status_code == 401

@@ -100,7 +100,9 @@ def test_whatever_runs_beside_it_an_answer_is_the_same(server):
 
 
 def test_choices_are_the_samples_of_one_call(server):
-    alone = server.reasoner.generate([asked(QUESTIONS[1])] * 4, "sample", max_new_tokens=TOKENS, temperature=1.5, seed=9)
+    alone = server.reasoner.generate(
+        [asked(QUESTIONS[1])] * 4, "sample", max_new_tokens=TOKENS, temperature=1.5, seed=9
+    )
     answer = ask(server.client(), QUESTIONS[1], n=4, temperature=1.5, top_p=0.95, seed=9)
     assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
     assert [choice.message.content for choice in answer.choices] == [sample.text for sample in alone]
@@ -151,7 +153,10 @@ def test_parts_of_a_content_and_a_developer_message_are_text(server):
     parts = [{"type": "text", "text": "Ava has 3 apples"}, {"type": "text", "text": " and buys 4 more."}]
     turns = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": parts}]
     answer = server.client().chat.completions.create(model=NAME, messages=turns, max_tokens=12)
-    plain = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Ava has 3 apples and buys 4 more."}]
+    plain = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Ava has 3 apples and buys 4 more."},
+    ]
     alone = server.reasoner.generate(plain, "s2t-local", max_new_tokens=12, threshold=0.5)
     assert answer.choices[0].message.content == alone.text
 

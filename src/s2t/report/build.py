@@ -20,6 +20,7 @@ from s2t.errors import DataError, missing_extra
 from s2t.files import load_run, read_json, write_bytes, write_text
 from s2t.report import plots
 from s2t.report.trace import Traces, load_traces, script_json
+from s2t.web import source
 
 PICTURES = ("rank_ring", "hit_at_k", "hit_by_divergence", "accuracy_cost")
 
@@ -111,7 +112,8 @@ def _render(context: dict[str, Any], pictures: list[Picture], traces: Traces | N
         raise missing_extra("jinja2", "plots") from error
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    style, script = _source("report.css"), _source("report.js") if traces is not None else ""
+    style = source("tokens.css") + _source("report.css")
+    script = source("tokens.js") + _source("report.js") if traces is not None else ""
     page = environment.from_string(_source("report.html")).render(
         **context,
         pictures=[_embedded(picture) for picture in pictures],

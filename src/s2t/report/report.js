@@ -1,27 +1,11 @@
-"use strict";
-// The token trace. Model text is untrusted: it is written with textContent alone. The index is small and searched as it
-// is; runs, prompts and token texts lie in compressed blocks and are unpacked when a problem is looked at. The columns
-// are described in trace.py.
+// The token trace, behind the shared script of s2t.web. The index is small and searched as it is; runs, prompts and token texts
+// lie in compressed blocks and are unpacked when a problem is looked at. The columns are described in trace.py.
 
-const byId = (id) => document.getElementById(id);
 const index = JSON.parse(byId("trace-index").textContent);
-const list = byId("list"), card = byId("card");
+const list = byId("list");
 const UNPACKED_AT_MOST = 40;
-const state = { problem: -1, found: [], runs: [null, null], pieces: [], token: null, isPinned: false, ticket: 0, hiding: 0 };
+const state = { problem: -1, found: [], runs: [null, null], pieces: [], ticket: 0 };
 
-function make(tag, className, text) {
-  const node = document.createElement(tag);
-  if (className) node.className = className;
-  if (text !== undefined) node.textContent = text;
-  return node;
-}
-const clip = (text, size) => text.length > size ? text.slice(0, size - 1) + "…" : text;
-const visible = (text) => text === "" ? "(empty)" : text.replace(/ /g, "␣").replace(/\n/g, "⏎").replace(/\t/g, "⇥");
-const quoted = (text) => "“" + visible(text) + "”";
-const plural = (count, word) => count.toLocaleString("en") + " " + word + (count === 1 ? "" : "s");
-const number = (value) => value === null ? "–" : Math.abs(value) >= 1e-3 || value === 0 ? String(+value.toPrecision(3)) : value.toExponential(1);
-const probability = (value) => value === null ? "–" : value === 0 ? "< 1e-6" : value >= 1e-3 ? value.toFixed(3) : value.toExponential(0);
-const score = (value) => value === null ? "–" : value.toFixed(2).replace("-", "−");
 const withUnit = (name, value) => name + " " + number(value) + (index.measures[name].unit ? " " + index.measures[name].unit : "");
 
 // Unpacking
@@ -83,7 +67,6 @@ function filter() {
 
 // The list of problems: only the rows in view exist
 
-const isNarrow = matchMedia("(max-width: 46rem)");
 const rowHeight = () => (isNarrow.matches ? 4 : 2.5) * parseFloat(getComputedStyle(document.documentElement).fontSize);
 function drawRows() {
   const height = rowHeight(), room = make("div", "room");
@@ -139,7 +122,7 @@ function walkList(event) {
 async function open(problem) {
   const ticket = ++state.ticket, at = Math.floor(problem / index.blockSize), place = problem % index.blockSize;
   state.problem = problem;
-  hide();
+  card.hide();
   drawRows();
   try {
     const names = ["pieces", "prompts-" + at, chosen(0) + "-" + at, chosen(1) + "-" + at];
@@ -160,7 +143,7 @@ function drawProblem(prompt) {
   drawPanes();
 }
 function drawPanes() {
-  hide();
+  card.hide();
   const first = firstDifference();
   [0, 1].forEach((side) => drawPane(side, first));
   byId("difference").disabled = first < 0;
@@ -219,36 +202,17 @@ function rampLine(measure, values, top, name) {
   return line;
 }
 function drawToken(step, i, first, heat) {
-  const classes = ["tok", step.fired && "fired", step.flip && "flip", step.other && "other", i === first && "first"];
-  const token = make("span", classes.filter(Boolean).join(" ")), text = textOf(step.piece);
-  if (heat > 0.01) token.style.setProperty("--v", String(Math.min(1, heat)));
-  token.dataset.index = String(i);
-  token.setAttribute("role", "button");
-  token.tabIndex = step.fired || step.other || i === first || i === 0 ? 0 : -1;
-  if (text === "") token.append(make("span", "ghost", "∅"));
-  else for (const part of text.split(/(\n)/)) {
-    if (part === "\n") token.append(make("span", "ghost", "⏎"), "\n");
-    else if (part) token.append(part);
-  }
-  return token;
+  const classes = [step.fired && "fired", step.flip && "flip", step.other && "other", i === first && "first"];
+  return makeToken(classes, textOf(step.piece), heat, i, step.fired || step.other || i === first || i === 0);
 }
 
 // One token
 
-function candidateTable([pieces, slm, llm, marks, taken]) {
-  const table = make("table"), head = make("tr"), body = make("tbody"), thead = make("thead");
-  ["", "Candidate", "p_S", "p_L", "Score", "Taken"].forEach((name, i) => head.append(make("th", i === 1 ? "left" : "", name)));
-  thead.append(head);
+function stepTable([pieces, slm, llm, marks, taken]) {
   const read = (column, rank, precision) => column && column[rank] !== null ? column[rank] / precision : null;
-  pieces.forEach((piece, rank) => {
-    const row = make("tr", rank === taken ? "chosen" : "");
-    row.append(make("td", "", String(rank + 1)), make("td", "text", visible(textOf(piece))),
-      make("td", "", probability(read(slm, rank, index.probabilityPrecision))), make("td", "", probability(read(llm, rank, index.probabilityPrecision))),
-      make("td", "", score(read(marks, rank, index.precision))), make("td", "", rank === taken ? "✓" : ""));
-    body.append(row);
-  });
-  table.append(thead, body);
-  return table;
+  const rows = pieces.map((piece, rank) => [textOf(piece), probability(read(slm, rank, index.probabilityPrecision)),
+    probability(read(llm, rank, index.probabilityPrecision)), score(read(marks, rank, index.precision))]);
+  return candidateTable(["p_S", "p_L", "Score"], rows, taken);
 }
 function readingsLine(run, i) {
   const said = Object.keys(index.measures).filter((name) => run.readings[name] && run.readings[name][i] !== null)
@@ -257,90 +221,34 @@ function readingsLine(run, i) {
   said.push(step.flip ? "triggered, flipped" : step.fired ? "triggered, kept the greedy token" : "not triggered");
   return make("p", "muted", said.join("; "));
 }
-function fillCard(side, i) {
-  const run = state.runs[side], step = run.steps[i], head = make("div", "head"), title = make("p"), close = make("button", "", "Close");
+function describe(token) {
+  const side = Number(token.parentElement.dataset.side), i = Number(token.dataset.index);
+  const run = state.runs[side], step = run.steps[i], title = make("p"), told = [title, readingsLine(run, i)];
   title.append(make("strong", "", "Token " + (i + 1)), " of " + index.strategies[chosen(side)] + ": " + quoted(textOf(step.piece)));
-  close.type = "button";
-  close.addEventListener("click", dismiss);
-  head.append(title);
-  if (state.isPinned) head.append(close);
-  card.replaceChildren(head, readingsLine(run, i));
-  if (step.greedy !== undefined) card.append(make("p", "", "The SLM's greedy token: " + quoted(textOf(step.greedy))));
+  if (step.greedy !== undefined) told.push(make("p", "", "The SLM's greedy token: " + quoted(textOf(step.greedy))));
   if (step.candidates) {
-    card.append(candidateTable(step.candidates));
-    if (step.candidates[4] < 0) card.append(make("p", "", "The accepted token is none of the candidates."));
+    told.push(stepTable(step.candidates));
+    if (step.candidates[4] < 0) told.push(make("p", "", "The accepted token is none of the candidates."));
   }
+  return told;
 }
-function show(token, isPinned) {
-  clearTimeout(state.hiding);
-  if (state.token === token && state.isPinned === isPinned) return;
-  hide();
-  state.token = token;
-  state.isPinned = isPinned;
-  fillCard(Number(token.parentElement.dataset.side), Number(token.dataset.index));
-  card.classList.toggle("pinned", isPinned);
-  card.hidden = false;
-  document.body.classList.add("has-card");
-  token.setAttribute("aria-describedby", "card");
-  token.setAttribute("aria-expanded", String(isPinned));
-  place(token);
-}
-function place(token) {
-  const box = token.getClientRects()[0], page = document.documentElement.clientWidth;
-  const left = Math.max(8, Math.min(box.left, page - card.offsetWidth - 8));
-  const fitsBelow = box.bottom + 8 + card.offsetHeight < window.innerHeight || box.top < card.offsetHeight + 8;
-  card.style.left = (left + window.scrollX) + "px";
-  card.style.top = ((fitsBelow ? box.bottom + 8 : box.top - card.offsetHeight - 8) + window.scrollY) + "px";
-  if (state.isPinned || token.matches(":focus-visible")) reveal(token);  // not while a tap is still looking for its target
-}
-function reveal(token) {  // on a phone the card lies at the bottom, over what is there
-  const hidden = token.getClientRects()[0].bottom + 12 - (window.innerHeight - card.offsetHeight);
-  if (isNarrow.matches && hidden > 0) window.scrollBy(0, hidden);
-}
-function hide() {
-  clearTimeout(state.hiding);
-  if (state.token) ["aria-describedby", "aria-expanded"].forEach((name) => state.token.removeAttribute(name));
-  state.token = null;
-  state.isPinned = false;
-  card.hidden = true;
-  document.body.classList.remove("has-card");
-}
-function dismiss() {
-  const token = state.token, hadFocus = card.contains(document.activeElement);
-  hide();
-  if (token && hadFocus) { token.focus({ preventScroll: true }); hide(); }
-}
-function hideSoon() {
-  clearTimeout(state.hiding);
-  if (!state.isPinned) state.hiding = setTimeout(hide, 150);
-}
-const tokenOf = (event) => event.target instanceof Element ? event.target.closest(".tokens .tok") : null;
-function toggle(token) {
-  if (state.token === token && state.isPinned) hide();
-  else show(token, true);
-}
+const card = makeCard(byId("card"), describe);
 
 // From token to token
 
-function goTo(token) {
-  token.scrollIntoView({ block: "center" });
-  token.focus({ preventScroll: true });
-  reveal(token);
-}
 const order = (token) => Number(token.dataset.index) * 2 + Number(token.parentElement.dataset.side);
 function flipTokens() {
   const sides = chosen(0) === chosen(1) ? "#pane-0 .tok.flip" : ".pane .tok.flip";
   return [...document.querySelectorAll(sides)].sort((a, b) => order(a) - order(b));
 }
 async function goToFlip(direction) {
-  const token = state.token || (document.activeElement.matches(".tokens .tok") ? document.activeElement : null);
-  const flips = flipTokens(), at = token ? order(token) : direction > 0 ? -1 : Infinity;
+  const token = card.current(), flips = flipTokens(), at = token ? order(token) : direction > 0 ? -1 : Infinity;
   let next = direction > 0 ? flips.find((flip) => order(flip) > at) : flips.findLast((flip) => order(flip) < at);
   if (!next) {
     await openWithFlips(direction);
     next = direction > 0 ? flipTokens()[0] : flipTokens().at(-1);
   }
-  if (next) goTo(next);
+  if (next) card.goTo(next);
 }
 async function openWithFlips(direction) {
   const found = state.found, at = found.indexOf(state.problem);
@@ -351,31 +259,21 @@ async function openWithFlips(direction) {
 }
 function goToDifference() {
   const token = document.querySelector("#pane-1 .tok.first") || document.querySelector("#pane-0 .tok.first");
-  if (token) goTo(token);
-}
-function walkTokens(event, token) {
-  const next = { ArrowRight: "nextElementSibling", ArrowDown: "nextElementSibling", ArrowLeft: "previousElementSibling", ArrowUp: "previousElementSibling" };
-  if (event.key === "Enter" || event.key === " ") toggle(token);
-  else if (event.key in next) { if (token[next[event.key]]) token[next[event.key]].focus(); }
-  else return;
-  event.preventDefault();
+  if (token) card.goTo(token);
 }
 const keys = {
-  n: () => goToFlip(1), p: () => goToFlip(-1), d: goToDifference, "/": () => byId("search").focus(), Escape: dismiss,
+  n: () => goToFlip(1), p: () => goToFlip(-1), d: goToDifference, "/": () => byId("search").focus(), Escape: card.dismiss,
 };
 function onKey(event) {
   if (event.altKey || event.ctrlKey || event.metaKey) return;
-  const token = tokenOf(event), isTyping = event.target.matches("input, select, textarea");
-  if (token) walkTokens(event, token);
+  const isTyping = event.target.matches("input, select, textarea");
   if (isTyping || event.defaultPrevented || !(event.key in keys)) return;
   event.preventDefault();
   keys[event.key]();
 }
 function onClick(event) {
-  const token = tokenOf(event), row = event.target.closest(".row");
-  if (token) toggle(token);
-  else if (row) open(Number(row.dataset.problem));
-  else if (event.target.isConnected && !card.contains(event.target)) hide();
+  const row = event.target.closest(".row");
+  if (row) open(Number(row.dataset.problem));
 }
 
 function fill(select, names, value) {
@@ -392,15 +290,9 @@ function fillSelects() {
   fill(byId("measure"), [...measures.map((name) => [name, name]), ["nothing", ""]], measures[0] ?? "");
 }
 function listen() {
-  document.addEventListener("mouseover", (event) => { const token = tokenOf(event); if (token && !state.isPinned) show(token, false); });
-  document.addEventListener("mouseout", (event) => { if (tokenOf(event)) hideSoon(); });
-  document.addEventListener("focusin", (event) => { const token = tokenOf(event); if (token && token !== state.token) show(token, state.isPinned); });
-  document.addEventListener("focusout", (event) => { if (tokenOf(event)) hideSoon(); });
   document.addEventListener("click", onClick);
   document.addEventListener("keydown", onKey);
-  card.addEventListener("mouseenter", () => clearTimeout(state.hiding));
-  card.addEventListener("mouseleave", hideSoon);
-  window.addEventListener("resize", () => { hide(); drawRows(); });
+  window.addEventListener("resize", drawRows);
   list.addEventListener("scroll", drawRows, { passive: true });
   list.addEventListener("keydown", walkList);
   byId("search").addEventListener("input", filter);

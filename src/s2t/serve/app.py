@@ -21,6 +21,7 @@ from s2t.serve.errors import ApiError, error_body, invalid
 from s2t.serve.intake import Plan
 from s2t.serve.respond import respond
 from s2t.serve.service import Service
+from s2t.web import source
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"description": "The request asks for what cannot be done; `param` says where."},
@@ -35,7 +36,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 _STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
 PAGE = Path(__file__).parent / "page"
-_ASSETS = {"playground.css": "text/css", "playground.js": "text/javascript"}
+_KINDS = {".css": "text/css", ".js": "text/javascript"}
 
 
 def create_app(service: Service, key: str | None) -> FastAPI:
@@ -53,12 +54,12 @@ def create_app(service: Service, key: str | None) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,  # its page loads scripts from elsewhere
         redoc_url=None,
-        responses={status: {**what, "model": schema.ErrorBody} for status, what in _ERRORS.items() if status < 404},  # type: ignore[operator]
     )
     _add_errors(app)
     _add_api(app, service)
     _add_info(app, service)
     _add_page(app)
+    _name_models(app, service)
     paths = {getattr(route, "path", "") for route in app.routes}
 
     def observe(path: str, status: int, seconds: float) -> None:
@@ -68,6 +69,17 @@ def create_app(service: Service, key: str | None) -> FastAPI:
 
     app.add_middleware(Edge, key=key, max_body_bytes=service.config.max_body_bytes, observe=observe)
     return app
+
+
+def _name_models(app: FastAPI, service: Service) -> None:
+    """Say in the OpenAPI schema which models and strategies there are."""
+    found = app.openapi()  # made once, and kept by the application
+    parts = found["components"]["schemas"]
+    for body in ("ChatBody", "CompletionBody"):
+        parts[body]["properties"]["model"]["enum"] = service.intake.models
+    parts["Extension"]["properties"]["strategy"] = {"enum": [*service.intake.strategies, None]}
+    [name] = found["paths"]["/v1/models/{name}"]["get"]["parameters"]
+    name["schema"]["enum"] = service.intake.models
 
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -132,15 +144,19 @@ def _add_info(app: FastAPI, service: Service) -> None:
 
 
 def _add_page(app: FastAPI) -> None:
+    own = {name: (PAGE / name).read_bytes() for name in ("playground.html", "playground.css", "playground.js")}
+    files = own | {name: source(name).encode() for name in ("tokens.css", "tokens.js")}
+
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
-        return Response((PAGE / "playground.html").read_bytes(), media_type="text/html; charset=utf-8")
+        return Response(files["playground.html"], media_type="text/html; charset=utf-8")
 
     @app.get(ASSETS + "{name}", include_in_schema=False)
     async def asset(name: str) -> Response:
-        if name not in _ASSETS:
+        kind = _KINDS.get(Path(name).suffix)
+        if kind is None or name not in files:
             raise ApiError(404, "there is no such file.")
-        return Response((PAGE / name).read_bytes(), media_type=f"{_ASSETS[name]}; charset=utf-8")
+        return Response(files[name], media_type=f"{kind}; charset=utf-8")
 
 
 def _add_errors(app: FastAPI) -> None:

@@ -1,0 +1,170 @@
+"""Two hundred clients at once for a minute: nobody is stuck, nobody is lied to, memory stays where it is."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import httpx
+import psutil
+import pytest
+
+CLIENTS, SECONDS = 200, 60.0
+STRATEGIES = ["greedy", "s2t-local", "sample"]
+
+
+def question(rng):
+    a, b = rng.randint(2, 60), rng.randint(2, 60)
+    return f"Ava has {a} apples and buys {b} more. How many apples has she?"
+
+
+class Client:
+    """Asks again and again: streamed or not, short or long; one in ten hangs up in the middle."""
+
+    def __init__(self, place, http, url, until):
+        self.rng = random.Random(place)
+        self.http, self.url, self.until = http, url, until
+        self.leaves = place % 10 == 0
+        self.counts, self.seconds = Counter(), []
+
+    async def run(self):
+        while time.monotonic() < self.until:
+            start = time.monotonic()
+            outcome = await self.ask()
+            self.counts[outcome] += 1
+            if outcome == "429":
+                await asyncio.sleep(self.rng.uniform(0.5, 1.5))
+            elif outcome == "ok":
+                self.seconds.append(time.monotonic() - start)
+
+    def body(self):
+        strategy = self.rng.choice(STRATEGIES)
+        body = {
+            "model": "tiny:slm",
+            "messages": [{"role": "user", "content": question(self.rng)}],
+            "max_tokens": self.rng.choice([8, 32, 128]),
+            "stream": self.leaves or self.rng.random() < 0.5,
+            "s2t": {"strategy": strategy, "details": self.rng.random() < 0.1},
+            "stop": ["####"] if self.rng.random() < 0.2 else None,
+        }
+        return body | ({"seed": self.rng.randint(0, 9), "temperature": 1.0} if strategy == "sample" else {})
+
+    async def ask(self):
+        async with self.http.stream("POST", f"{self.url}/v1/chat/completions", json=self.body()) as response:
+            if response.status_code == 429:
+                assert int(response.headers["retry-after"]) >= 1
+                assert json.loads(await response.aread())["error"]["type"] == "rate_limit_error"
+                return "429"
+            assert response.status_code == 200, await response.aread()
+            if self.leaves:
+                async for _ in response.aiter_lines():
+                    return "left"
+            text = (await response.aread()).decode()
+        if text.startswith("data: "):
+            assert text.endswith("data: [DONE]\n\n")
+            assert '"error"' not in text
+            assert re.search(r'"finish_reason":"(stop|length)"', text)
+        else:
+            assert json.loads(text)["choices"][0]["finish_reason"] in ("stop", "length")
+        return "ok"
+
+
+async def storm(url, clients, seconds):
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=clients)
+    async with httpx.AsyncClient(timeout=120, limits=limits) as http:
+        until = time.monotonic() + seconds
+        crowd = [Client(place, http, url, until) for place in range(clients)]
+        await asyncio.gather(*(client.run() for client in crowd))
+    return sum((client.counts for client in crowd), Counter()), sorted(s for client in crowd for s in client.seconds)
+
+
+@pytest.fixture
+def process(tmp_path, models):
+    """`s2t serve` as a process, with an adapter that selects now and then."""
+    models[1].save(tmp_path / "adapter")
+    log = (tmp_path / "log").open("w")
+    command = [sys.executable, "-m", "s2t", "serve", "--adapter", str(tmp_path / "adapter"), "--port", "0"]
+    command += ["--batch-size", "32", "--max-queue", "64", "--max-length", "512"]
+    started = subprocess.Popen(command, stderr=log, stdout=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    until = time.monotonic() + 120
+    while not (found := re.search(r"http://\S+", (tmp_path / "log").read_text())) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert found, (tmp_path / "log").read_text()
+    yield started, found.group(), tmp_path / "log"
+    started.kill()
+    started.wait(20)
+
+
+def metric(url, name):
+    text = httpx.get(f"{url}/metrics", timeout=30).text
+    return sum(float(value) for value in re.findall(rf"^{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE))
+
+
+@pytest.mark.slow
+def test_two_hundred_clients_for_a_minute(process, capsys):
+    started, url, log = process
+    memory = psutil.Process(started.pid)
+    rss = [memory.memory_info().rss]
+    asyncio.run(storm(url, CLIENTS, 15))  # every store has grown to what it needs
+    rss.append(memory.memory_info().rss)
+    halves = []
+    for _ in range(2):
+        before = metric(url, "s2t_generated_tokens_total")
+        counts, seconds = asyncio.run(storm(url, CLIENTS, SECONDS / 2))
+        rss.append(memory.memory_info().rss)
+        halves.append((counts, seconds, metric(url, "s2t_generated_tokens_total") - before))
+    until = time.monotonic() + 20
+    while httpx.get(f"{url}/health").json() != {"status": "ok", "running": 0, "waiting": 0}:
+        assert time.monotonic() < until, "a row is still taken"
+        time.sleep(0.1)
+    counts = sum((half[0] for half in halves), Counter())
+    seconds = sorted(halves[0][1] + halves[1][1])
+    with capsys.disabled():
+        print(
+            f"\n{CLIENTS} clients, {SECONDS:g} s: {dict(counts)}, {(halves[0][2] + halves[1][2]) / SECONDS:.0f} tokens/s,"
+        )
+        print(f"seconds per answer: median {seconds[len(seconds) // 2]:.2f}, longest {seconds[-1]:.2f};")
+        print("resident MiB at start, after 15 s, 45 s, 75 s:", [round(size / 2**20) for size in rss])
+    assert counts["ok"] > CLIENTS
+    assert counts["left"] > 10
+    assert set(counts) <= {"ok", "429", "left"}
+    assert rss[3] - rss[1] < 0.05 * rss[1]
+    assert "Traceback" not in log.read_text()
+    started.terminate()
+    assert started.wait(40) == 0
+
+
+def test_a_process_stops_when_asked_and_says_nothing_of_its_key(tmp_path):
+    key = "sk-process-8d777f38"
+    with (tmp_path / "log").open("w") as log:
+        started = subprocess.Popen(
+            [sys.executable, "-m", "s2t", "serve", "--port", "0"],
+            stdout=log,
+            stderr=log,
+            env=os.environ | {"S2T_API_KEY": key, "OMP_NUM_THREADS": "1"},
+        )
+    until = time.monotonic() + 120
+    while not (found := re.search(r"http://\S+", (tmp_path / "log").read_text())) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert found, (tmp_path / "log").read_text()
+    url = found.group()
+    assert httpx.get(f"{url}/v1/models").status_code == 401
+    answer = httpx.post(
+        f"{url}/v1/completions",
+        json={"model": "tiny:slm", "prompt": "Ava", "max_tokens": 4},
+        headers={"authorization": f"Bearer {key}"},
+        timeout=60,
+    )
+    assert answer.status_code == 200
+    started.terminate()
+    assert started.wait(40) == 0
+    said = (tmp_path / "log").read_text()
+    assert key not in said
+    assert "Traceback" not in said
