@@ -10,7 +10,7 @@ import pytest
 from s2t.config import StudyConfig
 from s2t.errors import ConfigError
 from s2t.files import read_json
-from s2t.studies import STUDIES, adapters, slips, study, triggers
+from s2t.studies import STUDIES, adapters, baselines, slips, study, triggers
 from s2t.studies.knowledge import equations, fault
 from s2t.studies.lab import parse_settings
 from s2t.studies.run import cell
@@ -43,6 +43,7 @@ def folder(tmp_path_factory):
 def shorter():
     """Fewer arms of each kind; the whole set is what the command runs."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(baselines, "NUM_SAMPLES", 2)
         patch.setattr(triggers, "RATES", (0.01, 0.1))
         patch.setattr(triggers, "KS", (1, 8))
         patch.setattr(adapters, "ARMS", {name: adapters.ARMS[name] for name in ("default", "scope always")})
@@ -55,7 +56,7 @@ def run(name, base, folder, **settings):
     return study(config), Path(config.out)
 
 
-SLOW = ("distillation", "scaling", "size", "triggers")
+SLOW = ("baselines", "distillation", "scaling", "size", "triggers")
 
 
 @pytest.mark.parametrize(
@@ -130,7 +131,7 @@ def test_a_base_of_another_pair_is_refused(base, folder, tmp_path):
 
 
 def test_an_unknown_study_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="study must be one of sufficiency"):
+    with pytest.raises(ConfigError, match="study must be one of baselines"):
         study(StudyConfig(name="weather", out=str(tmp_path)))
 
 
