@@ -129,7 +129,11 @@ def merged(groups: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
         if scope not in made:
             out = tmp_path_factory.mktemp(scope)
             settings = {"learning_rate": 5e-3, "batch_groups": 16, "lm_weight": 1.0}
-            train(TrainConfig(groups=groups, out=str(out / "train"), adapter_scope=scope, criticality="reserved", **settings))
+            train(
+                TrainConfig(
+                    groups=groups, out=str(out / "train"), adapter_scope=scope, criticality="reserved", **settings
+                )
+            )
             made[scope] = merge(MergeConfig(adapter=str(out / "train" / "adapter"), out=str(out / "merged")))["folder"]
         return made[scope]
 
