@@ -1,0 +1,177 @@
+"""The LLM on real vLLM servers: the same tokens as in this process, and nothing lost when servers and driver are killed.
+
+`make test-vllm` sets vLLM up in an environment of its own; `S2T_VLLM_PYTHON` names another interpreter that has it. With
+`S2T_VLLM_URLS` (comma-separated) the first test asks servers of `tiny:llm` that are running already.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from s2t.files import read_json, read_jsonl
+from s2t.model.tiny import embedded_path
+
+ROOT = Path(__file__).parents[2]
+PYTHON = Path(os.environ.get("S2T_VLLM_PYTHON") or ROOT / ".venv-vllm" / "bin" / "python")
+START_S = 600
+SAME_SUPPORT = ["--support", "llm-top", "--support-size", "20"]
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+
+class VllmServer:
+    """A vLLM server of an embedded model on 127.0.0.1, in a process group of its own."""
+
+    def __init__(self, model: str, log: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}/v1"
+        options = {
+            "--model": str(embedded_path(model)),
+            "--served-model-name": "llm",
+            "--host": "127.0.0.1",
+            "--port": str(self.port),
+            "--dtype": "float32",
+            "--max-model-len": "1024",
+            "--max-num-seqs": "64",
+        }
+        own = {
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+        }
+        command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | own
+        with log.open("w") as out:
+            self.process = subprocess.Popen(
+                [*command, *(part for pair in options.items() for part in pair)],
+                env=environment,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.log = log
+
+    def wait(self) -> None:
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, self.log.read_text()[-2000:]
+            try:
+                with urllib.request.urlopen(f"{self.url}/models", timeout=5):
+                    return
+            except OSError:
+                time.sleep(1)
+        raise AssertionError(f"no answer in {START_S} s: {self.log.read_text()[-2000:]}")
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory):
+    """Two servers of the embedded LLM."""
+    if not PYTHON.exists():
+        pytest.skip(f"no vLLM at {PYTHON}; run make test-vllm")
+    folder = tmp_path_factory.mktemp("vllm")
+    both = [VllmServer("tiny:llm", folder / f"{i}.log") for i in range(2)]
+    try:
+        for server in both:
+            server.wait()
+        yield both
+    finally:
+        for server in both:
+            server.kill()
+
+
+def command(out: Path, *options: str) -> list[str]:
+    return [sys.executable, "-m", "s2t", "eval", "--llm", "tiny:llm", "--threshold", "0.3", "--out", str(out), *options]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+
+
+def evaluate(out: Path, *options: str) -> list[dict]:
+    subprocess.run(command(out, *options), env=environment(), check=True, capture_output=True)
+    return read_jsonl(out / "results.jsonl")
+
+
+def same_text(left: list[dict], right: list[dict]) -> int:
+    pairs = zip(left, right, strict=True)
+    return sum(
+        (a["problem_id"], a["strategy"], a["text"]) == (b["problem_id"], b["strategy"], b["text"]) for a, b in pairs
+    )
+
+
+def test_a_hundred_problems_come_out_as_in_process(servers, tmp_path):
+    options = ("--strategies", "s2t,takeover,llm", "--limit", "100", "--num-traces", "0")
+    here = evaluate(tmp_path / "here", *options, *SAME_SUPPORT)
+    there = evaluate(tmp_path / "there", *options, "--llm-url", servers[0].url)
+    print(json.dumps(read_json(tmp_path / "there" / "summary.json")["llm_server"]))
+    assert same_text(here, there) == len(here) == 300
+    assert [r["num_triggered"] for r in here] == [r["num_triggered"] for r in there]
+
+
+def test_a_thousand_problems_survive_a_killed_server_and_a_driver_killed_three_times(servers, tmp_path):
+    options = (
+        "--strategies",
+        "s2t",
+        "--limit",
+        "1000",
+        "--shard-size",
+        "50",
+        "--num-traces",
+        "0",
+        "--batch-size",
+        "50",
+    )
+    urls = ("--llm-url", ",".join(server.url for server in servers), "--patience-s", "60")
+    start = time.monotonic()
+    calm = evaluate(tmp_path / "calm", *options, *urls)
+    print(f"undisturbed: {time.monotonic() - start:.0f} s", flush=True)
+
+    out, kills = tmp_path / "stormy", []
+    start = time.monotonic()
+    for shards_before_kill in (3, 7, 13):
+        driver = subprocess.Popen(
+            command(out, *options, *urls), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while len(list(out.glob("results-s2t-*.json"))) < shards_before_kill:
+            assert driver.poll() is None, "the driver ended by itself"
+            time.sleep(0.2)
+        if shards_before_kill == 7:
+            time.sleep(1.0)
+            servers[1].kill()  # while the driver has requests there; the next kill is six shards later
+            while len(list(out.glob("results-s2t-*.json"))) < 10:
+                assert driver.poll() is None, "the driver ended by itself"
+                time.sleep(0.2)
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+        kills.append(len(list(out.glob("results-s2t-*.json"))))
+    stormy = evaluate(out, *options, *urls)
+    report = read_json(out / "summary.json")["llm_server"]
+    print(f"killed at {kills} of 20 shards, then finished: {time.monotonic() - start:.0f} s; {json.dumps(report)}")
+    ids = [result["problem_id"] for result in stormy]
+    assert len(ids) == len(set(ids)) == 1000
+    assert stormy == calm
+    assert report["drained"].get(servers[1].url)
+    assert sum(report["retries"].values()) > 0
+    assert read_json(out / "summary.json")["strategies"]["s2t"]["accuracy"] == pytest.approx(
+        read_json(tmp_path / "calm" / "summary.json")["strategies"]["s2t"]["accuracy"]
+    )
