@@ -1,7 +1,6 @@
 """The LLM on real vLLM servers: the same tokens as in this process, and nothing lost when servers and driver are killed.
 
-`make test-vllm` sets vLLM up in an environment of its own; `S2T_VLLM_PYTHON` names another interpreter that has it. With
-`S2T_VLLM_URLS` (comma-separated) the first test asks servers of `tiny:llm` that are running already.
+`make test-vllm` sets vLLM up in an environment of its own; `S2T_VLLM_PYTHON` names another interpreter that has it.
 """
 
 from __future__ import annotations
@@ -17,9 +16,11 @@ import time
 import urllib.request
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
-from s2t.files import read_json, read_jsonl
+from s2t.files import read_json, read_jsonl, read_tables
 from s2t.model.tiny import embedded_path
 
 ROOT = Path(__file__).parents[2]
@@ -128,50 +129,69 @@ def test_a_hundred_problems_come_out_as_in_process(servers, tmp_path):
     assert [r["num_triggered"] for r in here] == [r["num_triggered"] for r in there]
 
 
+def collected(out: Path) -> pa.Table:
+    return read_tables(sorted(out.glob("groups-*.parquet")))
+
+
 def test_a_thousand_problems_survive_a_killed_server_and_a_driver_killed_three_times(servers, tmp_path):
-    options = (
-        "--strategies",
-        "s2t",
+    first, second = servers
+    options = [
         "--limit",
         "1000",
         "--shard-size",
         "50",
-        "--num-traces",
-        "0",
         "--batch-size",
         "50",
-    )
-    urls = ("--llm-url", ",".join(server.url for server in servers), "--patience-s", "60")
+        "--policy",
+        "greedy",
+        "--threshold",
+        "0.3",
+    ]
+    run = [
+        sys.executable,
+        "-m",
+        "s2t",
+        "collect",
+        "--llm",
+        "tiny:llm",
+        *options,
+        "--llm-url",
+        f"{first.url},{second.url}",
+    ]
+    calm, stormy = tmp_path / "calm", tmp_path / "stormy"
     start = time.monotonic()
-    calm = evaluate(tmp_path / "calm", *options, *urls)
+    subprocess.run([*run, "--out", str(calm)], env=environment(), check=True, capture_output=True)
     print(f"undisturbed: {time.monotonic() - start:.0f} s", flush=True)
 
-    out, kills = tmp_path / "stormy", []
-    start = time.monotonic()
-    for shards_before_kill in (3, 7, 13):
+    kills, start = [], time.monotonic()
+    for shards_before_kill in (3, 8, 14):
         driver = subprocess.Popen(
-            command(out, *options, *urls), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [*run, "--out", str(stormy)], env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        while len(list(out.glob("results-s2t-*.json"))) < shards_before_kill:
-            assert driver.poll() is None, "the driver ended by itself"
-            time.sleep(0.2)
-        if shards_before_kill == 7:
-            time.sleep(1.0)
-            servers[1].kill()  # while the driver has requests there; the next kill is six shards later
-            while len(list(out.glob("results-s2t-*.json"))) < 10:
-                assert driver.poll() is None, "the driver ended by itself"
-                time.sleep(0.2)
+        if shards_before_kill == 14:
+            wait_for_shards(stormy, kills[-1] + 1, driver)
+            second.kill()  # while the driver has requests there
+        wait_for_shards(stormy, shards_before_kill, driver)
         driver.send_signal(signal.SIGKILL)
         driver.wait()
-        kills.append(len(list(out.glob("results-s2t-*.json"))))
-    stormy = evaluate(out, *options, *urls)
-    report = read_json(out / "summary.json")["llm_server"]
+        kills.append(len(list(stormy.glob("groups-*.parquet"))))
+    subprocess.run([*run, "--out", str(stormy)], env=environment(), check=True, capture_output=True)
+    found = read_json(stormy / "collect.json")
+    report = found["llm_server"]
     print(f"killed at {kills} of 20 shards, then finished: {time.monotonic() - start:.0f} s; {json.dumps(report)}")
-    ids = [result["problem_id"] for result in stormy]
-    assert len(ids) == len(set(ids)) == 1000
-    assert stormy == calm
-    assert report["drained"].get(servers[1].url)
+    left, right = collected(calm), collected(stormy)
+    assert len(set(right["problem_id"].to_pylist())) == right.num_rows == 1000
+    for name in ("problem_id", "token_ids", "group_steps", "candidate_ids"):
+        assert left[name].equals(right[name]), name
+    for name in ("divergence", "llm_probs"):
+        pair = [np.concatenate(table[name].to_numpy()) for table in (left, right)]
+        np.testing.assert_allclose(pair[1], pair[0], atol=1e-4)
+    assert found["num_groups"] == read_json(calm / "collect.json")["num_groups"] > 100
+    assert report["drained"].get(second.url)
     assert sum(report["retries"].values()) > 0
-    assert read_json(out / "summary.json")["strategies"]["s2t"]["accuracy"] == pytest.approx(
-        read_json(tmp_path / "calm" / "summary.json")["strategies"]["s2t"]["accuracy"]
-    )
+
+
+def wait_for_shards(out: Path, count: int, driver: subprocess.Popen) -> None:
+    while len(list(out.glob("groups-*.parquet"))) < count:
+        assert driver.poll() is None, "the driver ended by itself"
+        time.sleep(0.1)
