@@ -1,19 +1,16 @@
 """The LLM on real vLLM servers: the same tokens as in this process, and nothing lost when servers and driver are killed.
 
-`make test-vllm` sets vLLM up in an environment of its own; `S2T_VLLM_PYTHON` names another interpreter that has it.
+Run by `make test-vllm`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -24,80 +21,15 @@ from s2t.files import read_json, read_jsonl, read_tables
 from s2t.model.tiny import embedded_path
 
 ROOT = Path(__file__).parents[2]
-PYTHON = Path(os.environ.get("S2T_VLLM_PYTHON") or ROOT / ".venv-vllm" / "bin" / "python")
-START_S = 600
 SAME_SUPPORT = ["--support", "llm-top", "--support-size", "20"]
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
-
-
-class VllmServer:
-    """A vLLM server of an embedded model on 127.0.0.1, in a process group of its own."""
-
-    def __init__(self, model: str, log: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}/v1"
-        options = {
-            "--model": str(embedded_path(model)),
-            "--served-model-name": "llm",
-            "--host": "127.0.0.1",
-            "--port": str(self.port),
-            "--dtype": "float32",
-            "--max-model-len": "1024",
-            "--max-num-seqs": "64",
-        }
-        own = {
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-        }
-        command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
-        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | own
-        with log.open("w") as out:
-            self.process = subprocess.Popen(
-                [*command, *(part for pair in options.items() for part in pair)],
-                env=environment,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        self.log = log
-
-    def wait(self) -> None:
-        deadline = time.monotonic() + START_S
-        while time.monotonic() < deadline:
-            assert self.process.poll() is None, self.log.read_text()[-2000:]
-            try:
-                with urllib.request.urlopen(f"{self.url}/models", timeout=5):
-                    return
-            except OSError:
-                time.sleep(1)
-        raise AssertionError(f"no answer in {START_S} s: {self.log.read_text()[-2000:]}")
-
-    def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+pytestmark = pytest.mark.vllm
 
 
 @pytest.fixture(scope="module")
-def servers(tmp_path_factory):
+def servers(serve_vllm):
     """Two servers of the embedded LLM."""
-    if not PYTHON.exists():
-        pytest.skip(f"no vLLM at {PYTHON}; run make test-vllm")
-    folder = tmp_path_factory.mktemp("vllm")
-    both = [VllmServer("tiny:llm", folder / f"{i}.log") for i in range(2)]
-    try:
-        for server in both:
-            server.wait()
-        yield both
-    finally:
-        for server in both:
-            server.kill()
+    return [serve_vllm(embedded_path("tiny:llm"), "--served-model-name", "llm") for _ in range(2)]
 
 
 def command(out: Path, *options: str) -> list[str]:
