@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from s2t.errors import DataError
-from s2t.workers import Workers
+from s2t.workers import Workers, turn, waiting
 
 
 class Bench:
@@ -113,3 +113,48 @@ def test_processes_share_the_threads(tmp_path):
 
 def threads(bench: Bench, job: int) -> int:
     return torch.get_num_threads()
+
+
+class Turns:
+    """Notes who computes and who waits."""
+
+    def __init__(self) -> None:
+        self.computing = self.most_computing = self.most_waiting = self.now_waiting = self.opened = 0
+
+    def work(self, job: int) -> int:
+        if job < 0:
+            raise DataError(f"job {job} is bad.")
+        for _ in range(3):
+            self.computing += 1
+            self.most_computing = max(self.most_computing, self.computing)
+            time.sleep(0.002)
+            self.computing -= 1
+            self.now_waiting += 1
+            with waiting():
+                self.most_waiting = max(self.most_waiting, self.now_waiting)
+                time.sleep(0.02)
+            self.now_waiting -= 1
+        return job * job
+
+
+def test_threads_take_turns_and_wait_together():
+    state = Turns()
+    with Workers(lambda: state, threads=4) as workers:
+        found = dict(workers.map(Turns.work, list(range(12))))
+    assert found == {job: job * job for job in range(12)}
+    assert state.most_computing == 1
+    assert state.most_waiting > 1
+
+
+def test_an_error_in_a_thread_is_raised_and_gives_the_turn_back():
+    with pytest.raises(DataError, match="job -1 is bad"), Workers(Turns, threads=3) as workers:
+        list(workers.map(Turns.work, [1, -1, 2]))
+    with turn():
+        pass
+
+
+def test_waiting_without_a_turn_is_only_waiting():
+    with waiting():
+        pass
+    with turn(), waiting(), turn():
+        pass

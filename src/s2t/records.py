@@ -49,8 +49,8 @@ class Step:
 
     `value` is the trigger's own reading in its own unit (nats, probability; None when the trigger reads
     nothing). `candidates`, `scores` and `llm_probs` are kept where the step triggered, or everywhere when
-    the loop is asked for a trace; `scores` and `llm_probs` are aligned with `candidates.ids`; a probability that an LLM on
-    a server did not tell is None.
+    the loop is asked for a trace; `scores` and `llm_probs` are aligned with `candidates.ids`; what an LLM on
+    servers did not tell is None.
     `finish_reason` is None until the last step of the sequence, then "stop" or "length".
     """
 
@@ -62,7 +62,7 @@ class Step:
     value: float | None = None
     candidates: Candidates | None = None
     selected_index: int | None = None
-    scores: tuple[float, ...] | None = None
+    scores: tuple[float | None, ...] | None = None
     llm_probs: tuple[float | None, ...] | None = None
     llm_top_id: int | None = None
     finish_reason: str | None = None

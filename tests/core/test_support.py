@@ -20,7 +20,9 @@ from s2t.core.support import (
     entropy,
     kl_divergence,
     rank_of,
+    resolve_support,
     self_certainty,
+    spread,
 )
 from s2t.errors import ConfigError
 
@@ -193,3 +195,81 @@ def test_log_buckets_are_the_logarithms_of_the_buckets(pair, support_size):
     torch.testing.assert_close(found.exp(), probs[: len(found)], rtol=1e-4, atol=1e-6)
     assert len(found) == len(probs) - (len(ids) == len(slm))
     assert found.isfinite().all()
+
+
+def listed(logits, count):
+    logprobs = logits.float().log_softmax(-1)
+    return torch.topk(logprobs, count, dim=-1)
+
+
+@pytest.mark.parametrize("kind", BUCKETED)
+@given(pair=rows(-12, 12), support_size=st.integers(1, 14))
+def test_the_llms_support_gives_a_divergence_too(kind, pair, support_size):
+    llm, slm = map(torch.tensor, pair)
+    value = divergence(llm, slm, support_size, kind, "llm-top")
+    assert value.isfinite()
+    assert value >= 0
+    assert divergence(llm, llm, support_size, kind, "llm-top") == 0
+
+
+@given(pair=rows(-12, 12))
+def test_with_all_tokens_in_it_a_support_may_be_anyones(pair):
+    llm, slm = map(torch.tensor, pair)
+    size = len(pair[0])
+    values = [divergence(llm, slm, size, support=support) for support in ("slm-top", "llm-top")]
+    assert values[0] == pytest.approx(float(values[1]), abs=1e-5)
+    assert float(values[1]) == pytest.approx(float(full_kl(llm, slm)), abs=1e-4)
+
+
+@given(pair=rows(-12, 12), support_size=st.integers(1, 12))
+def test_the_llms_support_is_a_lower_bound_of_the_full_divergence(pair, support_size):
+    llm, slm = map(torch.tensor, pair)
+    assert divergence(llm, slm, support_size, support="llm-top") <= full_kl(llm, slm) + 1e-4
+
+
+def test_the_support_is_the_llms_where_it_is_asked_for():
+    llm, slm = torch.tensor([5.0, 0.0, 0.0, 0.0]), torch.tensor([0.0, 5.0, 4.0, 4.0])
+    p, q = llm.softmax(-1), slm.softmax(-1)
+    expected = p[0] * (p[0] / q[0]).log() + (1 - p[0]) * ((1 - p[0]) / (1 - q[0])).log()
+    assert float(divergence(llm, slm, 1, support="llm-top")) == pytest.approx(float(expected), rel=1e-4)
+    with pytest.raises(ConfigError, match="support must be slm-top or llm-top; got 'both'"):
+        divergence(llm, slm, 1, support="both")
+
+
+@given(pair=rows(-12, 12, unique=True), count=st.integers(1, 12))
+def test_listed_tokens_and_the_rest_keep_their_probabilities_when_spread(pair, count):
+    logits = torch.tensor(pair[0])[None]
+    count = min(count, logits.shape[-1])
+    top = listed(logits, count)
+    filled = spread(top.indices, top.values, logits.shape[-1])
+    torch.testing.assert_close(filled.gather(-1, top.indices), top.values, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(filled.exp().sum(-1), torch.ones(1), atol=1e-5, rtol=0)
+    assert (filled.sort(descending=True, stable=True).values[:, :count] <= top.values + 1e-5).all()
+    assert filled.argmax(-1).tolist() == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("kind", BUCKETED)
+@given(pair=rows(-3, 3, unique=True), count=st.integers(1, 12))
+def test_divergence_on_the_llms_support_needs_no_more_than_its_listed_tokens(kind, pair, count):
+    llm, slm = (torch.tensor(row)[None] for row in pair)
+    count = min(count, llm.shape[-1])
+    top = listed(llm, count)
+    told = spread(top.indices, top.values, llm.shape[-1])
+    whole = divergence(llm, slm, count, kind, "llm-top")
+    torch.testing.assert_close(divergence(told, slm, count, kind, "llm-top"), whole, atol=1e-3, rtol=1e-3)
+
+
+def test_ids_of_no_use_are_passed_over_when_spread():
+    filled = spread(torch.tensor([[2, -1, 9]]), torch.log(torch.tensor([[0.5, 0.2, 0.1]])), 4)
+    assert filled[0].exp().tolist() == pytest.approx([0.2 / 3, 0.2 / 3, 0.5, 0.2 / 3], abs=1e-6)
+
+
+def test_what_a_server_cannot_tell_is_refused():
+    assert resolve_support("auto", 64, "llm-slm", None) == ("slm-top", 64)
+    assert resolve_support("llm-top", 64, "llm-slm", None) == ("llm-top", 64)
+    assert resolve_support("auto", 64, "js", 20) == ("llm-top", 20)
+    assert resolve_support("llm-top", 10, "llm-slm", 20) == ("llm-top", 10)
+    with pytest.raises(ConfigError, match=r"support slm-top .* a server tells its 20 likeliest"):
+        resolve_support("slm-top", 64, "llm-slm", 20)
+    with pytest.raises(ConfigError, match="divergence released-code needs"):
+        resolve_support("auto", 64, "released-code", 20)

@@ -81,7 +81,9 @@ def test_the_adapter_reads_nothing_until_a_row_triggers(adapters, strategy, prom
 def test_criticality_is_read_from_the_base_model(reading, new_model, new_adapter, strategy, prompts):
     adapter = new_adapter(new_model(0), "stream", criticality=reading)
     requests = [Request(i, p) for i, p in enumerate(prompts)]
-    steps = list(Decoder(Engine(adapter.loaded, 6, adapter), strategy("s2t-local", threshold=0.5), None, 24).run(requests))
+    steps = list(
+        Decoder(Engine(adapter.loaded, 6, adapter), strategy("s2t-local", threshold=0.5), None, 24).run(requests)
+    )
     by_request = [[step for step in steps if step.request == i] for i in range(len(prompts))]
     for prompt, own in zip(prompts, by_request, strict=True):
         ids = list(prompt)

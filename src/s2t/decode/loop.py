@@ -331,14 +331,14 @@ class Decoder:
         assert choice.candidate_ids is not None and choice.logprobs is not None
         found = _candidate_details(choice.candidate_ids, choice.logprobs)
         index = selection.index.tolist()
-        scores = selection.scores.tolist() if selection.scores is not None else None
+        scores = _known(selection.scores) if selection.scores is not None else None
         llm_probs = _known(selection.llm_probs) if selection.llm_probs is not None else None
         for i, (place, token) in enumerate(zip(choice.fired, selection.token_ids.tolist(), strict=True)):
             choice.chosen[place] = token
             detail = choice.details.setdefault(place, {})
             detail.update(found[i], fired=True, selected_index=index[i])
             if scores is not None:
-                detail["scores"] = tuple(scores[i])
+                detail["scores"] = scores[i]
             if llm_probs is not None:
                 detail["llm_probs"] = llm_probs[i]
 
@@ -509,9 +509,9 @@ def _cost(generated: int, slm: Sequence[Work], llm: Work) -> Cost:
     return Cost(generated, forwards, llm.forwards, processed, llm.processed, flops, llm.flops)
 
 
-def _known(probs: Tensor) -> list[tuple[float | None, ...]]:
-    """Probabilities row by row, None where they are not known."""
-    return [tuple(None if math.isnan(prob) else prob for prob in row) for row in probs.tolist()]
+def _known(values: Tensor) -> list[tuple[float | None, ...]]:
+    """Numbers row by row, None where they are not known."""
+    return [tuple(None if math.isnan(value) else value for value in row) for row in values.tolist()]
 
 
 def _candidate_details(ids: Tensor, logprobs: Tensor) -> list[dict]:

@@ -127,8 +127,9 @@ class Session:
             )
         check_served(strategies)
         slm = load_without_weights(config.slm, config.revision, config.trust_remote_code)
-        settings = replace(remote_settings(where), urls=where.slm_urls, model=None)
-        served = ServedSLM.connect(slm, settings, where.slm_lora, "s2t-local" in strategies)
+        served = ServedSLM.connect(
+            slm, remote_settings(where, where.slm_urls), where.slm_lora, "s2t-local" in strategies
+        )
         return cls(slm, batch_size=batch_size, served_slm=served)
 
     def prompt(self, messages: str | Sequence[dict[str, str]], system: str | None = None) -> list[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import numpy as np
 import pytest
 
@@ -12,14 +14,17 @@ from s2t.decode.session import Session
 from s2t.decode.strategies import build_strategy
 from s2t.errors import ConfigError, ModelError
 from s2t.model.outline import load_outline
+from s2t.tasks.problems import load_task
 
-PROMPTS = (
-    "A boy has 21 toys. His cousin has 5 fewer toys than he has. How many toys do they have together?",
-    "There are 14 trees in a park. Workers plant 6 more. How many trees are there?",
-    "A shop sells 3 pens for 12 coins. How much is one pen?",
-    "A girl read 30 pages on Monday and twice as many on Tuesday. How many pages did she read?",
-)
-NEW = 40
+NEW = 32
+STRANGE = ["A shop sells 3 pens for 12 coins. How much is one pen?", "Read 30 pages, twice as many on Tuesday."]
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[str]:
+    """Problems of the kind that the embedded pair was trained on."""
+    task = load_task("rg:gsm_symbolic,max_number=100", "plain")
+    return [task.prompt(problem) for problem in task.problems("test", 3, 0)]
 
 
 @pytest.fixture
@@ -41,11 +46,15 @@ def remote(serve, model_answers, tiny_llm):
         llm.client.close()
 
 
-def run(slm, llm, name="s2t", support="llm-top", **changes):
-    session = Session(slm, llm)
-    config = DecodeConfig(**{"threshold": 0.3, "support": support, "support_size": 20, **changes})
-    requests = [session.request(i, prompt) for i, prompt in enumerate(PROMPTS)]
-    return session.run(build_strategy(name, config, {}), requests, NEW, keep_steps=True)
+@pytest.fixture
+def run(prompts):
+    def write(slm, llm, name="s2t", support="llm-top", prompts=prompts, **changes):
+        session = Session(slm, llm)
+        config = DecodeConfig(**{"threshold": 0.1, "support": support, "support_size": 20, **changes})
+        requests = [session.request(i, prompt) for i, prompt in enumerate(prompts)]
+        return session.run(build_strategy(name, config, {}), requests, NEW, keep_steps=True)
+
+    return write
 
 
 def tokens(done):
@@ -53,7 +62,7 @@ def tokens(done):
 
 
 @pytest.mark.parametrize("name", ["s2t", "takeover", "llm"])
-def test_a_remote_llm_gives_the_tokens_of_the_same_llm_in_process(remote, tiny_slm, tiny_llm, name):
+def test_a_remote_llm_gives_the_tokens_of_the_same_llm_in_process(remote, tiny_slm, tiny_llm, name, run):
     llm, _ = remote()
     here, there = run(tiny_slm, tiny_llm, name), run(tiny_slm, llm, name)
     assert tokens(there) == tokens(here)
@@ -62,37 +71,36 @@ def test_a_remote_llm_gives_the_tokens_of_the_same_llm_in_process(remote, tiny_s
     if name != "llm":
         assert any(s.num_flips for s in there)
         values = [[step.value for step in s.steps] for s in (*here, *there)]
-        np.testing.assert_allclose(sum(values[:4], []), sum(values[4:], []), atol=1e-4)
+        np.testing.assert_allclose(list(chain(*values[: len(here)])), list(chain(*values[len(here) :])), atol=1e-4)
 
 
-@pytest.mark.parametrize("draft_tokens", [1, 5, 16])
-def test_drafts_of_any_length_give_the_same_tokens(remote, tiny_slm, draft_tokens):
-    llm, server = remote()
-    drafted = run(tiny_slm, llm, draft_tokens=draft_tokens)
-    assert tokens(drafted) == tokens(run(tiny_slm, llm, draft_tokens=3))
-    assert drafted[0].cost.llm_forwards <= len(drafted[0].token_ids)
+def test_drafts_of_any_length_give_the_same_tokens(remote, tiny_slm, run):
+    llm, _ = remote()
+    short, long = run(tiny_slm, llm, draft_tokens=3), run(tiny_slm, llm, draft_tokens=16)
+    assert tokens(short) == tokens(long)
+    assert sum(s.cost.llm_forwards for s in long) < sum(s.cost.llm_forwards for s in short)
 
 
-def test_one_request_per_draft(remote, tiny_slm):
+def test_one_request_per_draft(remote, tiny_slm, run):
     llm, server = remote()
     done = run(tiny_slm, llm, draft_tokens=8, num_candidates=8)
     assert len(server.bodies) == sum(s.cost.llm_forwards for s in done)
-    assert len(server.bodies) < sum(len(s.token_ids) for s in done) / 3
+    assert len(server.bodies) < sum(len(s.token_ids) for s in done) / 2
     assert all(body.get("prompt_logprobs") in (20, None) for body in server.bodies)
 
 
-def test_faults_change_nothing(remote, tiny_slm):
+def test_faults_change_nothing(remote, tiny_slm, run):
     llm, server = remote(fault_rate=0.3)
-    spoilt = run(tiny_slm, llm)
-    assert sum(server.spoilt.values()) > 10
+    spoilt = run(tiny_slm, llm, draft_tokens=6)
+    assert sum(server.spoilt.values()) > 3
     server.fault_rate = 0.0
     assert tokens(spoilt) == tokens(run(tiny_slm, llm))
 
 
-def test_candidates_that_are_not_listed_are_asked_for_by_id(remote, tiny_slm, tiny_llm):
+def test_candidates_that_are_not_listed_are_asked_for_by_id(remote, tiny_slm, tiny_llm, run):
     llm, server = remote(max_logprobs=20)
     object.__setattr__(llm.abilities, "num_listed", 1)  # nearly no candidate is listed where the two models differ
-    settings = {"support_size": 1, "threshold": 0.05, "num_candidates": 2}
+    settings = {"support_size": 1, "threshold": 0.05, "num_candidates": 2, "prompts": STRANGE}
     here, there = run(tiny_slm, tiny_llm, **settings), run(tiny_slm, llm, **settings)
     assert tokens(there) == tokens(here)
     assert any("logprob_token_ids" in body for body in server.bodies)
@@ -102,7 +110,7 @@ def test_candidates_that_are_not_listed_are_asked_for_by_id(remote, tiny_slm, ti
 
 
 @pytest.mark.parametrize("features", [{"ids"}, set()])
-def test_a_server_with_plain_logprobs_is_asked_token_by_token(remote, tiny_slm, tiny_llm, features):
+def test_a_server_with_plain_logprobs_is_asked_token_by_token(remote, tiny_slm, tiny_llm, features, run):
     llm, server = remote(features)
     assert not llm.abilities.prompt_logprobs
     assert not llm.abilities.logprob_token_ids
@@ -114,10 +122,10 @@ def test_a_server_with_plain_logprobs_is_asked_token_by_token(remote, tiny_slm, 
     assert len(server.bodies) >= sum(len(s.token_ids) for s in there)
 
 
-def test_a_server_that_cannot_rank_keeps_the_slms_first_and_counts_it(remote, tiny_slm):
+def test_a_server_that_cannot_rank_keeps_the_slms_first_and_counts_it(remote, tiny_slm, run):
     llm, _ = remote({"ids"})
     object.__setattr__(llm.abilities, "num_listed", 1)
-    run(tiny_slm, llm, support_size=1, threshold=0.05, num_candidates=1)
+    run(tiny_slm, llm, support_size=1, threshold=0.05, num_candidates=1, prompts=STRANGE)
     report = llm.take_report()
     assert report["num_unknown_selections"] > 0
     assert not report["is_exact"]
@@ -129,14 +137,14 @@ def test_hosted_servers_list_five(remote):
     assert llm.num_listed == 5
 
 
-def test_labels_are_those_of_the_llm_in_process(remote, tiny_slm, tiny_llm):
+def test_labels_are_those_of_the_llm_in_process(remote, tiny_slm, tiny_llm, run, prompts):
     llm, server = remote()
     here, there = Session(tiny_slm, tiny_llm), Session(tiny_slm, llm)
-    requests = [here.request(i, prompt) for i, prompt in enumerate(PROMPTS)]
+    requests = [here.request(i, prompt) for i, prompt in enumerate(prompts)]
     written = tokens(here.run(build_strategy("greedy", DecodeConfig(), {}), requests, NEW))
     exact = here.label(requests, written, 16, 20, support="llm-top")
     found = there.label(requests, written, 16, 64, exact_at=lambda _, own: range(len(own.rank)))
-    assert sum("prompt_logprobs" in body for body in server.bodies) == len(PROMPTS)
+    assert sum("prompt_logprobs" in body for body in server.bodies) == len(prompts)
     for left, right in zip(exact, found, strict=True):
         np.testing.assert_allclose(right.divergence, left.divergence, atol=1e-4)
         np.testing.assert_array_equal(right.rank, left.rank)
@@ -147,7 +155,7 @@ def test_labels_are_those_of_the_llm_in_process(remote, tiny_slm, tiny_llm):
         assert np.abs(right.llm_probs - left.llm_probs).max() < 1e-2
 
 
-def test_the_slms_support_cannot_be_had_from_a_server(remote, tiny_slm):
+def test_the_slms_support_cannot_be_had_from_a_server(remote, tiny_slm, run):
     llm, _ = remote()
     with pytest.raises(ConfigError, match="support slm-top needs the LLM's whole distribution"):
         run(tiny_slm, llm, support="slm-top")
@@ -155,7 +163,7 @@ def test_the_slms_support_cannot_be_had_from_a_server(remote, tiny_slm):
         run(tiny_slm, llm, divergence="released-code")
 
 
-def test_other_tokens_are_refused_beside_the_slm_and_fine_alone(remote, tiny_llm):
+def test_other_tokens_are_refused_beside_the_slm_and_fine_alone(remote, tiny_llm, run):
     from s2t.model.load import load_model
 
     other = load_model("tiny:slm-numbers")

@@ -1,21 +1,24 @@
 """S2T-LOCAL's readings over a completions API: what a server must be asked for, and criticality and scores from the replies.
 
-Everything is a difference of log-probabilities of reserved ids, so any server that lists chosen ids can be read. Makes no
-request itself.
+Everything is a difference of log-probabilities of reserved ids, so any server that lists chosen ids can be read.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from s2t.decode.remote.client import Client
+from s2t.decode.remote.wire import CompletionRequest
 from s2t.errors import ConfigError, ModelError
 from s2t.model.adapter import AdapterConfig, adapter_config
 from s2t.model.load import LoadedModel
 
 SERVED_SCOPES = ("always", "stream")
+_PROBE, _PROBE_TOKENS = (5, 6, 7, 8, 9, 10, 11, 12), 32
+_APART = 0.5  # nats; what a batch's own rounding changes is far below
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +92,26 @@ def _lora_name(models: Sequence[Mapping[str, Any]], lora: str | None) -> str:
         f"scope stream needs the adapter as a LoRA on the server, which has {shown}; start vLLM with --enable-lora "
         "--lora-modules s2t=FOLDER/s2t_adapter, or name it with --slm-lora."
     )
+
+
+async def check_apart(selector: ServedSelector, client: Client) -> None:
+    """Raise ConfigError where requests of the base change when those of the LoRA run beside them."""
+    ids = selector.bins[:2]
+    base = CompletionRequest(
+        _PROBE, max_tokens=_PROBE_TOKENS, logprob_token_ids=ids, extra={"ignore_eos": True, "min_tokens": _PROBE_TOKENS}
+    )
+    alone = await client.complete(base)
+    beside = await client.complete_all([base, replace(base, model=selector.lora)] * 2)
+    for found in beside[::2]:
+        pairs = zip(alone.token_ids, alone.logprobs, found.token_ids, found.logprobs, strict=False)
+        for token, own, other_token, other in pairs:
+            if any(abs(own[i] - other[i]) > _APART for i in ids):
+                raise ConfigError(
+                    f"the server lets LoRA {selector.lora} act on requests of its base in the same batch, as vLLM does on a CPU "
+                    "when every LoRA slot is taken; start it with --max-loras 2."
+                )
+            if token != other_token:  # from here on the two read different prefixes
+                break
 
 
 def _sigmoid(value: float) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from s2t.decode.loop import Request
 from s2t.decode.remote.blocking import BlockingClient
 from s2t.decode.remote.choose import Chooser, Chosen
 from s2t.decode.remote.client import Client, RemoteSettings
-from s2t.decode.remote.selector import ServedSelector, served_selector
+from s2t.decode.remote.selector import ServedSelector, check_apart, served_selector
 from s2t.decode.remote.wire import Completion, CompletionRequest
 from s2t.decode.strategies import Strategy
 from s2t.errors import ConfigError, RemoteError
@@ -257,6 +258,8 @@ class ServedSLM:
         try:
             client.model_name()
             selector = served_selector(loaded, client.models(), lora) if needs_selector else None
+            if selector is not None and selector.lora is not None:
+                client.run(partial(check_apart, selector))
         except BaseException:
             client.close()
             raise

@@ -1,0 +1,129 @@
+"""The LLM on real vLLM servers: the same tokens as in this process, and nothing lost when servers and driver are killed.
+
+Run by `make test-vllm`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from s2t.files import read_json, read_jsonl, read_tables
+from s2t.model.tiny import embedded_path
+
+ROOT = Path(__file__).parents[2]
+SAME_SUPPORT = ["--support", "llm-top", "--support-size", "20"]
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture(scope="module")
+def servers(serve_vllm):
+    """Two servers of the embedded LLM."""
+    return [serve_vllm(embedded_path("tiny:llm"), "--served-model-name", "llm") for _ in range(2)]
+
+
+def command(out: Path, *options: str) -> list[str]:
+    return [sys.executable, "-m", "s2t", "eval", "--llm", "tiny:llm", "--threshold", "0.3", "--out", str(out), *options]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+
+
+def evaluate(out: Path, *options: str) -> list[dict]:
+    subprocess.run(command(out, *options), env=environment(), check=True, capture_output=True)
+    return read_jsonl(out / "results.jsonl")
+
+
+def same_text(left: list[dict], right: list[dict]) -> int:
+    pairs = zip(left, right, strict=True)
+    return sum(
+        (a["problem_id"], a["strategy"], a["text"]) == (b["problem_id"], b["strategy"], b["text"]) for a, b in pairs
+    )
+
+
+def test_a_hundred_problems_come_out_as_in_process(servers, tmp_path):
+    options = ("--strategies", "s2t,takeover,llm", "--limit", "100", "--num-traces", "0")
+    here = evaluate(tmp_path / "here", *options, *SAME_SUPPORT)
+    there = evaluate(tmp_path / "there", *options, "--llm-url", servers[0].url)
+    print(json.dumps(read_json(tmp_path / "there" / "summary.json")["llm_server"]))
+    assert same_text(here, there) == len(here) == 300
+    assert [r["num_triggered"] for r in here] == [r["num_triggered"] for r in there]
+
+
+def collected(out: Path) -> pa.Table:
+    return read_tables(sorted(out.glob("groups-*.parquet")))
+
+
+def test_a_thousand_problems_survive_a_killed_server_and_a_driver_killed_three_times(servers, tmp_path):
+    first, second = servers
+    options = [
+        "--limit",
+        "1000",
+        "--shard-size",
+        "50",
+        "--batch-size",
+        "50",
+        "--policy",
+        "greedy",
+        "--threshold",
+        "0.3",
+    ]
+    run = [
+        sys.executable,
+        "-m",
+        "s2t",
+        "collect",
+        "--llm",
+        "tiny:llm",
+        *options,
+        "--llm-url",
+        f"{first.url},{second.url}",
+    ]
+    calm, stormy = tmp_path / "calm", tmp_path / "stormy"
+    start = time.monotonic()
+    subprocess.run([*run, "--out", str(calm)], env=environment(), check=True, capture_output=True)
+    print(f"undisturbed: {time.monotonic() - start:.0f} s", flush=True)
+
+    kills, start = [], time.monotonic()
+    for shards_before_kill in (3, 8, 14):
+        driver = subprocess.Popen(
+            [*run, "--out", str(stormy)], env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        if shards_before_kill == 14:
+            wait_for_shards(stormy, kills[-1] + 1, driver)
+            second.kill()  # while the driver has requests there
+        wait_for_shards(stormy, shards_before_kill, driver)
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+        kills.append(len(list(stormy.glob("groups-*.parquet"))))
+    subprocess.run([*run, "--out", str(stormy)], env=environment(), check=True, capture_output=True)
+    found = read_json(stormy / "collect.json")
+    report = found["llm_server"]
+    print(f"killed at {kills} of 20 shards, then finished: {time.monotonic() - start:.0f} s; {json.dumps(report)}")
+    left, right = collected(calm), collected(stormy)
+    assert len(set(right["problem_id"].to_pylist())) == right.num_rows == 1000
+    for name in ("problem_id", "token_ids", "group_steps", "candidate_ids"):
+        assert left[name].equals(right[name]), name
+    for name in ("divergence", "llm_probs"):
+        pair = [np.concatenate(table[name].to_numpy()) for table in (left, right)]
+        np.testing.assert_allclose(pair[1], pair[0], atol=1e-4)
+    assert found["num_groups"] == read_json(calm / "collect.json")["num_groups"] > 100
+    assert report["drained"].get(second.url)
+    assert sum(report["retries"].values()) > 0
+
+
+def wait_for_shards(out: Path, count: int, driver: subprocess.Popen) -> None:
+    while len(list(out.glob("groups-*.parquet"))) < count:
+        assert driver.poll() is None, "the driver ended by itself"
+        time.sleep(0.1)
