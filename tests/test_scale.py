@@ -186,10 +186,14 @@ def test_a_killed_driver_leaves_nobody_behind_and_resumes(problems, tmp_path):
     words = [f"--{name.replace('_', '-')}={value}" for name, value in (settings | RAY).items()]
     command = [sys.executable, "-m", "s2t", "collect", *words, f"--out={tmp_path / 'run'}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as driver:
+    with (
+        (tmp_path / "stderr").open("w") as stderr,
+        subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=stderr) as driver,
+    ):
         deadline = time.monotonic() + 600
         while not list((tmp_path / "run").glob("groups-*.parquet")):
-            assert driver.poll() is None and time.monotonic() < deadline, "the run ended before it wrote anything"
+            assert time.monotonic() < deadline, "the run wrote nothing in ten minutes"
+            assert driver.poll() is None, f"the run ended before it wrote anything: {(tmp_path / 'stderr').read_text()}"
             time.sleep(0.01)
         helpers = descendants(driver.pid)
         driver.kill()

@@ -228,6 +228,8 @@ def _join(ray: Any, address: str, actors: int | None) -> None:
         raise ConfigError(
             f"no Ray cluster at {address!r}: {_short(error)} Start one with `ray start --head`, or pass --ray local."
         ) from error
+    except Exception as error:  # what Ray raises, and nothing more special, when its processes take over 30 s to start
+        raise WorkerError(f"Ray did not start: {_short(error)} Try again on a less busy machine.") from error
 
 
 class _Actor:

@@ -8,10 +8,11 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -308,3 +309,32 @@ def test_shares_are_the_whole_batch_and_about_the_same_size(count):
     assert all(share == [index for index in chosen if index in share] for share in shares)
     totals = [sum(sizes[index] for index in share) for share in shares]
     assert max(totals) - min(totals) <= max(sizes[index] for index in chosen)
+
+
+@pytest.mark.parametrize("scope", ["candidates", "always"])
+@pytest.mark.parametrize("count", [2, 6])
+def test_parts_of_a_batch_add_up_to_its_losses_and_gradients(scope, count, data, new_adapter, new_trainer):
+    """Unequal parts, one without a group, and (of 6) one without a trajectory."""
+    bare, empty = data.trajectories[2], np.empty((0, data.trajectories[2].candidate_ids.shape[1]))
+    data.trajectories[2] = replace(
+        bare,
+        group_steps=np.empty(0, np.int64),
+        candidate_ids=empty.astype(np.int64),
+        slm_logprobs=empty.astype(np.float32),
+        llm_probs=empty.astype(np.float32),
+    )
+    trainer = new_trainer(new_adapter(scope))
+    trainer.train_mode()
+    parameters, chosen = list(trainer.parameters.values()), [3, 0, 2, 4, 1]
+    whole = trainer.terms(chosen)
+    gradients = torch.autograd.grad(torch.stack(list(whole.values())).sum(), parameters)
+    parts, part_gradients = [], []
+    for index in range(count):
+        trainer.processes = Processes(index, count)
+        parts.append(trainer.shared_terms(chosen))
+        part_gradients.append(torch.autograd.grad(torch.stack(list(parts[-1].values())).sum(), parameters))
+    for name, value in whole.items():
+        torch.testing.assert_close(torch.stack([part[name] for part in parts]).sum(), value, rtol=1e-5, atol=1e-6)
+    for value, *shares in zip(gradients, *part_gradients, strict=True):
+        torch.testing.assert_close(torch.stack(shares).sum(0), value, rtol=1e-4, atol=1e-6)
+    assert len({float(part["ce"].detach()) for part in parts}) > 1
