@@ -14,13 +14,14 @@ from s2t.config import (
     EvalConfig,
     GenerateConfig,
     MeasureConfig,
+    ServeConfig,
     TrainConfig,
     build_config,
     config_dict,
 )
 from s2t.errors import ConfigError, S2TError
 
-CONFIGS = [CalibrateConfig, CollectConfig, EvalConfig, GenerateConfig, MeasureConfig, TrainConfig]
+CONFIGS = [CalibrateConfig, CollectConfig, EvalConfig, GenerateConfig, MeasureConfig, ServeConfig, TrainConfig]
 
 
 def write(path, value) -> str:

@@ -24,6 +24,7 @@ from s2t.config import (
     GenerateConfig,
     MeasureConfig,
     MergeConfig,
+    ServeConfig,
     TrainConfig,
 )
 from s2t.errors import DataError, ModelError
@@ -38,6 +39,7 @@ CONFIGS = {
     "train": TrainConfig,
     "merge": MergeConfig,
     "generate": GenerateConfig,
+    "serve": ServeConfig,
     "chat": GenerateConfig,
     "eval": EvalConfig,
     "report": report_cli.ReportConfig,

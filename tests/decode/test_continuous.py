@@ -132,3 +132,18 @@ def test_cancelling_what_waits_what_runs_and_what_is_unknown(slm, prompts, strat
 
 def _columns(candidates):
     return candidates.ids, candidates.logprobs
+
+
+def test_steps_of_fixed_shapes_give_the_same(slm, prompts, strategy):
+    found = []
+    for execution in ("eager", "static"):
+        session = Session(replace(slm, execution=execution), batch_size=3)
+        decoder, steps = session.continuous(strategy("greedy"), 64), {}
+        for i in range(7):
+            decoder.add(OwnRequest(i, prompts[i % len(prompts)], f"p{i}", max_new_tokens=4 + 3 * i))
+            decoder.round()
+            if i == 4:
+                decoder.cancel(3)
+        drain(decoder, steps)
+        found.append({index: [step.token_id for step in own] for index, own in steps.items()})
+    assert found[0] == found[1]

@@ -14,9 +14,11 @@ import httpx
 import openai
 import pytest
 
+from s2t.cli import main as cli
 from s2t.config import ServeConfig
 from s2t.decode.session import Session
 from s2t.errors import ConfigError, S2TError
+from s2t.serve import run
 from s2t.serve.run import build, check_address, read_key
 from s2t.serve.worker import Worker
 
@@ -254,6 +256,28 @@ def test_an_address_for_others_needs_a_key(host):
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.0.0.9"])
 def test_an_address_of_this_machine_needs_none(host):
     check_address(ServeConfig(host=host), None)
+
+
+def test_the_command_names_a_mistake_before_models_are_loaded(monkeypatch, capsys, tmp_path):
+    monkeypatch.delenv("S2T_API_KEY", raising=False)
+    monkeypatch.setattr("s2t.api.load", lambda *_, **__: pytest.fail("models were loaded"))
+    for words, says in (
+        (["--host", "0.0.0.0"], "S2T_API_KEY"),
+        (["--api-key-file", str(tmp_path / "none")], "cannot be read"),
+        (["--port", "70000"], "port"),
+        (["--strategy", "sample"], "strategy"),
+        (["--num-samples", "4"], "n choices"),
+        (["--max-length", "1"], "max_length"),
+    ):
+        assert cli.main(["serve", *words]) == 2
+        said = capsys.readouterr().err
+        assert says in said
+        assert said.count("\n") == 1
+
+
+def test_a_port_that_is_taken_is_named(tiny_slm):
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match="choose another --port"):
+        run.serve(ServeConfig(port=taken.getsockname()[1]), Session(tiny_slm))
 
 
 def test_a_default_strategy_that_lacks_its_model_is_refused_at_the_start(tiny_slm):

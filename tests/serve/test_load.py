@@ -89,17 +89,24 @@ async def storm(url, clients, seconds):
 def process(tmp_path, models):
     """`s2t serve` as a process, with an adapter that selects now and then."""
     models[1].save(tmp_path / "adapter")
-    log = (tmp_path / "log").open("w")
     command = [sys.executable, "-m", "s2t", "serve", "--adapter", str(tmp_path / "adapter"), "--port", "0"]
     command += ["--batch-size", "32", "--max-queue", "64", "--max-length", "512"]
-    started = subprocess.Popen(command, stderr=log, stdout=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    until = time.monotonic() + 120
-    while not (found := re.search(r"http://\S+", (tmp_path / "log").read_text())) and time.monotonic() < until:
-        time.sleep(0.1)
-    assert found, (tmp_path / "log").read_text()
-    yield started, found.group(), tmp_path / "log"
+    started, url = start(command, tmp_path / "log")
+    yield started, url, tmp_path / "log"
     started.kill()
     started.wait(20)
+
+
+def start(command, log, **environment):
+    """A server process, and its address once it has said that."""
+    with log.open("w") as file:
+        settings = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+        started = subprocess.Popen(command, stderr=file, stdout=file, env=settings)
+    until = time.monotonic() + 180
+    while not (found := re.search(r"http://\S+", log.read_text())) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert found, log.read_text()
+    return started, found.group()
 
 
 def metric(url, name):
@@ -143,18 +150,7 @@ def test_two_hundred_clients_for_a_minute(process, capsys):
 
 def test_a_process_stops_when_asked_and_says_nothing_of_its_key(tmp_path):
     key = "sk-process-8d777f38"
-    with (tmp_path / "log").open("w") as log:
-        started = subprocess.Popen(
-            [sys.executable, "-m", "s2t", "serve", "--port", "0"],
-            stdout=log,
-            stderr=log,
-            env=os.environ | {"S2T_API_KEY": key, "OMP_NUM_THREADS": "1"},
-        )
-    until = time.monotonic() + 120
-    while not (found := re.search(r"http://\S+", (tmp_path / "log").read_text())) and time.monotonic() < until:
-        time.sleep(0.1)
-    assert found, (tmp_path / "log").read_text()
-    url = found.group()
+    started, url = start([sys.executable, "-m", "s2t", "serve", "--port", "0"], tmp_path / "log", S2T_API_KEY=key)
     assert httpx.get(f"{url}/v1/models").status_code == 401
     answer = httpx.post(
         f"{url}/v1/completions",

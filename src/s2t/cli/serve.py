@@ -12,8 +12,9 @@ from s2t.config import ServeConfig
 def command(config: ServeConfig) -> Any:
     """Serve the model over an OpenAI-compatible API, with a playground at /."""
     from s2t.api import load
-    from s2t.serve.run import serve  # first: a missing extra is said before models are loaded
+    from s2t.serve.run import check, serve
 
+    check(config)  # before models are loaded
     reasoner = load(
         config.slm,
         llm=config.llm,

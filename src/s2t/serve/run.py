@@ -34,14 +34,20 @@ _MARGIN_S = 5.0
 def build(config: ServeConfig, session: Session) -> tuple[Service, FastAPI]:
     """The service and its application for loaded models; `session` gets the batch size of the settings."""
     session.batch_size = config.batch_size
-    key = read_key(config)
-    check_address(config, key)
+    key = check(config)
     strategies = offered(config, session)
     backend = EngineBackend(session, strategies, longest(config, session))
     service = Service(
         config, Intake(config, config.served_name or config.slm, session, strategies), backend, session.stop_ids
     )
     return service, create_app(service, key)
+
+
+def check(config: ServeConfig) -> str | None:
+    """The key that clients must send, if any; raises ConfigError where one is missing or cannot be sent."""
+    key = read_key(config)
+    check_address(config, key)
+    return key
 
 
 def serve(config: ServeConfig, session: Session) -> None:

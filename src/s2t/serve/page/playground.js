@@ -4,9 +4,9 @@
 
 const EXAMPLES = [
   "A boy has 21 toys. His cousin has 5 fewer toys than he has. How many toys do they have together?",
-  "There are 24 books on a shelf. Half of them are novels. How many of them are not?",
-  "A farmer has 35 hens and buys 18 more. Then he sells 9 of them. How many hens has he now?",
-  "A pack holds 6 pens. Mia buys 7 packs and gives 4 pens away. How many pens has she left?",
+  "Robert is 10 years old. In 4 years his cousin Jennifer will be 4 times as old as Robert is now. How old is Jennifer right now?",
+  "Charlotte is required to submit a 80-page dissertation. She already finished writing 1/2 of the dissertation. How many pages does she have left to write?",
+  "There are 8 girls in the yard. If there are 2 times the number of boys in the yard, how many kids are in the yard?",
 ];
 const MEASURES = {
   criticality: ["criticality", (step) => step.criticality],
