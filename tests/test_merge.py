@@ -79,9 +79,7 @@ def made(tmp_path, random_model, shape="untied", scope="always", criticality="he
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, random_model):
     """One merge of each scope; tests that damage a folder copy it."""
-    return {
-        scope: made(tmp_path_factory.mktemp(scope), random_model, scope=scope) for scope in SCOPES
-    }
+    return {scope: made(tmp_path_factory.mktemp(scope), random_model, scope=scope) for scope in SCOPES}
 
 
 every_shape = pytest.mark.parametrize("shape", SHAPES)
