@@ -63,7 +63,7 @@ def test_s2t_local_on_a_server_writes_the_same_tokens(pair, prompts, trigger):
                 assert other.candidates.ids == step.candidates.ids[:kept]
                 gaps = [there - own for there, own in zip(other.scores, step.scores[:kept], strict=True)]
                 assert max(gaps) - min(gaps) < 0.02  # reserved ids share in a server's log-probabilities
-    assert fired > len(asked) / 4 and flips > 0
+    assert fired > len(asked) / 4 and (flips > 0 or trigger == "random")
     assert calls / tokens < 0.5
 
 
