@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import json
 import statistics
+import sys
 import time
 from typing import Any
 
@@ -57,7 +58,7 @@ def main() -> None:
     client = reasoner.session.served_slm.client
     task = load_task("rg:gsm_symbolic,max_number=100", "plain")
     settings = {"max_new_tokens": args.max_new_tokens, "batch_size": args.in_flight}
-    known = [task.prompt(problem) for problem in task.problems("calibration", 200, 0)]
+    known = [task.prompt(problem) for problem in task.problems("calibration", args.problems, 0)]
     read = reasoner.generate(known, threshold=1.0, **settings)
     values = [step.value for one in read for step in one.steps[WARMUP_STEPS:]]
     threshold, _ = threshold_at(np.array(values), 1 - args.rate)
@@ -84,6 +85,9 @@ def main() -> None:
                 "trigger_rate": sum(one.num_triggered for one in done) / count,
                 "flip_rate": sum(one.num_flips for one in done) / count,
             }
+            print(
+                f"{name}: {rates[name][-1]:.0f} tokens/s, plain {rates['plain'][-1]:.0f}", file=sys.stderr, flush=True
+            )
     for name, found in rates.items():
         print(f"{name:28} {statistics.median(found):8.0f} tokens/s  ({', '.join(f'{rate:.0f}' for rate in found)})")
     ratio = statistics.median(rates["s2t-local"]) / statistics.median(rates["plain"])

@@ -72,6 +72,7 @@ def start(folder: str | Path, log: Path, *options: str) -> VLLMServer:
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            cwd=log.parent,
             env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | ENVIRONMENT,
         )
     return VLLMServer(f"http://127.0.0.1:{port}/v1", process, log)
@@ -112,7 +113,7 @@ def groups(tmp_path_factory: pytest.TempPathFactory) -> str:
     from s2t.config import CollectConfig
 
     folder = str(tmp_path_factory.mktemp("groups") / "collect")
-    collect(CollectConfig(out=folder, threshold=0.7, limit=300, max_new_tokens=160))
+    collect(CollectConfig(out=folder, threshold=0.7, limit=200, max_new_tokens=160))
     return folder
 
 

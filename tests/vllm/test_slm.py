@@ -11,8 +11,8 @@ from s2t.tasks.problems import load_task
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
 
-NUM_PROBLEMS = 100
-LORA = ("--enable-lora", "--max-lora-rank", "16", "--lora-modules")
+NUM_PROBLEMS, A_FEW = 100, 25
+LORA = ("--enable-lora", "--max-loras", "2", "--lora-modules")
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +34,24 @@ def pair(request, merged, serve_vllm):
 @pytest.mark.parametrize("trigger", ["criticality", "random"])
 def test_s2t_local_on_a_server_writes_the_same_tokens(pair, prompts, trigger):
     here, there, _ = pair
+    asked = prompts if trigger == "criticality" else prompts[:A_FEW]
     settings = {"trigger": trigger, "threshold": 0.7 if trigger == "criticality" else 0.05, "max_new_tokens": 160}
-    wanted = here.generate(prompts, **settings)
+    wanted = here.generate(asked, **settings)
     client = there.session.served_slm.client
     client.take_counts()
-    found = there.generate(prompts, **settings)
+    found = there.generate(asked, **settings)
     calls, tokens = client.take_counts().calls, sum(len(one.token_ids) for one in found)
-    print(json.dumps({"trigger": trigger, "tokens": tokens, "requests_per_token": calls / tokens}))
+    same = sum(one.token_ids == other.token_ids for one, other in zip(wanted, found, strict=True))
+    fired, flips = (sum(getattr(one, name) for one in found) for name in ("num_triggered", "num_flips"))
+    facts = {
+        "trigger": trigger,
+        "same": same,
+        "problems": len(asked),
+        "tokens": tokens,
+        "triggered": fired,
+        "flips": flips,
+    }
+    print(json.dumps(facts | {"requests_per_token": calls / tokens}), flush=True)
     assert [one.token_ids for one in found] == [one.token_ids for one in wanted]
     assert [one.text for one in found] == [one.text for one in wanted]
     for ours, theirs in zip(wanted, found, strict=True):
@@ -50,16 +61,17 @@ def test_s2t_local_on_a_server_writes_the_same_tokens(pair, prompts, trigger):
             if step.fired and step.scores is not None:
                 kept = len(other.scores)
                 assert other.candidates.ids == step.candidates.ids[:kept]
-                assert other.scores == pytest.approx(step.scores[:kept], abs=0.02)
-    assert sum(one.num_triggered for one in found) > NUM_PROBLEMS / 4 and sum(one.num_flips for one in found) > 0
+                gaps = [there - own for there, own in zip(other.scores, step.scores[:kept], strict=True)]
+                assert max(gaps) - min(gaps) < 0.02  # reserved ids share in a server's log-probabilities
+    assert fired > len(asked) / 4 and (flips > 0 or trigger == "random")
     assert calls / tokens < 0.5
 
 
 def test_greedy_on_a_server_is_greedy_here_and_takes_a_request_a_sequence(pair, prompts):
     here, there, _ = pair
-    wanted = here.generate(prompts, strategy="greedy", max_new_tokens=160)
+    wanted = here.generate(prompts[:A_FEW], strategy="greedy", max_new_tokens=160)
     client = there.session.served_slm.client
     client.take_counts()
-    found = there.generate(prompts, strategy="greedy", max_new_tokens=160)
+    found = there.generate(prompts[:A_FEW], strategy="greedy", max_new_tokens=160)
     assert [one.token_ids for one in found] == [one.token_ids for one in wanted]
-    assert client.take_counts().calls == NUM_PROBLEMS
+    assert client.take_counts().calls == A_FEW

@@ -33,6 +33,15 @@ class Chosen:
         return max(range(len(self.ids)), key=lambda i: (self.scores[i], -i))
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """One candidate, and its expected bin if it came along."""
+
+    token: int
+    logprob: float
+    expected: float | None = None
+
+
 @dataclass(slots=True)
 class Chooser:
     """Finds and scores the candidates of triggered steps; `plain` is what every request of this run carries.
@@ -76,37 +85,46 @@ class Chooser:
 
     async def _one_by_one(self, ask: Ask, prefix: Sequence[int], greedy: int, logprob: float, key: str) -> Chosen:
         """Score a candidate while the next one is looked for, until no further one could win."""
-        chosen, found, value = Chosen(), greedy, logprob
-        best = float("-inf")
+        chosen, found = Chosen(), _Found(greedy, logprob)
         while True:
-            scoring = self._expected(ask, prefix, found, key)
-            chosen.ids.append(found)
-            chosen.logprobs.append(value)
+            chosen.ids.append(found.token)
+            chosen.logprobs.append(found.logprob)
+            following = None
             if len(chosen.ids) == self.num_candidates:
-                expected, following = await scoring, None
+                expected = await self._known(ask, prefix, found, key)
+            elif found.expected is not None and not self._can_win(found.logprob, max(chosen.scores)):
+                expected = found.expected  # and no less likely one could
             else:
-                expected, following = await asyncio.gather(scoring, self._next(ask, prefix, chosen.ids, key))
+                expected, following = await asyncio.gather(
+                    self._known(ask, prefix, found, key), self._next(ask, prefix, chosen.ids, key)
+                )
                 chosen.num_found += 1
-            chosen.scores.append(self.selector.score(expected, value))
-            best = max(best, chosen.scores[-1])
-            if following is None or not self._can_win(following[1], best):
+            chosen.scores.append(self.selector.score(expected, found.logprob))
+            if following is None or not self._can_win(following.logprob, max(chosen.scores)):
                 return chosen
-            found, value = following
+            found = following
 
-    async def _next(self, ask: Ask, prefix: Sequence[int], found: Sequence[int], key: str) -> tuple[int, float] | None:
-        """The likeliest token behind `prefix` that is not among those found."""
+    async def _next(self, ask: Ask, prefix: Sequence[int], found: Sequence[int], key: str) -> _Found | None:
+        """The likeliest token behind `prefix` that is not among those found; scored by the token after it, without a LoRA."""
         bias: Mapping[str, float] = self.plain.extra["logit_bias"] | {str(i): -100.0 for i in found}
+        scores_too = self.selector.lora is None
         request = replace(
             self.plain,
             prompt_ids=prefix,
-            logprob_token_ids=self.selector.bins[:1],
-            extra={**self.plain.extra, "logit_bias": bias},
+            max_tokens=2 if scores_too else 1,
+            logprob_token_ids=self.selector.bins if scores_too else self.selector.bins[:1],
+            extra={**self.plain.extra, "logit_bias": bias, "stop_token_ids": []},
             key=key,
         )
         reply = await ask(request)
         token = reply.token_ids[0]
-        value = reply.logprobs[0][token]
-        return None if token in self.forbidden or token in found else (token, value)
+        if token in self.forbidden or token in found:
+            return None
+        expected = self.selector.expected(reply.logprobs[1]) if scores_too else None
+        return _Found(token, reply.logprobs[0][token], expected)
+
+    async def _known(self, ask: Ask, prefix: Sequence[int], found: _Found, key: str) -> float:
+        return found.expected if found.expected is not None else await self._expected(ask, prefix, found.token, key)
 
     async def _expected(self, ask: Ask, prefix: Sequence[int], candidate: int, key: str) -> float:
         """Expected bin behind one candidate."""

@@ -30,7 +30,7 @@ from s2t.model.load import LoadedModel
 from s2t.records import Candidates, Cost, Step
 
 REQUEST_COST = 16.0
-"""What a request costs a server, in tokens of a full batch; from it and a row's rate of flips follow chunk lengths."""
+"""What a request costs a server, in tokens of a full batch; from it and the rate of flips follow chunk lengths."""
 _LONGEST_CHUNK = 256
 _STRATEGIES = ("greedy", "s2t-local")
 _TRIGGERS = ("criticality", "random", "never")
@@ -46,7 +46,6 @@ class _Sequence:
     ids: list[int]  # prompt and accepted tokens
     draws: np.ndarray
     steps: int = 0
-    flips: int = 0
     is_finished: bool = False
     read: int = 0  # tokens of `ids` whose keys and values the server has made, if its prefix cache never misses
     adapter_read: int = 0  # the same under the adapter (scope `stream`)
@@ -93,6 +92,7 @@ class RemoteDecoder:
                 "ignore_eos": True,  # what ends a sequence is listed above
             },
         )
+        self._steps = self._flips = 0  # of all sequences: chunk lengths change no token
         self._length = DraftLength(0 if self._fires else max_new_tokens, REQUEST_COST, _LONGEST_CHUNK)
         self._chooser = None
         if served is not None:
@@ -148,7 +148,7 @@ class RemoteDecoder:
             listed = self.served.yes_no or self.served.bins[:1]
         request = CompletionRequest(
             sequence.ids,
-            max_tokens=max(1, min(room, self._length.at(sequence.steps, sequence.flips))),
+            max_tokens=max(1, min(room, self._length.at(self._steps, self._flips))),
             logprob_token_ids=listed,
             key=sequence.key,
             extra=self._plain.extra,
@@ -186,8 +186,9 @@ class RemoteDecoder:
                 "selected_index": chosen.index,
                 "scores": tuple(chosen.scores),
             }
+        self._steps += 1
         if token != greedy:
-            sequence.flips += 1
+            self._flips += 1
             sequence.read = min(sequence.read, len(sequence.ids))
         sequence.ids.append(token)
         sequence.steps += 1
