@@ -3,11 +3,13 @@
     python examples/train_tiny_pair.py --out tiny            # about 110 CPU-minutes on one core, in all
     python examples/train_tiny_pair.py --out tiny --only slm-numbers
     python examples/train_tiny_pair.py --out tiny --scale 0.01   # a smoke test in a minute
+    python examples/train_tiny_pair.py --out tiny --only slm-narrow --tokenizer src/s2t/model/assets/llm/tokenizer.json
 
 All models are Qwen2ForCausalLM on chains of thought of reasoning-gym's GSM-Symbolic problems whose numbers are
 whole and at most 100, training split only. The unfiltered SLM first reads clean text, then text of which
 75 % of the authors write results ten too small. `slm-numbers` is the same on a vocabulary and a chat template of its
-own, in which a whole number is one token. Muon on the layers' matrices, AdamW on the rest.
+own, in which a whole number is one token; `slm-narrow` and `slm-shallow`, the unfiltered SLM in smaller shapes, are for
+`s2t study scaling` and made only when they are named. Muon on the layers' matrices, AdamW on the rest.
 """
 
 from __future__ import annotations
@@ -103,12 +105,16 @@ MODELS = {
 }
 
 
+SHIPPED = ("llm", "slm-unfiltered", "slm-small", "slm-numbers")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("tiny"))
     parser.add_argument("--scale", type=float, default=1.0, help="share of the steps and problems to use")
     parser.add_argument("--float32", action="store_true", help="for a CPU without bfloat16 instructions")
     parser.add_argument("--only", choices=MODELS, help="one model instead of all")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json to use instead of training one")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # at these sizes one thread a process is the productive choice
 
@@ -120,10 +126,11 @@ def main() -> None:
             num_problems=max(500, int(recipe.num_problems * arguments.scale)),
         )
 
-    corpus = documents(scaled(replace(LLM, num_problems=20_000)))
-    for name in [arguments.only] if arguments.only else MODELS:
+    given = Tokenizer.from_file(str(arguments.tokenizer)) if arguments.tokenizer else None
+    corpus = [] if given else documents(scaled(replace(LLM, num_problems=20_000)))
+    for name in [arguments.only] if arguments.only else SHIPPED:
         vocabulary, *recipes = MODELS[name]
-        tokenizer = train_tokenizer(corpus, vocabulary)
+        tokenizer = given or train_tokenizer(corpus, vocabulary)
         model = None
         for recipe in recipes:
             model = train(scaled(recipe), tokenizer, model)

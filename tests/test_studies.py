@@ -10,7 +10,7 @@ import pytest
 from s2t.config import StudyConfig
 from s2t.errors import ConfigError
 from s2t.files import read_json
-from s2t.studies import STUDIES, adapters, slips, study, triggers
+from s2t.studies import STUDIES, adapters, baselines, slips, study, triggers
 from s2t.studies.knowledge import equations, fault
 from s2t.studies.lab import parse_settings
 from s2t.studies.run import cell
@@ -43,6 +43,7 @@ def folder(tmp_path_factory):
 def shorter():
     """Fewer arms of each kind; the whole set is what the command runs."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(baselines, "NUM_SAMPLES", 2)
         patch.setattr(triggers, "RATES", (0.01, 0.1))
         patch.setattr(triggers, "KS", (1, 8))
         patch.setattr(adapters, "ARMS", {name: adapters.ARMS[name] for name in ("default", "scope always")})
@@ -145,6 +146,10 @@ def test_an_unknown_study_is_refused(tmp_path):
         ("0.5 * 3 = $1.5", [True]),
         ("5 / 0 = 0", []),
         ("x = 4, total 7", []),
+        ("a rate of 10/50 = 1/5", []),
+        ("84 pages x 3/4 = 63 pages", []),
+        ("42 / 12 = 4 trays", []),
+        ("42 / 12 = 3.5", [True]),
         ("-3 + 5 = 2", [True]),
     ],
 )
@@ -197,7 +202,11 @@ def test_a_slip_that_selection_mends_is_seen_and_so_is_one_that_stays():
 def test_tokens_of_several_characters_are_judged_from_where_the_result_begins():
     steps = traced("25", " + ", "17", " =", (" 42", " 32"), ".")
     assert judged(steps) == [(4, False, True), (5, True, True)]
-    assert judged(traced("7", " / ", "2", " = ", "3", ".5", "!")) == [(4, True, True), (5, True, True), (6, True, True)]
+    assert judged(traced("1.5", " + ", "2", " = ", "3", ".5", "!")) == [
+        (4, True, True),
+        (5, True, True),
+        (6, True, True),
+    ]
     assert judged(traced("1", " / ", "3", " = ", "0", ".3")) == []
 
 

@@ -11,7 +11,7 @@ NUM_SAMPLES = 16
 STRATEGIES = (
     *("greedy", "s2t-local", "llm"),
     *(f"{name}@{trigger}" for name in ("takeover", "s2t") for trigger in ("divergence", "entropy", "random")),
-    *("sample", "self-consistency", "self-certainty"),
+    *("self-consistency", "self-certainty"),
 )
 _COSTS = ("slm_tokens", "llm_tokens", "slm_forwards", "llm_forwards")
 
@@ -28,6 +28,7 @@ def baselines(lab: Lab) -> Findings:
     )
     scores, paired = summary["strategies"], summary["paired"]
     rows = [_row(name, scores[name], paired) for name in STRATEGIES]
+    rows.append(_one_sample(scores["self-consistency"], len(rows[0])))
     columns = (
         *(
             "strategy",
@@ -73,6 +74,14 @@ def _row(name: str, found: Mapping[str, Any], paired: Mapping[str, Any]) -> tupl
     compared = (test["difference"], test["ci95"], test["p_holm"], test["detectable"]) if test else (None,) * 4
     costs = (*(found[key] for key in _COSTS), found["slm_flops"] / 1e12, found["llm_flops"] / 1e12)
     return name, found["num_seeds"], found["accuracy"], found["ci95"], *compared, found["trigger_rate"], *costs
+
+
+def _one_sample(found: Mapping[str, Any], width: int) -> tuple[Any, ...]:
+    """Sampling once: the mean over all N samples of all seeds, which is pass@1."""
+    one, share = found["by_num_samples"]["1"], 1 / found["num_samples"]
+    known = ("sample (the N taken singly)", found["num_seeds"], one["pass_at"], one["pass_at_ci95"])
+    costs = (0.0, round(found["slm_tokens"] * share), 0)
+    return (*known, *(None,) * 4, *costs, *(None,) * (width - len(known) - 4 - len(costs)))
 
 
 def _curve(name: str, found: Mapping[str, Any], value: str, interval: str) -> Series:

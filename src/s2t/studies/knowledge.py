@@ -7,7 +7,7 @@ whatever else is wrong in an answer (the plan, a number misread) is not a matter
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -18,6 +18,8 @@ from s2t.studies.lab import Chart, Findings, Lab, Series
 
 _NUMBER = r"-?\d+(?:,\d{3})*(?:\.\d+)?"
 EQUATION = re.compile(rf"({_NUMBER})((?:\s*[-+*/]\s*{_NUMBER})+)\s*=\s*\$?({_NUMBER})")
+_FRACTION = re.compile(r"\s*/|\.\d|\d")
+_OPEN = re.compile(r"(?:[-+*/x×÷]|\bof)\s*[$€£]?$")
 _TERM = re.compile(rf"\s*([-+*/])\s*({_NUMBER})")
 
 
@@ -63,11 +65,7 @@ def knowledge(lab: Lab) -> Findings:
 
 def equations(text: str) -> list[bool]:
     """Whether each written equation of a text holds, in order; left sides follow the precedence of * and /."""
-    return [
-        _value(found[1], _TERM.findall(found[2])) == _number(found[3])
-        for found in EQUATION.finditer(text)
-        if not _divides_by_zero(_TERM.findall(found[2]))
-    ]
+    return [_number(found[3]) == _number(wanted) for found, wanted in written_sums(text)]
 
 
 def fault(answer: Mapping[str, Any]) -> str:
@@ -77,8 +75,22 @@ def fault(answer: Mapping[str, Any]) -> str:
     return "other" if all(equations(answer["text"])) else "slip"
 
 
-def right_value(found: re.Match[str]) -> str | None:
-    """The digits that a match of EQUATION should have behind its equals sign; None where they never end or nothing is equal."""
+def written_sums(text: str) -> Iterator[tuple[re.Match[str], str]]:
+    """Every equation of a text that says what its result has to be: (match, the right digits); its third group is the result.
+
+    Passed over are fractions for a result (`= 1/5`), left sides that begin behind an operator in words (`84 pages x 3/4`), and
+    quotients of whole numbers that are none, which authors round (`42 / 12 = 4 trays`).
+    """
+    for found in EQUATION.finditer(text):
+        if _FRACTION.match(text, found.end()) or _OPEN.search(text[: found.start()]):
+            continue
+        wanted = _right_digits(found)
+        if wanted is not None and ("." in found[0] or "." not in wanted):
+            yield found, wanted
+
+
+def _right_digits(found: re.Match[str]) -> str | None:
+    """The digits that belong behind the equals sign; None where nothing is equal or they are more than four decimals."""
     terms = _TERM.findall(found[2])
     if _divides_by_zero(terms):
         return None

@@ -17,7 +17,7 @@ import numpy as np
 
 from s2t.core.stats import clustered_rate_interval
 from s2t.files import iter_jsonl, read_json
-from s2t.studies.knowledge import EQUATION, right_value
+from s2t.studies.knowledge import written_sums
 from s2t.studies.lab import Chart, Findings, Lab, Series
 
 _DIGITS = re.compile(r"-?\d*(?:\.\d+)?")
@@ -96,11 +96,10 @@ def _judged(
     A result is followed up to its first wrong token: behind it nothing is asked for.
     """
     whole = "".join(texts)
-    for found in EQUATION.finditer(whole):
-        wanted = right_value(found)
-        if wanted is None or "," in found[3]:
+    for found, digits in written_sums(whole):
+        if "," in found[3]:
             continue
-        position = found.start(3)
+        wanted, position = digits, found.start(3)
         place = int(np.searchsorted(starts, position, side="right")) - 1
         while place < len(steps):
             before = position - starts[place]
