@@ -56,7 +56,7 @@ def run(name, base, folder, **settings):
     return study(config), Path(config.out)
 
 
-SLOW = ("distillation", "scaling", "size", "triggers")
+SLOW = ("baselines", "distillation", "scaling", "size", "triggers")
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_a_base_of_another_pair_is_refused(base, folder, tmp_path):
 
 
 def test_an_unknown_study_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="study must be one of sufficiency"):
+    with pytest.raises(ConfigError, match="study must be one of baselines"):
         study(StudyConfig(name="weather", out=str(tmp_path)))
 
 
