@@ -51,7 +51,7 @@ def baselines(lab: Lab) -> Findings:
     charts = [
         Chart("N, samples", "accuracy (%)", curves, log_x=True),
         Chart(
-            "PFLOPs of both models, prompts included",
+            "TFLOPs of both models, prompts included",
             "accuracy (%)",
             [_point(n, scores[n]) for n in STRATEGIES],
             log_x=True,
@@ -99,7 +99,7 @@ def _flat(name: str, found: Mapping[str, Any]) -> Series:
 
 
 def _point(name: str, found: Mapping[str, Any]) -> Series:
-    cost = (found["slm_flops"] + found["llm_flops"]) / 1e15
+    cost = (found["slm_flops"] + found["llm_flops"]) / 1e12
     return Series(name, [cost], [found["accuracy"]], [tuple(found["ci95"])])
 
 
