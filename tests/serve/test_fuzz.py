@@ -154,11 +154,11 @@ def test_schemathesis_finds_nothing(serve, monkeypatch, caplog, capfd, tmp_path)
         "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance,"
         "negative_data_rejection,ignored_auth,unsupported_method"
     )
-    with caplog.at_level(logging.DEBUG, "s2t.serve"), serve(max_length=128, max_queue=1000) as server:
+    with caplog.at_level(logging.DEBUG, "s2t.serve"), serve(max_length=40, max_queue=24) as server:
         done = subprocess.run(
             [
                 *(str(Path(sys.executable).parent / "schemathesis"), "run", f"{server.url}/openapi.json"),
-                *("--checks", checks, "-H", f"Authorization: Bearer {KEY}", "--max-examples", "200", "--seed", "1"),
+                *("--checks", checks, "-H", f"Authorization: Bearer {KEY}", "--max-examples", "60", "--seed", "1"),
                 *("--no-color", "--request-timeout", "60", "--suppress-health-check", "all"),
             ],
             capture_output=True,
