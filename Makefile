@@ -5,17 +5,22 @@ OUT ?= runs/demo
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VLLM_VENV := .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := demo
-.PHONY: demo test lint format clean
+.PHONY: demo test test-vllm lint format clean
 
 demo: $(STAMP)  ## The whole method on the embedded pair: CPU, offline, minutes
 	$(BIN)/s2t demo --out $(OUT)
 
 test: $(STAMP)  ## The default test run: CPU, offline
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+test-vllm: $(STAMP) $(VLLM_STAMP)  ## Against real vLLM servers, which run from an environment of their own
+	OMP_NUM_THREADS=1 S2T_VLLM_PYTHON=$(CURDIR)/$(VLLM_VENV)/bin/python $(BIN)/python -m pytest -q -m vllm
 
 lint: $(STAMP)  ## The checks that CI runs
 	$(BIN)/ruff check .
@@ -27,7 +32,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and alone, so that every later package resolves against that very build.
@@ -37,4 +42,12 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) -c constraints.txt $(TORCH)
 	@$(PIP) -c constraints.txt -e ".[train,eval,plots,lm-eval,remote,dev]"
+	@touch $@
+
+# vLLM pins versions that the package need not share, so its server has an environment of its own; see constraints-vllm.txt.
+$(VLLM_STAMP): constraints-vllm.txt
+	@echo "Setting up $(VLLM_VENV) (once; a few minutes)"
+	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints-vllm.txt
 	@touch $@

@@ -37,6 +37,7 @@ SHAPES = {
     "added": ("qwen2", {}, 32),
     "added-tied": ("qwen2", {"tie_word_embeddings": True}, 32),
 }
+SCOPES = ("always", "candidates", "stream")
 
 
 def base_of(folder, random_model, family="qwen2", changes=None):
@@ -78,21 +79,19 @@ def made(tmp_path, random_model, shape="untied", scope="always", criticality="he
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, random_model):
     """One merge of each scope; tests that damage a folder copy it."""
-    return {
-        scope: made(tmp_path_factory.mktemp(scope), random_model, scope=scope) for scope in ("always", "candidates")
-    }
+    return {scope: made(tmp_path_factory.mktemp(scope), random_model, scope=scope) for scope in SCOPES}
 
 
 every_shape = pytest.mark.parametrize("shape", SHAPES)
-every_scope = pytest.mark.parametrize("scope", ["always", "candidates"])
+every_scope = pytest.mark.parametrize("scope", SCOPES)
 
 
 @pytest.mark.parametrize(
     ("shape", "scope", "criticality"),
     [
-        (shape, scope, ("head", "reserved")[(i + j) % 2])  # both readings under both scopes
+        (shape, scope, ("head", "reserved")[(i + j) % 2])  # both readings under every scope
         for i, shape in enumerate(SHAPES)
-        for j, scope in enumerate(("always", "candidates"))
+        for j, scope in enumerate(SCOPES)
     ],
 )
 def test_a_merged_folder_writes_and_reads_what_the_adapter_did(shape, scope, criticality, tmp_path, random_model):

@@ -13,7 +13,15 @@ from typing import Any, overload
 
 from transformers import PreTrainedTokenizerBase
 
-from s2t.config import MANY_SAMPLES, NEEDS_LLM, STRATEGIES, DecodeConfig, ModelConfig, RemoteConfig, build_config
+from s2t.config import (
+    MANY_SAMPLES,
+    NEEDS_LLM,
+    STRATEGIES,
+    DecodeConfig,
+    ModelConfig,
+    ServedConfig,
+    build_config,
+)
 from s2t.decode.loop import Request
 from s2t.decode.session import Generated, Session, open_llm
 from s2t.decode.strategies import Strategy, build_strategy, choose_sample
@@ -21,6 +29,7 @@ from s2t.decode.workload import read_thresholds
 from s2t.errors import ConfigError
 from s2t.model.adapter import load_selector
 from s2t.model.load import load_model
+from s2t.model.merged import is_merged, local_folder
 from s2t.model.stops import StoppingText
 from s2t.records import Cost, Step
 from s2t.tasks.graders import canonical_answer, extract_answer
@@ -30,7 +39,7 @@ Prompts = list[str] | list[list[dict[str, str]]]
 
 
 @dataclass(frozen=True)
-class _LoadConfig(RemoteConfig, ModelConfig):
+class _LoadConfig(ServedConfig, ModelConfig):
     """What `load` takes."""
 
 
@@ -70,7 +79,8 @@ def load(
     bitsandbytes-4bit, or a dict with a `quant_method`. The other settings are the fields of `ModelConfig`: dtype, device,
     device_map, revision, llm_revision, trust_remote_code and execution (eager, static: CUDA graphs on a GPU, compile:
     torch.compile as well, or auto). With `llm_url` (the base URL of an OpenAI-compatible server, or several) the LLM runs
-    there, `llm` names its tokenizer, and the fields of `RemoteConfig` apply.
+    there, `llm` names its tokenizer, and the fields of `RemoteConfig` apply. With `slm_url` it is the SLM that runs on
+    (vLLM) servers.
 
     Raises ModelError or ConfigError, one line, for what is missing, unsupported or does not fit together.
     """
@@ -78,12 +88,19 @@ def load(
     config = build_config(_LoadConfig, flags={"slm": slm, "llm": llm, **texts, **settings})
     config.check_model()
     config.check_remote()
+    if config.slm_urls:
+        return Reasoner(_served(config, adapter))
     small = load_model(config.slm, **config.load_options)
     selector = load_selector(adapter, small)
     large = open_llm(config) if config.llm is not None or config.llm_urls else None
     session = Session(small, large, selector)
     _ = session.vocabulary  # raises for a pair that cannot be mapped
     return Reasoner(session)
+
+
+def _served(config: _LoadConfig, adapter: str | None) -> Session:
+    names = ["s2t-local"] if is_merged(local_folder(config.slm)) else ["greedy"]
+    return Session.served(config, config, names, adapter, 64)
 
 
 def generate(prompt: Prompt | Prompts, slm: str = "tiny:slm", **settings: Any) -> Generation | list[Generation]:
@@ -187,11 +204,11 @@ class Reasoner:
         """Settings and strategy of one call, checked against what was loaded."""
         session = self.session
         if name is None:
-            name = "greedy" if session.adapter is None else "s2t-local"
+            name = "greedy" if session.selector is None else "s2t-local"
         _check_settings(name, settings, session)
         config = build_config(DecodeConfig, flags=settings)
         config.check_decode()
-        trained = session.adapter.config if session.adapter is not None and name == "s2t-local" else None
+        trained = session.selector if name == "s2t-local" else None
         thresholds = read_thresholds(config.calibration) | (trained.thresholds if trained is not None else {})
         k = trained.num_candidates if trained is not None else None
         return _Plan(session, config, build_strategy(name, config, thresholds, k, seed))
@@ -296,7 +313,7 @@ def _check_settings(name: str, settings: dict[str, Any], session: Session) -> No
         raise ConfigError(f"strategy must be one of {', '.join(STRATEGIES)}; got {name!r}.")
     if name in NEEDS_LLM and session.llm is None:
         raise ConfigError(f"strategy {name} needs the LLM; pass --llm MODEL, or s2t.load(llm=...).")
-    if name == "s2t-local" and session.adapter is None:
+    if name == "s2t-local" and session.selector is None:
         raise ConfigError(
             "strategy s2t-local needs an adapter, a folder written by `s2t train`; pass --adapter FOLDER, "
             "or s2t.load(adapter=...)."

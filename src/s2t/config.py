@@ -18,7 +18,7 @@ from s2t.errors import ConfigError
 STRATEGIES = ("greedy", "sample", "self-consistency", "self-certainty", "llm", "takeover", "s2t", "s2t-local")
 MANY_SAMPLES = ("self-consistency", "self-certainty")
 TRIGGERS = ("never", "random", "entropy", "divergence", "criticality")
-SCOPES = ("candidates", "always")
+SCOPES = ("candidates", "always", "stream")
 CRITICALITY_READINGS = ("head", "reserved")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 EXECUTIONS = ("auto", "eager", "static", "compile")
@@ -140,8 +140,12 @@ class RemoteConfig:
     @property
     def llm_urls(self) -> tuple[str, ...]:
         """The base URLs, each once."""
-        urls = [url.strip() for text in self.llm_url for url in text.split(",")]
-        return tuple(dict.fromkeys(url for url in urls if url))
+        return _urls(self.llm_url)
+
+
+def _urls(texts: list[str]) -> tuple[str, ...]:
+    urls = [url.strip() for text in texts for url in text.split(",")]
+    return tuple(dict.fromkeys(url for url in urls if url))
 
 
 @dataclass(frozen=True)
@@ -157,8 +161,24 @@ class ShardConfig(RemoteConfig):
         _at_least(1, shards_in_flight=self.shards_in_flight)
 
 
+@dataclass(frozen=True)
+class ServedConfig(RemoteConfig):
+    """Where an SLM runs that is not loaded here; shared by generate, chat and eval."""
+
+    slm_url: list[str] = field(default_factory=list)
+    """Base URL of a vLLM server that runs the SLM, for greedy and s2t-local; several share the sequences. --slm is then the
+    folder that is served."""
+    slm_lora: str | None = None
+    """Name of the selector's LoRA on those servers, for scope stream; None takes the only one there."""
+
+    @property
+    def slm_urls(self) -> tuple[str, ...]:
+        """The base URLs, each once."""
+        return _urls(self.slm_url)
+
+
 # Settings that may differ when a run is resumed: they say where and how fast the work is done, not what it is.
-HOW_IT_RUNS = ("workers", *(name for name in ShardConfig.__dataclass_fields__ if name != "llm_model"))
+HOW_IT_RUNS = ("workers", "slm_url", *(name for name in ShardConfig.__dataclass_fields__ if name != "llm_model"))
 
 
 @dataclass(frozen=True)
@@ -253,7 +273,7 @@ class DecodeConfig(StepConfig):
 
 
 @dataclass(frozen=True)
-class GenerateConfig(DecodeConfig, RemoteConfig, ModelConfig):
+class GenerateConfig(DecodeConfig, ServedConfig, ModelConfig):
     """`s2t generate` and `s2t chat`."""
 
     strategy: str | None = None
@@ -392,7 +412,8 @@ class TrainConfig(FitConfig, ModelConfig):
     out: str = "runs/train"
     """Folder of this run; the adapter goes into its `adapter` folder, and rerunning resumes."""
     adapter_scope: str = "candidates"
-    """candidates (the LoRA acts on candidate tokens alone) or always (on every token, as in the paper)."""
+    """candidates (the LoRA acts on candidate tokens alone), always (on every token, as in the paper) or stream (on the
+    candidates and on a reading of the prefix of their own, beside the base model's; for vLLM)."""
     criticality: str = "head"
     """head (a small MLP) or reserved (two reserved tokens): how criticality is read."""
     head_size: int = 64
@@ -516,7 +537,7 @@ class MergeConfig:
 
 
 @dataclass(frozen=True)
-class EvalConfig(DecodeConfig, TaskConfig, ShardConfig, ModelConfig):
+class EvalConfig(DecodeConfig, TaskConfig, ServedConfig, ShardConfig, ModelConfig):
     """`s2t eval`: problems x strategies become graded results, scores with intervals and paired tests."""
 
     llm: str | None = None

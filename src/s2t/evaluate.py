@@ -112,7 +112,7 @@ def _run_missing(
 ) -> None:
     """Decode and grade every shard that is not on disk yet; models are loaded only when one is missing."""
     shards = dict(enumerate(shards_of(problems, config.shard_size)))
-    servers = ServerReport(run)
+    servers = ServerReport(run, _servers(config))
     with shard_workers(partial(_Evaluator, config, task_for_workers(task, config)), config) as workers:
         for one in contestants:
             paths = {i: run.shard(one.shards, i, "json") for i in shards}
@@ -128,6 +128,10 @@ def _run_missing(
                     write_json(paths[i], result)
                     servers.add(report)
                     advance(len(shard))
+
+
+def _servers(config: EvalConfig) -> str:
+    return "slm_server" if config.slm_urls else "llm_server"
 
 
 class _Evaluator:
@@ -358,7 +362,7 @@ def _summary(
         "sufficiency": None,
         **_section(rows, seconds, config.seed),
         "gap_closed": _gap_closed(rows),
-        **ServerReport(run).section(),
+        **ServerReport(run, _servers(config)).section(),
     }
     for title, is_held in (("seen_templates", False), ("unseen_templates", True)):
         part = {

@@ -1,7 +1,8 @@
 """`s2t merge`: an adapter and its base model become one folder that loads like any causal LM and brings its selector.
 
 Scope `always`: LoRA, bins and criticality rows are in the weights. Scope `candidates`: the weights are the base's and the
-adapter lies beside them. The folder is written under another name and renamed when it is whole. Decodes nothing.
+adapter lies beside them. Scope `stream`: the same, with bins and criticality rows in the base's weights. The folder is
+written under another name and renamed when it is whole. Decodes nothing.
 """
 
 from __future__ import annotations
@@ -96,9 +97,10 @@ def _write_model(folder: Path, loaded: LoadedModel, adapter: SelectorAdapter, dt
             parameter.data = parameter.data.float()  # merged in float32, rounded once
         adapter.act(True)
         model = _merged(adapter)
-        _write_rows(model, adapter)
     else:
         adapter.detach()
+    if adapter.scope != "candidates":
+        _write_rows(model, adapter)
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(_DTYPES.get(dtype) or kinds[name])
     try:
@@ -107,7 +109,7 @@ def _write_model(folder: Path, loaded: LoadedModel, adapter: SelectorAdapter, dt
         loaded.tokenizer.save_pretrained(folder)
     except (ValueError, RuntimeError) as error:
         raise ModelError(f"{loaded.name} cannot be saved: {' '.join(str(error).split())[:200]}") from error
-    if adapter.scope == "always":
+    if adapter.scope != "candidates":
         size = model.get_output_embeddings().weight.shape[0]
         _forbid(folder, {*adapter.reserved.all, *range(num_rows, size)})
     return str(model.dtype).removeprefix("torch.")
@@ -159,9 +161,9 @@ def _forbid(folder: Path, ids: set[int]) -> None:
 
 
 def _write_rest(folder: Path, adapter_folder: str, adapter: SelectorAdapter) -> None:
-    """The adapter beside the base's weights (`candidates`), or the parts of it that are no rows (`always`)."""
+    """The adapter beside the base's weights, or (`always`) the parts of it that are no rows."""
     source = Path(adapter_folder)
-    if adapter.scope == "candidates":
+    if adapter.scope != "always":
         (folder / ADAPTER_FOLDER).mkdir()
         for name in _ADAPTER_FILES:
             if (source / name).is_file():
@@ -198,7 +200,7 @@ def _describe(folder: Path, adapter: SelectorAdapter, dtype: str, measured: dict
 
 def _write_texts(folder: Path, adapter: AdapterConfig, document: MergedConfig) -> None:
     write_text(folder / "custom_generate" / "generate.py", GENERATE)
-    needs = "s2t>=" + document.s2t_version + ("\npeft>=0.17" if adapter.scope == "candidates" else "")
+    needs = "s2t>=" + document.s2t_version + ("\npeft>=0.17" if adapter.scope != "always" else "")
     write_text(folder / "custom_generate" / "requirements.txt", needs + "\n")
     write_text(folder / "README.md", _card(adapter, document))
 
@@ -278,6 +280,8 @@ _WHAT = {
     "criticality are output rows of ids that no text uses (never to be generated; plain `generate` leaves them out).",
     "candidates": "The weights are those of the base model, unchanged; the adapter in `s2t_adapter` acts on candidate tokens "
     "alone, so without s2t this folder is the base model.",
+    "stream": "The weights are those of the base model but for the output rows of ids that no text uses, which hold the scores "
+    "and the criticality; the adapter in `s2t_adapter` is read beside it. A vLLM server takes it as a LoRA.",
 }
 _CARD = """---
 {front}

@@ -89,7 +89,7 @@ def llm() -> LoadedModel:
 @pytest.fixture(scope="session")
 def adapters() -> dict[str, SelectorAdapter]:
     """A random adapter of each scope on its own copy of the SLM."""
-    return {scope: make_adapter(make_model(0), scope) for scope in ("candidates", "always")}
+    return {scope: make_adapter(make_model(0), scope) for scope in ("candidates", "always", "stream")}
 
 
 @pytest.fixture(scope="session")

@@ -25,8 +25,8 @@ RUNS = {
     "s2t-local-random": ("s2t-local", HALF),
 }
 every_run = pytest.mark.parametrize("run", RUNS)
-ALWAYS = {"s2t-local": "always", "s2t-local-random": "always"}
-both_scopes = pytest.mark.parametrize("scope", ["candidates", "always"])
+OTHER_SCOPES = [(run, scope) for scope in ("always", "stream") for run in ("s2t-local", "s2t-local-random")]
+every_scope = pytest.mark.parametrize("scope", ["candidates", "always", "stream"])
 
 
 def fired(sequence):
@@ -59,7 +59,7 @@ def test_greedy_is_the_greedy_generate_of_transformers(write, strategy, tokens, 
     assert len({len(row) for row in tokens(done)}) > 1, "the prompts should end at different lengths"
 
 
-@pytest.mark.parametrize(("run", "scope"), [*((run, "candidates") for run in RUNS), *ALWAYS.items()])
+@pytest.mark.parametrize(("run", "scope"), [*((run, "candidates") for run in RUNS), *OTHER_SCOPES])
 def test_a_batch_writes_what_single_sequences_write_and_costs_the_same(run, scope, write, strategy):
     name, settings = RUNS[run]
     how = strategy(name, **settings)
@@ -125,7 +125,7 @@ def test_steps_come_in_order_and_end_once(write, strategy):
 
 
 @pytest.mark.parametrize(
-    ("name", "scope"), [("s2t", "candidates"), ("s2t-local", "candidates"), ("s2t-local", "always")]
+    ("name", "scope"), [("s2t", "candidates"), *(("s2t-local", scope) for scope in ("candidates", "always", "stream"))]
 )
 @pytest.mark.parametrize("trigger", [EVERY_STEP, HALF], ids=["every step", "half"])
 def test_one_candidate_is_greedy(name, scope, trigger, write, strategy, tokens):
@@ -174,7 +174,7 @@ def test_warmup_steps_never_trigger(name, write, strategy):
         assert fired(sequence) == list(range(3, len(sequence.token_ids)))
 
 
-@both_scopes
+@every_scope
 def test_a_selector_that_learned_nothing_ranks_as_the_slm_does(scope, new_model, new_adapter, strategy, prompts):
     adapter = new_adapter(new_model(0), scope)
     torch.nn.init.zeros_(adapter.selector.bins)
@@ -211,7 +211,7 @@ def test_scope_candidates_leaves_the_base_model_bit_for_bit(slm, adapters, promp
 
 
 @pytest.mark.parametrize("prior_weight", [0.0, 1.0])
-@both_scopes
+@every_scope
 @pytest.mark.parametrize("num_candidates", [8, "all"])
 def test_reserved_ids_and_padding_rows_are_never_emitted(
     prior_weight, scope, num_candidates, new_model, new_adapter, strategy, prompts
@@ -324,7 +324,7 @@ def test_drafts_grow_where_little_is_flipped_and_where_the_llm_is_large():
 # Many rows in one forward
 
 
-@both_scopes
+@every_scope
 def test_a_row_that_selects_holds_up_no_other_row(scope, adapters, strategy, prompts):
     adapter = adapters[scope]
     forwards = []
@@ -350,7 +350,7 @@ def test_a_row_that_selects_holds_up_no_other_row(scope, adapters, strategy, pro
 # Looked at from outside
 
 
-@both_scopes
+@every_scope
 def test_adjusted_rows_step_together_and_write_the_same(scope, adapters, strategy, prompts):
     adapter = adapters[scope]
     requests = [Request(i, prompt, f"problem-{i}") for i, prompt in enumerate(prompts)]

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 from s2t.train.dataset import make_batch
 from s2t.train.forward import FrozenPrefixes, States, forward, lm_kl
 
-both_scopes = pytest.mark.parametrize("scope", ["candidates", "always"])
+every_scope = pytest.mark.parametrize("scope", ["candidates", "always", "stream"])
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def last_hidden(adapter, ids, cache=None):
 
 def candidate_alone(adapter, prefix, candidate):
     """The state of one candidate after one prefix, everything recomputed."""
-    if adapter.scope == "always":
+    if adapter.scope != "candidates":
         adapter.act(True)
         return last_hidden(adapter, [*prefix, candidate])[-1]
     cache = DynamicCache()
@@ -61,7 +61,7 @@ def train_mode(trainer):
     trainer.adapter.act(True)
 
 
-@both_scopes
+@every_scope
 def test_shared_prefixes_equal_one_uncached_forward_per_candidate(scope, new_adapter, batch, trajectories):
     adapter = new_adapter(scope)
     with torch.no_grad():
@@ -75,7 +75,7 @@ def test_shared_prefixes_equal_one_uncached_forward_per_candidate(scope, new_ada
         assert shared.base_steps is None
 
 
-@both_scopes
+@every_scope
 @pytest.mark.parametrize("criticality", ["head", "reserved"])
 def test_gradients_equal_those_of_one_uncached_forward_per_candidate(
     scope, criticality, new_adapter, new_trainer, batch, trajectories
@@ -108,7 +108,7 @@ def test_scope_candidates_gives_the_prefix_no_gradient(new_adapter, batch):
     assert states.candidates.requires_grad
 
 
-@both_scopes
+@every_scope
 def test_a_batch_of_one_trajectory_gives_what_a_batch_of_many_gives(scope, new_adapter, batch, data, trajectories):
     adapter = new_adapter(scope)
     with torch.no_grad():
@@ -143,7 +143,7 @@ def test_the_kl_to_the_base_is_the_same_in_chunks(new_adapter, batch, monkeypatc
     torch.testing.assert_close(torch.autograd.grad(parts, states.steps)[0], gradient)
 
 
-@both_scopes
+@every_scope
 def test_the_loss_falls_on_a_small_fixed_set(scope, new_adapter, new_trainer):
     trainer = new_trainer(new_adapter(scope, is_fresh=True), learning_rate=1e-2, epochs=30.0, batch_groups=1000)
     trainer.fit()
@@ -153,7 +153,7 @@ def test_the_loss_falls_on_a_small_fixed_set(scope, new_adapter, new_trainer):
     assert all(losses[-1] < loss for loss in losses[:10])
 
 
-@both_scopes
+@every_scope
 def test_training_leaves_the_base_models_weights(scope, new_adapter, new_trainer):
     adapter = new_adapter(scope)
     before = {name: p.clone() for name, p in adapter.base_model.named_parameters() if "lora_" not in name}

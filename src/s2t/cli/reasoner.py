@@ -22,6 +22,8 @@ def load_reasoner(config: GenerateConfig) -> Reasoner:
         adapter=config.adapter,
         llm_revision=config.llm_revision,
         llm_quantization=config.llm_quantization,
+        slm_url=config.slm_url,
+        slm_lora=config.slm_lora,
         **config.load_options,
         **{item.name: getattr(config, item.name) for item in fields(RemoteConfig) if needs_llm},
     )

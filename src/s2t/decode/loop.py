@@ -18,6 +18,7 @@ from torch import Tensor
 
 from s2t.core.candidates import propose
 from s2t.core.sampling import filter_logits, sample, uniforms
+from s2t.decode.adapter_stream import AdapterStream
 from s2t.decode.draft import DraftLength
 from s2t.decode.remote.reference import RemoteReference
 from s2t.decode.selectors import LocalSelector, Selection
@@ -133,6 +134,7 @@ class Decoder:
         self.rows: list[_Row] = []
         self.hidden: Tensor | None = None  # [max_rows, H]
         self._scores_itself = isinstance(strategy.selector, LocalSelector)
+        self.stream = AdapterStream(engine) if self._scores_itself and engine.scope == "stream" else None
         self._draft_length = self._policy()
 
     def _policy(self) -> DraftLength:
@@ -148,7 +150,8 @@ class Decoder:
         """Yield every request's steps, interleaved, each request's in order, until its stop id or the length limit."""
         waiting = deque(requests)
         longest = max((len(request.prompt_ids) for request in waiting), default=0)
-        self.engine.reserve(longest + self.max_new_tokens + self.strategy.num_candidates + 1)
+        for engine in (self.engine, *([self.stream.engine] if self.stream is not None else [])):
+            engine.reserve(longest + self.max_new_tokens + self.strategy.num_candidates + 1)
         assert self.adjust is None or len(waiting) <= self.engine.max_rows
         while waiting or self.rows:
             yield from self._round(waiting)
@@ -360,6 +363,8 @@ class Decoder:
         elif row.steps >= self.max_new_tokens:
             reason = "length"
         row.is_finished = reason is not None
+        if self.stream is not None:
+            self.stream.push(row.slot, token)
         step = Step(
             row.request.index,
             row.steps - 1,
@@ -378,7 +383,10 @@ class Decoder:
         """Free the slots of finished rows; the last rows move into the gaps."""
         for row in sorted((row for row in self.rows if row.is_finished), key=lambda row: -row.slot):
             llm = self.reference.work[row.slot] if self.reference is not None else Work()
-            self.costs[row.request.index] = _cost(row.steps, self.engine.work[row.slot], llm)
+            slm = [self.engine.work[row.slot]]
+            if self.stream is not None:
+                slm.append(self.stream.engine.work[row.slot])
+            self.costs[row.request.index] = _cost(row.steps, slm, llm)
             last = self.rows.pop()
             if last is not row:
                 self._move(last, row.slot)
@@ -388,6 +396,8 @@ class Decoder:
         self.engine.copy([row.slot], [slot])
         self.engine.work[slot] = self.engine.work[row.slot]
         self.hidden[slot] = self.hidden[row.slot]
+        if self.stream is not None:
+            self.stream.move(row.slot, slot)
         if self.reference is not None:
             self.reference.move(row.slot, slot)
         self.rows[slot], row.slot = row, slot
@@ -405,6 +415,8 @@ class Decoder:
                 num_tokens += len(prompt)
             self.rows.append(row)
             self.engine.reset(row.slot)
+            if self.stream is not None:
+                self.stream.start(row.slot, prompt)
             if self.reference is not None:
                 own = request.llm_prompt_ids
                 self.reference.start(row.slot, prompt if own is None else own)
@@ -441,8 +453,8 @@ class Decoder:
         """The forward in which the SLM scores its own candidates, beside the ordinary tokens of all rows.
 
         A row that selects feeds its greedy token meanwhile: nine times in ten that is the winner, and its ordinary step
-        is done. If another wins, its branch is kept (scope `always`), or it is fed by the next forward (`candidates`,
-        where the branch is the adapter's and the cache has to be the base model's).
+        is done. If another wins, its branch is kept (scope `always`), or it is fed by the next forward (`candidates` and
+        `stream`, where the branch is the adapter's and the cache has to be the base model's).
         """
         engine, selector = self.engine, self.strategy.selector
         assert engine.adapter is not None and isinstance(selector, LocalSelector)
@@ -452,13 +464,16 @@ class Decoder:
         order = [choice.fired.index(place) for _, place in undecided]
         choice.fired = [place for _, place in undecided]
         choice.candidate_ids, choice.logprobs = choice.candidate_ids[order], choice.logprobs[order]
-        keeps_branch = engine.adapter.scope == "always"
+        keeps_branch = engine.scope == "always"
         if keeps_branch:  # the greedy token that the rows feed is candidate 0 itself
             others = choice.candidate_ids[:, 1:]
             branch = self._forward(slots, others) if others.numel() else self._forward()
             assert self.hidden is not None
             first = self.hidden[slots][:, None]
             branch = torch.cat([first, branch], dim=1) if others.numel() else first
+        elif self.stream is not None:
+            self._forward()
+            branch = self.stream.read(slots, choice.candidate_ids)
         else:
             branch = self._forward(slots, choice.candidate_ids)
         selection = selector.read(engine.adapter, branch, choice.candidate_ids, choice.logprobs)
@@ -481,8 +496,10 @@ def _join(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-def _cost(generated: int, slm: Work, llm: Work) -> Cost:
-    return Cost(generated, slm.forwards, llm.forwards, slm.processed, llm.processed, slm.flops, llm.flops)
+def _cost(generated: int, slm: Sequence[Work], llm: Work) -> Cost:
+    forwards, processed = sum(work.forwards for work in slm), sum(work.processed for work in slm)
+    flops = sum(work.flops for work in slm)
+    return Cost(generated, forwards, llm.forwards, processed, llm.processed, flops, llm.flops)
 
 
 def _known(values: Tensor) -> list[tuple[float | None, ...]]:

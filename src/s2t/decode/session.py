@@ -12,21 +12,22 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from s2t.config import NEEDS_LLM, ModelConfig, RemoteConfig
+from s2t.config import NEEDS_LLM, ModelConfig, RemoteConfig, ServedConfig
 from s2t.core.support import resolve_support
 from s2t.decode.label import ExactAt, Labels, label, label_by_text, label_listed
 from s2t.decode.loop import AnyReference, Decoder, Request
 from s2t.decode.remote.llm import RemoteLLM, remote_settings
 from s2t.decode.remote.reference import RemoteReference
+from s2t.decode.remote.slm import RemoteDecoder, ServedSLM, check_served
 from s2t.decode.remote.writer import RemoteWriter
 from s2t.decode.state import Reference
 from s2t.decode.strategies import Strategy
 from s2t.decode.text_reference import TextReference
 from s2t.errors import ConfigError, ModelError
-from s2t.model.adapter import SelectorReader, load_selector
+from s2t.model.adapter import AdapterConfig, SelectorReader, load_selector
 from s2t.model.chat import decode_ids, prompt_ids
 from s2t.model.engine import Engine
-from s2t.model.load import LoadedModel, load_model
+from s2t.model.load import LoadedModel, load_model, load_without_weights
 from s2t.model.merged import is_merged, local_folder
 from s2t.model.outline import load_outline
 from s2t.model.stops import Stops, cut
@@ -56,12 +57,16 @@ class Generated:
 
 @dataclass
 class Session:
-    """An SLM with its LLM and adapter where there are any, and engines of `batch_size` rows made at first use."""
+    """An SLM with its LLM and adapter where there are any, and engines of `batch_size` rows made at first use.
+
+    With `served_slm` the SLM's weights are on servers, and `slm` is what is known of it without them.
+    """
 
     slm: LoadedModel
     llm: LoadedModel | RemoteLLM | None = None
     adapter: SelectorReader | None = None
     batch_size: int = 64
+    served_slm: ServedSLM | None = None
     _made: dict[str, VocabularyMap | None] = field(default_factory=dict, repr=False)
     _facts: dict[str, bool] = field(default_factory=dict, repr=False)
 
@@ -96,6 +101,8 @@ class Session:
     def open(cls, config: ModelConfig, strategies: Sequence[str], adapter: str | None, batch_size: int) -> Session:
         """Load the models that `strategies` need; raises ModelError or ConfigError, one line, when one is missing."""
         check_needs(config, strategies, adapter)
+        if isinstance(config, ServedConfig) and config.slm_urls:
+            return cls.served(config, config, strategies, adapter, batch_size)
         needs_llm = any(name in NEEDS_LLM for name in strategies)
         slm = load_model(config.slm, **config.load_options)
         loaded = load_selector(adapter, slm) if "s2t-local" in strategies else None
@@ -104,6 +111,22 @@ class Session:
             session.check_tokens()
         _ = session.vocabulary  # raises for a pair that cannot be mapped
         return session
+
+    @classmethod
+    def served(
+        cls, config: ModelConfig, where: ServedConfig, strategies: Sequence[str], adapter: str | None, batch_size: int
+    ) -> Session:
+        """An SLM on servers, for `greedy` and `s2t-local`; loads no weights. Raises as `open`, and RemoteError."""
+        if adapter is not None:
+            raise ConfigError(
+                f"a server runs what `s2t merge` writes: s2t merge --adapter {adapter} --out FOLDER; serve it, pass it as --slm."
+            )
+        check_served(strategies)
+        slm = load_without_weights(config.slm, config.revision, config.trust_remote_code)
+        served = ServedSLM.connect(
+            slm, remote_settings(where, where.slm_urls), where.slm_lora, "s2t-local" in strategies
+        )
+        return cls(slm, batch_size=batch_size, served_slm=served)
 
     def prompt(self, messages: str | Sequence[dict[str, str]], system: str | None = None) -> list[int]:
         """Prompt ids of a user message, or of a list of messages; raises ModelError for what cannot be a prompt."""
@@ -138,6 +161,13 @@ class Session:
         return cut(decode_ids(self.tokenizer_of(strategy), ids), stop)
 
     @property
+    def selector(self) -> AdapterConfig | None:
+        """The settings of what selects beside the SLM, here or on its servers; None where nothing does."""
+        if self.served_slm is not None:
+            return self.served_slm.selector.config if self.served_slm.selector is not None else None
+        return self.adapter.config if self.adapter is not None else None
+
+    @property
     def stop_ids(self) -> frozenset[int]:
         """Ids that end a sequence of either model."""
         return self.slm.stop_ids | (self.llm.stop_ids if self.llm is not None else frozenset())
@@ -149,10 +179,12 @@ class Session:
         num_rows: int,
         trace: bool = False,
         stop: Sequence[str] = (),
-    ) -> Decoder | RemoteWriter:
+    ) -> Decoder | RemoteDecoder | RemoteWriter:
         """A fresh decoder for a strategy, with no more rows than there are sequences; `stop` are stop strings."""
         rows = max(1, min(self.batch_size, num_rows))
         ends = Stops(self.tokenizer_of(strategy.name), stop).ends if stop else None
+        if self.served_slm is not None:
+            return self.served_slm.decoder(strategy, max_new_tokens, trace, ends, rows)
         if strategy.name == "llm" and isinstance(self.llm, RemoteLLM):
             return RemoteWriter(self.llm, max_new_tokens, ends, stop)
         if strategy.name == "llm":
@@ -235,7 +267,9 @@ class Session:
         return done
 
     def take_report(self) -> dict[str, Any] | None:
-        """What asking the LLM's servers took since this was last called; None where it does not run on servers."""
+        """What asking the LLM's or the SLM's servers took since this was last called; None where there are none."""
+        if self.served_slm is not None:
+            return self.served_slm.take_report()
         return self.llm.take_report() if isinstance(self.llm, RemoteLLM) else None
 
     def local_llm(self) -> LoadedModel:

@@ -43,10 +43,10 @@ def shard_workers(open: Callable[[], S], config: TaskConfig) -> Workers[S]:
 
 
 class ServerReport:
-    """What asking the LLM's servers took, over all processes and restarts of a run; kept in `llm_server.json`."""
+    """What asking the LLM's servers (or the SLM's) took, over all processes and restarts of a run; kept in NAME.json."""
 
-    def __init__(self, run: RunFolder) -> None:
-        self._path = run.file("llm_server.json")
+    def __init__(self, run: RunFolder, name: str = "llm_server") -> None:
+        self._name, self._path = name, run.file(f"{name}.json")
 
     def add(self, report: dict[str, Any] | None) -> None:
         """Add what one shard took; None, of an LLM in this process, is nothing."""
@@ -56,7 +56,7 @@ class ServerReport:
     def section(self) -> dict[str, Any]:
         """The part of a summary that says it; empty where no server was asked."""
         found = self._read()
-        return {} if found is None else {"llm_server": found}
+        return {} if found is None else {self._name: found}
 
     def _read(self) -> dict[str, Any] | None:
         return read_json(self._path) if self._path.exists() else None

@@ -219,7 +219,7 @@ def load_selector(adapter: str | Path | None, loaded: LoadedModel) -> SelectorRe
         return load_adapter(adapter, loaded)
     if loaded.merged is None:
         return None
-    if loaded.merged.scope == "candidates":
+    if loaded.merged.scope != "always":
         return load_adapter(Path(loaded.merged.path) / ADAPTER_FOLDER, loaded)
     try:
         return MergedSelector(loaded)

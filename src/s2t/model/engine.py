@@ -58,15 +58,23 @@ class Engine:
     """B rows of one model, each with its own tokens; see the module docstring for the contract.
 
     `adapter` adds the selector: under scope `always` it acts on every token, under `candidates` on the
-    tokens of `branch` alone. `forbidden_ids` (the tokenizer's reserved ids) are never proposed. `execution` says how steps
-    run: eager, static (fixed shapes, CUDA graphs on a GPU), compile (torch.compile as well), or auto (static on a GPU).
+    tokens of `branch` alone, under `stream` on none (an engine of scope `always` beside this one reads the candidates);
+    `scope` is the adapter's unless given. `forbidden_ids` (the tokenizer's reserved ids) are never proposed. `execution` says
+    how steps run: eager, static (fixed shapes, CUDA graphs on a GPU), compile (torch.compile as well), or auto (static on a
+    GPU).
     """
 
     def __init__(
-        self, loaded: LoadedModel, max_rows: int, adapter: SelectorReader | None = None, execution: str | None = None
+        self,
+        loaded: LoadedModel,
+        max_rows: int,
+        adapter: SelectorReader | None = None,
+        execution: str | None = None,
+        scope: str | None = None,
     ) -> None:
         self.loaded = loaded
         self.adapter = adapter
+        self.scope = scope or (adapter.scope if adapter is not None else "")
         self.model = adapter.base_model if adapter is not None else loaded.model
         self.decoder: Any = self.model.get_decoder()
         self.config = self.decoder.config.get_text_config(decoder=True)
@@ -237,10 +245,12 @@ class Engine:
                 attached.act(False)
             return nullcontext()
         first = num_tokens if branches_from is None else branches_from
-        if self.adapter.scope == "always" or first == 0:
+        if self.scope == "always" or (self.scope == "candidates" and first == 0):
             self.adapter.act(True)
             return nullcontext()
         self.adapter.act(False)
+        if self.scope == "stream":
+            return nullcontext()
         return self.adapter.acting_from(first, num_tokens) if first < num_tokens else nullcontext()
 
     def _advance(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,14 @@ import torch
 from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from s2t.errors import ConfigError, ModelError
@@ -54,7 +62,7 @@ class LoadedModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        if self.merged is not None and self.merged.scope == "candidates":
+        if self.merged is not None and self.merged.scope != "always":
             return str(
                 self.merged.adapter["base_fingerprint"]
             )  # the base's weights, whatever dtype they were merged in
@@ -63,7 +71,7 @@ class LoadedModel:
     @cached_property
     def reserved(self) -> ReservedIds:
         """The reserved ids of this tokenizer for 16 bins; never generated, with or without an adapter."""
-        if self.merged is not None and self.merged.scope == "always":
+        if self.merged is not None and self.merged.scope != "candidates":
             return self.merged.reserved
         return self.reserved_for(16)
 
@@ -113,6 +121,29 @@ def load_model(
     if merged is None or merged.scope == "always":
         loaded.__dict__["fingerprint"] = identity
     return loaded
+
+
+def load_without_weights(name: str, revision: str | None = None, trust_remote_code: bool = False) -> LoadedModel:
+    """What there is to know of a model whose weights are somewhere else, behind a server, say; its parameters are `meta`.
+
+    Raises ModelError, one line, for what `load_model` would not find, and for a PEFT adapter, which no server merges.
+    """
+    source = str(embedded_path(name)) if is_embedded(name) else local_folder(name)
+    merged = None if is_embedded(name) else open_merged(source)
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with quiet():
+        try:
+            if not is_embedded(name) and merged is None and find_lora(name, revision):
+                raise ModelError(f"{name} is an adapter; serve a model, and name that.")
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            config = AutoConfig.from_pretrained(source, **options)
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        except LOAD_ERRORS as error:
+            raise ModelError(why_not_loaded(name, error, revision)) from error
+        with suppress(OSError):  # it has none
+            model.generation_config = GenerationConfig.from_pretrained(source, revision=revision or "main")
+    return wrap_model(name, model, tokenizer, merged)
 
 
 @dataclass

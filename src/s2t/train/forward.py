@@ -1,7 +1,8 @@
 """Forwards of training on shared prefixes: one pass over a prefix, all K candidates of all its groups beside it.
 
-Under scope `candidates` the prefix is the frozen base model's and carries no gradient; under `always` it is
-the adapter's too, and gradients flow through the shared cache. Nothing of the full vocabulary is held for all positions.
+Under scope `candidates` the prefix is the frozen base model's and carries no gradient; under `always` and `stream` it is
+the adapter's too, and gradients flow through the shared cache; under `stream` only the candidates see it, and steps are
+read from the base model's. Nothing of the full vocabulary is held for all positions.
 Frozen prefixes are the same in every epoch: `FrozenPrefixes` reads them once, if they fit in memory.
 """
 
@@ -124,13 +125,13 @@ def forward(adapter: SelectorAdapter, batch: Batch, frozen: Prefixes | None = No
 
     `frozen` are the base model's states of the batch's trajectories where they are already known.
     """
-    is_always = adapter.scope == "always"
+    is_always, reads_itself = adapter.scope == "always", adapter.scope in ("always", "stream")
     adapter.act(False)
     with torch.no_grad():
         prefixes = frozen if frozen is not None else _read_prefixes(adapter, batch.ids)
         base_steps = prefixes.steps(batch)
     adapter.act(True)
-    if is_always:
+    if reads_itself:
         prefixes = _read_prefixes(adapter, batch.ids)
     steps = prefixes.steps(batch) if is_always else base_steps
     candidates = _read_candidates(adapter, batch, prefixes.groups(batch))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import queue
 import threading
 import weakref
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 
 from s2t.decode.remote.client import Client, RemoteSettings
@@ -14,6 +15,8 @@ from s2t.decode.remote.wire import Completion, CompletionRequest
 from s2t.workers import waiting
 
 R = TypeVar("R")
+T = TypeVar("T")
+_END = object()
 
 
 class BlockingClient:
@@ -84,6 +87,25 @@ class BlockingClient:
         """The model's name on the servers."""
         return self._wait(self._client.model_name())
 
+    def stream(self, work: Callable[[Client, Callable[[T], None]], Coroutine[Any, Any, None]]) -> Iterator[T]:
+        """What a coroutine hands to its second argument while it runs in the loop, item by item; its error is raised.
+
+        A caller that stops reading ends it.
+        """
+        items: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        future = asyncio.run_coroutine_threadsafe(work(self._client, items.put), self._loop)
+        future.add_done_callback(lambda _: items.put(_END))
+        try:
+            while True:
+                with waiting():
+                    item = items.get()
+                if item is _END:
+                    break
+                yield item
+            _first_of(future.exception())
+        finally:
+            future.cancel()
+
     def _wait(self, work: Coroutine[Any, Any, R]) -> R:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
@@ -92,6 +114,14 @@ class BlockingClient:
         except BaseException:
             future.cancel()
             raise
+
+
+def _first_of(error: BaseException | None) -> None:
+    """Raise an error, or the first one of those that ended a group of tasks."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    if error is not None:
+        raise error
 
 
 async def _make(settings: RemoteSettings, id_of_text: Callable[[str], int | None] | None) -> Client:

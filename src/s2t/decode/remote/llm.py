@@ -167,11 +167,11 @@ class RemoteLLM:
         return np.asarray(rows, dtype=np.float32)
 
 
-def remote_settings(config: RemoteConfig) -> RemoteSettings:
-    """The client's settings from a command's; the key comes from the environment."""
+def remote_settings(config: RemoteConfig, slm_urls: tuple[str, ...] | None = None) -> RemoteSettings:
+    """The client's settings from a command's, of the LLM's servers or of the SLM's; the key comes from the environment."""
     return RemoteSettings(
-        config.llm_urls,
-        config.llm_model,
+        config.llm_urls if slm_urls is None else slm_urls,
+        config.llm_model if slm_urls is None else None,
         api_key_from(config.llm_api_key_env),
         config.max_in_flight,
         config.timeout_s,

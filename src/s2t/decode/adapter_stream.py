@@ -1,0 +1,59 @@
+"""Scope `stream`: the adapter's own reading of every row, beside the base model's, for the candidates alone.
+
+A row's tokens wait in a list until the row triggers for the first time; then, and at later triggers, what is new is read
+in one forward and the candidates in another. A row that never triggers costs nothing here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from s2t.model.engine import Engine, Work
+
+_TOKENS_AT_ONCE = 2**14  # of all rows that catch up in one forward
+
+
+class AdapterStream:
+    """Row b of its engine follows row b of the loop's, under the adapter from the first prompt token on."""
+
+    def __init__(self, base: Engine) -> None:
+        assert base.adapter is not None
+        self.engine = Engine(base.loaded, base.max_rows, base.adapter, scope="always")
+        self.pending: list[list[int]] = [[] for _ in range(base.max_rows)]
+
+    def start(self, row: int, prompt_ids: Sequence[int]) -> None:
+        """Begin a sequence in a slot; nothing is computed yet."""
+        self.engine.reset(row)
+        self.pending[row] = list(prompt_ids)
+
+    def push(self, row: int, token: int) -> None:
+        """The row has accepted a token; it is read when the row triggers next."""
+        self.pending[row].append(token)
+
+    def read(self, rows: Sequence[int], candidate_ids: Tensor) -> Tensor:
+        """States of candidates behind all tokens of their rows, under the adapter; [f, K] -> [f, K, H]."""
+        late: list[int] = []
+        for row in [row for row in rows if self.pending[row]]:
+            if late and sum(len(self.pending[i]) for i in (*late, row)) > _TOKENS_AT_ONCE:
+                self._catch_up(late)
+                late = []
+            late.append(row)
+        if late:
+            self._catch_up(late)
+        return self.engine.branch(rows, candidate_ids)
+
+    def _catch_up(self, rows: Sequence[int]) -> None:
+        self.engine.extend(rows, [self.pending[row] for row in rows])
+        for row in rows:
+            self.pending[row] = []
+
+    def move(self, source: int, target: int) -> None:
+        """Let the sequence of slot `source` live in slot `target`."""
+        if self.engine.cache.is_initialized:
+            self.engine.copy([source], [target])
+        else:
+            self.engine.lengths[target] = self.engine.lengths[source]
+        self.engine.work[target], self.engine.work[source] = self.engine.work[source], Work()
+        self.pending[target], self.pending[source] = self.pending[source], []

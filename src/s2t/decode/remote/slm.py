@@ -1,0 +1,308 @@
+"""The decoding loop of an SLM on a server: greedy and S2T-LOCAL as chunks of a completions API, many sequences at once.
+
+A chunk brings the two criticality ids' log-probabilities at every token. At the first trigger in it the candidates are
+chosen between (`choose`); if the greedy token wins, the rest of the chunk still holds, else it is dropped and the next chunk
+goes on from the winner. Tokens are those of `decode.loop` with the same weights.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from s2t.core.sampling import uniforms
+from s2t.decode.draft import DraftLength
+from s2t.decode.loop import Request
+from s2t.decode.remote.blocking import BlockingClient
+from s2t.decode.remote.choose import Chooser, Chosen
+from s2t.decode.remote.client import Client, RemoteSettings
+from s2t.decode.remote.selector import ServedSelector, check_apart, served_selector
+from s2t.decode.remote.wire import Completion, CompletionRequest
+from s2t.decode.strategies import Strategy
+from s2t.errors import ConfigError, RemoteError
+from s2t.model.engine import FlopCount, Work
+from s2t.model.load import LoadedModel
+from s2t.records import Candidates, Cost, Step
+
+REQUEST_COST = 16.0
+"""What a request costs a server, in tokens of a full batch; from it and the rate of flips follow chunk lengths."""
+_LONGEST_CHUNK = 256
+_STRATEGIES = ("greedy", "s2t-local")
+_TRIGGERS = ("criticality", "random", "never")
+
+Emit = Callable[[Step], None]
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """One sequence as far as it is written, and what the server has read of it."""
+
+    request: Request
+    ids: list[int]  # prompt and accepted tokens
+    draws: np.ndarray
+    steps: int = 0
+    is_finished: bool = False
+    read: int = 0  # tokens of `ids` whose keys and values the server has made, if its prefix cache never misses
+    adapter_read: int = 0  # the same under the adapter (scope `stream`)
+    work: Work = field(default_factory=Work)
+
+    @property
+    def key(self) -> str:
+        return f"{self.request.index}/{self.request.key}"
+
+
+class RemoteDecoder:
+    """Runs requests through `greedy` or `s2t-local` on servers; the interface is that of `decode.loop.Decoder`.
+
+    `served` is how the selector is read; None for greedy. `trace` has all K candidates of triggered steps found and scored,
+    else those that could win. Raises ConfigError for a strategy or trigger that needs more than a server gives.
+    """
+
+    def __init__(
+        self,
+        client: BlockingClient,
+        loaded: LoadedModel,
+        strategy: Strategy,
+        served: ServedSelector | None,
+        max_new_tokens: int = 256,
+        trace: bool = False,
+        ends: Callable[[int, int], bool] | None = None,
+        num_rows: int = 64,
+    ) -> None:
+        _check(strategy, served)
+        self.client, self.loaded, self.strategy, self.served = client, loaded, strategy, served
+        self.max_new_tokens, self.ends, self.num_rows = max_new_tokens, ends, num_rows
+        self.costs: dict[int, Cost] = {}
+        self.num_dropped = 0
+        """Tokens that servers wrote behind a flip."""
+        head = loaded.model.get_output_embeddings()
+        rows = int(head.weight.shape[0])  # type: ignore[union-attr]
+        self.forbidden = frozenset(loaded.reserved.all) | frozenset(range(loaded.vocab_size, rows))
+        self._flops = FlopCount(loaded.model, loaded.model.get_decoder().config.get_text_config(decoder=True))
+        self._plain = CompletionRequest(
+            (),
+            extra={
+                "logit_bias": {str(i): -100.0 for i in sorted(self.forbidden) if i < rows},
+                "stop_token_ids": sorted(loaded.stop_ids),
+                "ignore_eos": True,  # what ends a sequence is listed above
+            },
+        )
+        self._steps = self._flips = 0  # of all sequences: chunk lengths change no token
+        self._length = DraftLength(0 if self._fires else max_new_tokens, REQUEST_COST, _LONGEST_CHUNK)
+        self._chooser = None
+        if served is not None:
+            self._chooser = Chooser(served, strategy.num_candidates, self.forbidden, self._plain, trace)
+
+    @property
+    def _fires(self) -> bool:
+        return self.strategy.trigger.name != "never"
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Step]:
+        """Yield every request's steps, interleaved, each request's in order; raises RemoteError where no server answers."""
+        waiting = list(requests)
+        return self.client.stream(lambda client, emit: self._write_all(client, waiting, emit))
+
+    async def _write_all(self, client: Client, requests: Sequence[Request], emit: Emit) -> None:
+        room = asyncio.Semaphore(self.num_rows)
+
+        async def write(request: Request) -> None:
+            async with room:
+                await self._write(client, request, emit)
+
+        async with asyncio.TaskGroup() as group:
+            for request in requests:
+                group.create_task(write(request))
+
+    async def _write(self, client: Client, request: Request, emit: Emit) -> None:
+        sequence = _Sequence(request, list(request.prompt_ids), self._draws(request))
+        while not sequence.is_finished:
+            chunk = await self._chunk(client, sequence)
+            for place in range(len(chunk.token_ids)):
+                step = await self._step(client, sequence, chunk, place)
+                if sequence.is_finished:
+                    work = sequence.work
+                    self.costs[request.index] = Cost(
+                        sequence.steps, work.forwards, 0, work.processed, 0, work.flops, 0.0
+                    )
+                emit(step)
+                if sequence.is_finished or step.token_id != chunk.token_ids[place]:
+                    self.num_dropped += len(chunk.token_ids) - place - 1
+                    break
+
+    def _draws(self, request: Request) -> np.ndarray:
+        if self.strategy.trigger.name != "random":
+            return np.zeros(0)
+        return uniforms(self.strategy.seed, request.key or str(request.index), self.max_new_tokens)
+
+    async def _chunk(self, client: Client, sequence: _Sequence) -> Completion:
+        """The next tokens of a sequence, with what the trigger reads at each."""
+        room = self.max_new_tokens - sequence.steps
+        listed = None
+        if self._fires:
+            assert self.served is not None
+            listed = self.served.yes_no or self.served.bins[:1]
+        request = CompletionRequest(
+            sequence.ids,
+            max_tokens=max(1, min(room, self._length.at(self._steps, self._flips))),
+            logprob_token_ids=listed,
+            key=sequence.key,
+            extra=self._plain.extra,
+        )
+        chunk = await client.complete(request)
+        self._check_chunk(chunk, request)
+        unread, written = len(sequence.ids) - sequence.read, len(chunk.token_ids)
+        self._count(sequence, written, unread + written - 1, len(sequence.ids) + written / 2)
+        sequence.read = len(sequence.ids) + written - 1
+        return chunk
+
+    def _check_chunk(self, chunk: Completion, request: CompletionRequest) -> None:
+        if not chunk.token_ids or (request.logprob_token_ids and len(chunk.logprobs) != len(chunk.token_ids)):
+            raise RemoteError(
+                f"the server wrote {len(chunk.token_ids)} tokens and log-probabilities of {len(chunk.logprobs)}; s2t-local "
+                "needs a vLLM server that returns token ids and takes logprob_token_ids."
+            )
+        if self.forbidden.intersection(chunk.token_ids):
+            raise RemoteError(
+                "the server wrote a reserved id in spite of its bias; is the folder served that --slm names?"
+            )
+
+    async def _step(self, client: Client, sequence: _Sequence, chunk: Completion, place: int) -> Step:
+        """Accept one token: the chunk's, or at a trigger the winner."""
+        greedy = chunk.token_ids[place]
+        value = self._value(sequence, chunk, place)
+        details = {}
+        token = greedy
+        if value is not None and self._is_fired(sequence, value):
+            chosen = await self._choose(client, sequence, greedy, chunk.logprobs[place][greedy])
+            token = chosen.ids[chosen.index]
+            details = {
+                "fired": True,
+                "candidates": Candidates(tuple(chosen.ids), tuple(chosen.logprobs)),
+                "selected_index": chosen.index,
+                "scores": tuple(chosen.scores),
+            }
+        self._steps += 1
+        if token != greedy:
+            self._flips += 1
+            sequence.read = min(sequence.read, len(sequence.ids))
+        sequence.ids.append(token)
+        sequence.steps += 1
+        reason = self._reason(sequence, token)
+        sequence.is_finished = reason is not None
+        return Step(
+            sequence.request.index,
+            sequence.steps - 1,
+            token,
+            greedy,
+            value=value,
+            finish_reason=reason,
+            **details,
+        )
+
+    def _value(self, sequence: _Sequence, chunk: Completion, place: int) -> float | None:
+        name = self.strategy.trigger.name
+        if name == "criticality":
+            assert self.served is not None
+            return self.served.criticality(chunk.logprobs[place])
+        return float(sequence.draws[sequence.steps]) if name == "random" else None
+
+    def _is_fired(self, sequence: _Sequence, value: float) -> bool:
+        if sequence.steps < self.strategy.warmup_steps:
+            return False
+        threshold = self.strategy.threshold
+        return value < threshold if self.strategy.trigger.name == "random" else value > threshold
+
+    def _reason(self, sequence: _Sequence, token: int) -> str | None:
+        if token in self.loaded.stop_ids or (self.ends is not None and self.ends(sequence.request.index, token)):
+            return "stop"
+        return "length" if sequence.steps >= self.max_new_tokens else None
+
+    async def _choose(self, client: Client, sequence: _Sequence, greedy: int, logprob: float) -> Chosen:
+        assert self._chooser is not None and self.served is not None
+        length = len(sequence.ids)
+        chosen = await self._chooser.choose(client.complete, sequence.ids, greedy, logprob, sequence.key)
+        scored = len(chosen.ids)
+        self._count(sequence, chosen.num_found, chosen.num_found, length)
+        if self.served.lora is None:
+            self._count(sequence, scored, scored, length + 1)
+        else:  # the first of them reads what is new of the prefix under the adapter
+            self._count(sequence, scored, length - sequence.adapter_read + scored, length + 1)
+            sequence.adapter_read = length
+        return chosen
+
+    def _count(self, sequence: _Sequence, forwards: int, processed: int, context: float) -> None:
+        work = sequence.work
+        work.forwards += forwards
+        work.processed += processed
+        work.flops += self._flops(processed, context)
+
+
+@dataclass
+class ServedSLM:
+    """An SLM on servers: the client, and how its selector is read, if it has one."""
+
+    client: BlockingClient
+    loaded: LoadedModel
+    selector: ServedSelector | None
+
+    @classmethod
+    def connect(
+        cls, loaded: LoadedModel, settings: RemoteSettings, lora: str | None, needs_selector: bool
+    ) -> ServedSLM:
+        """Ask the servers what they serve; raises ConfigError, ModelError or RemoteError, one line, for what cannot work."""
+        client = BlockingClient(settings)
+        try:
+            client.model_name()
+            selector = served_selector(loaded, client.models(), lora) if needs_selector else None
+            if selector is not None and selector.lora is not None:
+                client.run(partial(check_apart, selector))
+        except BaseException:
+            client.close()
+            raise
+        return cls(client, loaded, selector)
+
+    def decoder(
+        self,
+        strategy: Strategy,
+        max_new_tokens: int,
+        trace: bool = False,
+        ends: Callable[[int, int], bool] | None = None,
+        num_rows: int = 64,
+    ) -> RemoteDecoder:
+        """A decoder for one run."""
+        uses = self.selector if strategy.name == "s2t-local" else None
+        return RemoteDecoder(self.client, self.loaded, strategy, uses, max_new_tokens, trace, ends, num_rows)
+
+    def take_report(self) -> dict[str, Any]:
+        """Where the SLM runs and what asking it took since this was last called, as JSON values."""
+        counts, settings = self.client.take_counts(), self.client.settings
+        return {"model": self.client.model_name(), "urls": list(settings.urls), **counts.as_dict()}
+
+
+def check_served(strategies: Sequence[str]) -> None:
+    """Raise ConfigError where a strategy needs the SLM in this process."""
+    if others := [name for name in strategies if name not in _STRATEGIES]:
+        raise ConfigError(
+            f"an SLM on a server writes with {' or '.join(_STRATEGIES)}; got {', '.join(others)}; drop --slm-url for these."
+        )
+
+
+def _check(strategy: Strategy, served: ServedSelector | None) -> None:
+    if strategy.name not in _STRATEGIES:
+        raise ConfigError(
+            f"an SLM on a server writes with {' or '.join(_STRATEGIES)}; got {strategy.name}; drop --slm-url."
+        )
+    name = strategy.trigger.name
+    if name not in _TRIGGERS:
+        raise ConfigError(f"an SLM on a server takes trigger {', '.join(_TRIGGERS)}; got {name}.")
+    if strategy.name == "s2t-local" and served is None:
+        raise ConfigError("s2t-local on a server needs --slm FOLDER, one that `s2t merge` wrote.")
+    if name == "criticality" and (served is None or served.yes_no is None):
+        raise ConfigError(
+            "on a server criticality is read from reserved ids, and this adapter has a head; train with --criticality reserved."
+        )

@@ -1,0 +1,244 @@
+"""S2T-LOCAL over a completions API equals the engine in this process, whatever the chunks and whatever the server lists.
+
+The server is a fake that reads a random model without a cache; tests/vllm has the same against vLLM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+import torch
+
+from s2t.decode.loop import Decoder, Request
+from s2t.decode.remote import slm as remote
+from s2t.decode.remote.client import RemoteSettings
+from s2t.decode.remote.selector import ServedSelector, check_apart, served_selector
+from s2t.decode.remote.slm import RemoteDecoder, ServedSLM
+from s2t.decode.remote.wire import Completion
+from s2t.decode.session import Session
+from s2t.errors import ConfigError, ModelError, RemoteError
+from s2t.model.engine import Engine
+
+HALF = {"trigger": "random", "threshold": 0.5}
+SETTINGS = [{"threshold": 0.5}, HALF, {"trigger": "random", "threshold": 1.5}, {"trigger": "never"}]
+KNOWN: dict[tuple, torch.Tensor] = {}  # log-probabilities behind a prefix
+every_scope = pytest.mark.parametrize("scope", ["always", "stream"])
+
+
+class FakeServer:
+    """What vLLM would answer: greedy tokens under a bias, raw log-probabilities of listed ids or of the likeliest."""
+
+    def __init__(self, adapter, lists_top=True, leaks=False):
+        self.adapter, self.lists_top, self.leaks = adapter, lists_top, leaks
+        self.requests = []
+
+    def stream(self, work):
+        items = []
+        asyncio.run(work(self, items.append))
+        return iter(items)
+
+    async def complete_all(self, requests):
+        return [await self.complete(request) for request in requests]
+
+    async def complete(self, request):
+        self.requests.append(request)
+        body = request.body("base")
+        assert (
+            body["temperature"] == 0.0 and (body.get("logprobs") is None) == (request.logprob_token_ids is None)
+        ) or (request.logprobs is not None)
+        ids, written, listed = list(request.prompt_ids), [], []
+        for _ in range(request.max_tokens):
+            logprobs = self.read(ids, request.model)
+            biased = logprobs.clone()
+            for i, value in body.get("logit_bias", {}).items():
+                biased[int(i)] += value
+            token = int(biased.argmax())
+            wanted = list(request.logprob_token_ids or ())
+            if request.logprobs is not None:
+                wanted = logprobs.topk(request.logprobs).indices.tolist() if self.lists_top else []
+            ids.append(token)
+            written.append(token)
+            listed.append({i: float(logprobs[i]) for i in {token, *wanted}})
+            if token in body.get("stop_token_ids", ()):
+                break
+        return Completion(written, listed, [], "", "stop")
+
+    def read(self, ids, model):
+        acts = self.adapter.scope == "always" or model is not None or (self.leaks and len(self.requests) > 1)
+        key = (id(self.adapter), acts, *ids)
+        if key not in KNOWN:
+            KNOWN[key] = self.forward(ids, acts)
+        return KNOWN[key]
+
+    @torch.inference_mode()
+    def forward(self, ids, acts):
+        adapter = self.adapter
+        adapter.act(acts)
+        state = adapter.base_model.get_decoder()(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[
+            0, -1
+        ]
+        adapter.act(False)
+        logits = adapter.base_model.get_output_embeddings()(state).float()
+        logits[list(adapter.reserved.bins)] = adapter.selector.bin_logits(state)
+        logits[list(adapter.reserved.criticality)] = adapter.selector.yes_no @ state
+        return logits.log_softmax(-1)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return ([5, 9, 12, 30, 7], [8], [22, 31, 6], [17, 17, 2, 35])
+
+
+@pytest.fixture(scope="module")
+def readers(new_model, new_adapter):
+    return {scope: new_adapter(new_model(0), scope, criticality="reserved") for scope in ("always", "stream")}
+
+
+def served(adapter):
+    lora = "s2t" if adapter.scope == "stream" else None
+    return ServedSelector(adapter.config, adapter.reserved.bins, adapter.reserved.criticality, lora=lora)
+
+
+def write(adapter, how, prompts, server=None, trace=False, limit=16):
+    server = server or FakeServer(adapter)
+    decoder = RemoteDecoder(server, adapter.loaded, how, served(adapter), limit, trace, num_rows=4)
+    steps = list(decoder.run([Request(i, prompt, f"problem-{i}") for i, prompt in enumerate(prompts)]))
+    return decoder, [[step for step in steps if step.request == i] for i in range(len(prompts))]
+
+
+def write_here(adapter, how, prompts, limit=16):
+    requests = [Request(i, prompt, f"problem-{i}") for i, prompt in enumerate(prompts)]
+    steps = list(Decoder(Engine(adapter.loaded, 6, adapter), how, None, limit).run(requests))
+    return [[step for step in steps if step.request == i] for i in range(len(prompts))]
+
+
+@every_scope
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda found: str(found.get("trigger", "criticality")))
+@pytest.mark.parametrize("lists_top", [True, False], ids=["top-k", "garbled"])
+def test_tokens_and_steps_are_those_of_the_engine_here(scope, settings, lists_top, readers, strategy, prompts):
+    adapter, how = readers[scope], strategy("s2t-local", **settings)
+    wanted = write_here(adapter, how, prompts)
+    _, found = write(adapter, how, prompts, FakeServer(adapter, lists_top), trace=True)
+    _, quick = write(adapter, how, prompts, FakeServer(adapter, lists_top))
+    for ours, theirs, short in zip(wanted, found, quick, strict=True):
+        assert [s.token_id for s in theirs] == [s.token_id for s in short] == [s.token_id for s in ours]
+        for one, other, brief in zip(ours, theirs, short, strict=True):
+            facts = ("index", "greedy_id", "fired", "finish_reason", "selected_index")
+            assert [getattr(one, name) for name in facts] == [getattr(other, name) for name in facts]
+            assert (one.value is None) == (other.value is None)
+            assert one.value is None or other.value == pytest.approx(one.value, abs=1e-4)
+            if one.fired:
+                assert other.candidates.ids == one.candidates.ids
+                gaps = {a - b for a, b in zip(other.candidates.logprobs, one.candidates.logprobs, strict=True)}
+                assert max(gaps) - min(gaps) < 1e-4  # reserved ids share in a server's log-probabilities
+                assert len(brief.scores) <= len(other.scores) == len(one.scores) == how.num_candidates
+    fired = sum(step.fired for steps in wanted for step in steps)
+    assert (fired > 0) == (settings.get("trigger") != "never")
+
+
+@every_scope
+def test_chunk_lengths_change_no_token(scope, readers, strategy, prompts, monkeypatch):
+    adapter, how = readers[scope], strategy("s2t-local", threshold=0.5)
+    found = []
+    for cost in (0.01, 4.0, 1000.0):
+        monkeypatch.setattr(remote, "REQUEST_COST", cost)
+        server = FakeServer(adapter)
+        decoder, steps = write(adapter, how, prompts, server)
+        found.append(([[s.token_id for s in own] for own in steps], len(server.requests), decoder.num_dropped))
+    assert found[0][0] == found[1][0] == found[2][0]
+    assert found[0][1] > found[2][1] and found[0][2] < found[2][2]
+
+
+def test_what_cannot_win_is_neither_looked_for_nor_scored(new_model, new_adapter, strategy, prompts):
+    adapter = new_adapter(
+        new_model(0), "always", criticality="reserved", score_temperature=2.0
+    )  # a lead of 0.5 nats at most
+    how = strategy("s2t-local", **HALF)
+    calls = {}
+    for trace in (False, True):
+        server = FakeServer(adapter, lists_top=False)
+        write(adapter, how, prompts, server, trace=trace)
+        calls[trace] = len(server.requests)
+    assert calls[False] < 0.9 * calls[True]
+
+
+def test_reserved_ids_are_biased_away_and_costs_are_counted(readers, strategy, prompts):
+    adapter, how = readers["stream"], strategy("s2t-local", **HALF)
+    server = FakeServer(adapter)
+    decoder, steps = write(adapter, how, prompts, server)
+    forbidden = {*adapter.reserved.all, *range(adapter.loaded.vocab_size, 64)}
+    assert all({int(i) for i in r.extra["logit_bias"]} >= forbidden for r in server.requests)
+    assert not forbidden & {step.token_id for own in steps for step in own}
+    assert {r.model for r in server.requests} == {None, "s2t"}
+    assert decoder.costs.keys() == set(range(len(prompts)))
+    for index, own in enumerate(steps):
+        cost = decoder.costs[index]
+        assert cost.generated == len(own) and cost.slm_forwards >= cost.generated
+        assert cost.slm_processed >= len(prompts[index]) + cost.generated - 1 and cost.llm_forwards == 0
+
+
+def test_a_server_that_writes_a_reserved_id_is_found_out(readers, strategy, prompts):
+    class Careless(FakeServer):
+        async def complete(self, request):
+            done = await super().complete(request)
+            done.token_ids[-1] = self.adapter.reserved.bins[0]
+            return done
+
+    adapter = readers["always"]
+    with pytest.raises(ExceptionGroup) as caught:
+        write(adapter, strategy("greedy"), prompts, Careless(adapter))
+    assert isinstance(caught.value.exceptions[0], RemoteError) and "reserved id" in str(caught.value.exceptions[0])
+
+
+def test_a_lora_that_acts_on_its_base_is_found_out(readers):
+    adapter = readers["stream"]
+    asyncio.run(check_apart(served(adapter), FakeServer(adapter)))
+    with pytest.raises(ConfigError, match="--max-loras 2"):
+        asyncio.run(check_apart(served(adapter), FakeServer(adapter, leaks=True)))
+
+
+# Mistakes
+
+
+def test_what_no_server_can_run_is_one_clear_line(readers, strategy, new_model, tiny_slm):
+    adapter = readers["always"]
+    for how, words in (
+        (strategy("sample"), "drop --slm-url"),
+        (strategy("s2t-local", trigger="entropy", threshold=1.0), "takes trigger"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            RemoteDecoder(FakeServer(adapter), adapter.loaded, how, served(adapter))
+    head = ServedSelector(adapter.config, adapter.reserved.bins, None)
+    with pytest.raises(ConfigError, match="--criticality reserved"):
+        RemoteDecoder(FakeServer(adapter), adapter.loaded, strategy("s2t-local", threshold=0.5), head)
+    with pytest.raises(ConfigError, match="s2t merge"):
+        served_selector(tiny_slm, [], None)
+
+
+def test_a_server_that_is_not_there_is_one_clear_line(tiny_slm):
+    settings = RemoteSettings(("http://127.0.0.1:9/v1",), max_retries=1, backoff_s=0.01, patience_s=0.1)
+    with pytest.raises(RemoteError, match=r"http://127\.0\.0\.1:9"):
+        ServedSLM.connect(tiny_slm, settings, None, False)
+
+
+def test_an_unmerged_adapter_beside_a_server_is_one_clear_line():
+    from s2t.api import load
+
+    with pytest.raises(ConfigError, match="s2t merge --adapter some/adapter"):
+        load("tiny:slm", adapter="some/adapter", slm_url=["http://127.0.0.1:9/v1"])
+
+
+def test_a_session_without_weights_knows_what_one_with_weights_knows(tiny_slm):
+    from s2t.model.load import load_without_weights
+
+    bare = load_without_weights("tiny:slm")
+    assert bare.device.type == "meta" and bare.num_params == tiny_slm.num_params
+    assert (bare.vocab_size, bare.stop_ids, bare.reserved) == (
+        tiny_slm.vocab_size,
+        tiny_slm.stop_ids,
+        tiny_slm.reserved,
+    )
+    assert Session(bare).prompt("What is 1 + 1?") == Session(tiny_slm).prompt("What is 1 + 1?")
+    with pytest.raises(ModelError, match="does not exist"):
+        load_without_weights("/no/such/folder")

@@ -1,0 +1,77 @@
+"""S2T-LOCAL with its SLM on a real vLLM server writes, token for token, what the engine in this process writes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from s2t.api import load
+from s2t.tasks.problems import load_task
+
+pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
+
+NUM_PROBLEMS, A_FEW = 100, 25
+LORA = ("--enable-lora", "--max-loras", "2", "--lora-modules")
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[str]:
+    task = load_task("rg:gsm_symbolic,max_number=100", "plain")
+    return [task.prompt(problem) for problem in task.problems("test", NUM_PROBLEMS, 0)]
+
+
+@pytest.fixture(scope="module", params=["always", "stream"])
+def pair(request, merged, serve_vllm):
+    """The same merged folder in this process and on a server."""
+    folder = merged(request.param)
+    options = (*LORA, f"s2t={folder}/s2t_adapter") if request.param == "stream" else ()
+    server = serve_vllm(folder, *options)
+    yield load(folder), load(folder, slm_url=[server.url]), server
+    server.kill()
+
+
+@pytest.mark.parametrize("trigger", ["criticality", "random"])
+def test_s2t_local_on_a_server_writes_the_same_tokens(pair, prompts, trigger):
+    here, there, _ = pair
+    asked = prompts if trigger == "criticality" else prompts[:A_FEW]
+    settings = {"trigger": trigger, "threshold": 0.7 if trigger == "criticality" else 0.05, "max_new_tokens": 160}
+    wanted = here.generate(asked, **settings)
+    client = there.session.served_slm.client
+    client.take_counts()
+    found = there.generate(asked, **settings)
+    calls, tokens = client.take_counts().calls, sum(len(one.token_ids) for one in found)
+    same = sum(one.token_ids == other.token_ids for one, other in zip(wanted, found, strict=True))
+    fired, flips = (sum(getattr(one, name) for one in found) for name in ("num_triggered", "num_flips"))
+    facts = {
+        "trigger": trigger,
+        "same": same,
+        "problems": len(asked),
+        "tokens": tokens,
+        "triggered": fired,
+        "flips": flips,
+    }
+    print(json.dumps(facts | {"requests_per_token": calls / tokens}), flush=True)
+    assert [one.token_ids for one in found] == [one.token_ids for one in wanted]
+    assert [one.text for one in found] == [one.text for one in wanted]
+    for ours, theirs in zip(wanted, found, strict=True):
+        assert [step.fired for step in theirs.steps] == [step.fired for step in ours.steps]
+        for step, other in zip(ours.steps, theirs.steps, strict=True):
+            assert other.value == pytest.approx(step.value, abs=1e-3)
+            if step.fired and step.scores is not None:
+                kept = len(other.scores)
+                assert other.candidates.ids == step.candidates.ids[:kept]
+                gaps = [there - own for there, own in zip(other.scores, step.scores[:kept], strict=True)]
+                assert max(gaps) - min(gaps) < 0.02  # reserved ids share in a server's log-probabilities
+    assert fired > len(asked) / 4 and (flips > 0 or trigger == "random")
+    assert calls / tokens < 0.5
+
+
+def test_greedy_on_a_server_is_greedy_here_and_takes_a_request_a_sequence(pair, prompts):
+    here, there, _ = pair
+    wanted = here.generate(prompts[:A_FEW], strategy="greedy", max_new_tokens=160)
+    client = there.session.served_slm.client
+    client.take_counts()
+    found = there.generate(prompts[:A_FEW], strategy="greedy", max_new_tokens=160)
+    assert [one.token_ids for one in found] == [one.token_ids for one in wanted]
+    assert client.take_counts().calls == A_FEW
