@@ -96,16 +96,17 @@ async def _probe_one(client: Client, url: str, model: str) -> Abilities:
     for count in _LISTED:
         for asks_ids in (True, False):
             plain = CompletionRequest(prompt, logprobs=count)
-            both = CompletionRequest(prompt, logprobs=count, prompt_logprobs=count)
+            both = CompletionRequest(prompt, prompt_logprobs=count)
             ids = CompletionRequest(prompt, logprob_token_ids=_TEST_IDS)
             reply = await asks(plain, asks_ids, lambda reply: bool(_listed(reply)))
             if reply is None:
                 continue
             listed = _listed(reply)
             speaks_ids = asks_ids and all(str(token).startswith("token_id:") for token in listed)
-            has_prompt = await asks(both, asks_ids, partial(_answers, both)) is not None
+            prompted = await asks(both, asks_ids, partial(_answers, both))
             has_ids = speaks_ids and await asks(ids, asks_ids, partial(_answers, ids)) is not None
-            return Abilities(has_prompt, has_ids, speaks_ids or _has_ids(reply), min(count, len(listed)))
+            told = len(listed) if prompted is None else _num_told(prompted, both)
+            return Abilities(prompted is not None, has_ids, speaks_ids or _has_ids(reply), min(count, told))
     raise RemoteError(
         f"{url} gives no log-probabilities for prompts of token ids, which selection reads; use a completions API that does "
         "(vLLM, SGLang, llama.cpp server)."
@@ -119,6 +120,10 @@ def _answers(request: CompletionRequest, reply: Any) -> bool:
     except BadReply:
         return False
     return True
+
+
+def _num_told(reply: Any, request: CompletionRequest) -> int:
+    return len(parse_completion(reply, request).prompt_logprobs[-1] or {})
 
 
 def _content(reply: Any) -> dict[str, Any]:

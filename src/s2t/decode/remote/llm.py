@@ -131,23 +131,23 @@ class RemoteLLM:
     def requests(self, prefix: Sequence[int], tokens: Sequence[int], offsets: Sequence[int]) -> list[CompletionRequest]:
         """What to ask for the distributions that tokens at some offsets behind a prefix come from.
 
-        One request for all of them where the server tells a prompt's log-probabilities, else one each.
+        One request for all of them where the server tells a prompt's log-probabilities, else one each. The likeliest tokens
+        of a generated token are not asked for beside those of a prompt: vLLM's sampler garbles them where a request for
+        listed ids is in the same batch.
         """
         n = self.num_listed
-        if len(offsets) > 1 and self.abilities.prompt_logprobs:
-            last = max(offsets)
-            prompt = [*prefix, *tokens[:last]]
-            return [
-                CompletionRequest(prompt, logprobs=n, prompt_logprobs=n, num_prompt_skipped=len(prefix) + min(offsets))
-            ]
-        return [CompletionRequest([*prefix, *tokens[:at]], logprobs=n) for at in offsets]
+        if not self.abilities.prompt_logprobs:
+            return [CompletionRequest([*prefix, *tokens[:at]], logprobs=n) for at in offsets]
+        first, last = min(offsets), max(offsets)
+        prompt = [*prefix, *tokens[: last + 1]]
+        return [CompletionRequest(prompt, prompt_logprobs=n, num_prompt_skipped=len(prefix) + first)]
 
     def _listed_of(self, request: CompletionRequest, done: Completion) -> Listed:
         """All positions that a request asked for, in order."""
         if request.prompt_logprobs is None:
             return Listed.of(done.logprobs[:1], self.num_listed)
-        prompt = [each for each in done.prompt_logprobs[request.num_prompt_skipped :] if each is not None]
-        return Listed.of([*prompt, done.logprobs[0]], self.num_listed)
+        prompt = done.prompt_logprobs[request.num_prompt_skipped :]
+        return Listed.of([each for each in prompt if each is not None], self.num_listed)
 
     def logprobs_of(self, prefixes: Sequence[Sequence[int]], ids: Sequence[Sequence[int]]) -> np.ndarray:
         """Exact log-probabilities of listed ids as the next token of some prefixes; [n], [n, K] -> [n, K], float32."""

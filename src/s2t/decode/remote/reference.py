@@ -118,8 +118,8 @@ class RemoteReference:
         for row, requests in asked.items():
             for request in requests:
                 listed = next(found)
-                last = len(request.prompt_ids) - len(self.prefixes[row])
-                first = last + 1 - len(listed.ids)
+                is_prompt = request.prompt_logprobs is not None
+                first = (request.num_prompt_skipped if is_prompt else len(request.prompt_ids)) - len(self.prefixes[row])
                 for at in range(len(listed.ids)):
                     self._read[row, first + at] = Listed(listed.ids[at : at + 1], listed.logprobs[at : at + 1])
 
