@@ -146,9 +146,16 @@ def test_threads_take_turns_and_wait_together():
     assert state.most_waiting > 1
 
 
-def test_an_error_in_a_thread_is_raised_and_gives_the_turn_back():
+def test_an_error_in_a_thread_is_raised_ends_the_others_and_gives_the_turn_back():
+    def work(state: Turns, job: int) -> int:
+        for _ in range(1000 if job > 0 else 1):  # 20 s, unless it is stopped
+            state.work(job)
+        return job
+
+    start = time.monotonic()
     with pytest.raises(DataError, match="job -1 is bad"), Workers(Turns, threads=3) as workers:
-        list(workers.map(Turns.work, [1, -1, 2]))
+        list(workers.map(work, [1, 2, -1, 3]))
+    assert time.monotonic() - start < 10
     with turn():
         pass
 

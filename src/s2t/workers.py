@@ -26,11 +26,15 @@ _mine = threading.local()
 _worker: dict[str, Any] = {}  # of a worker process: how to open its state, and the state
 
 
+class _Stopped(BaseException):
+    """Another job failed, or the whole was interrupted: this one's result has no use."""
+
+
 @contextlib.contextmanager
-def turn() -> Iterator[None]:
-    """Work in turns: of all threads inside, one runs at a time, until it waits or is done."""
+def turn(is_over: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Work in turns: of all threads inside, one runs at a time, until it waits or is done, or everything `is_over`."""
     with _turn:
-        _mine.is_held = True
+        _mine.is_held, _mine.is_over = True, is_over
         try:
             yield
         finally:
@@ -50,6 +54,8 @@ def waiting() -> Iterator[None]:
     finally:
         _turn.acquire()
         _mine.is_held = True
+    if _mine.is_over():
+        raise _Stopped
 
 
 class Workers(Generic[S]):
@@ -90,8 +96,10 @@ class Workers(Generic[S]):
             yield futures[future], future.result()
 
     def _in_turns(self, state: S, work: Callable[[S, J], R], jobs: Sequence[J]) -> Iterator[tuple[J, R]]:
+        over = threading.Event()
+
         def one(job: J) -> R:
-            with turn():
+            with turn(over.is_set):
                 return work(state, job)
 
         pool = ThreadPoolExecutor(min(self._threads, len(jobs)))
@@ -100,6 +108,7 @@ class Workers(Generic[S]):
             for future in as_completed(futures):
                 yield futures[future], future.result()
         finally:
+            over.set()
             pool.shutdown(cancel_futures=True)
 
     def _start(self) -> ProcessPoolExecutor:

@@ -82,15 +82,14 @@ def spread(ids: Tensor, logprobs: Tensor, size: int) -> Tensor:
     probabilities, and no other comes before a listed one. A rest below 1e-6 is lost in the rounding of the listed ones. Ids
     outside 0..size - 1 are passed over.
     """
-    logprobs = logprobs.double()
     known = (ids >= 0) & (ids < size)
-    rest = (1.0 - logprobs.exp().sum(-1)).clamp_min(0.0)  # [n]
+    rest = -torch.expm1(logprobs.float().logsumexp(-1).clamp_max(0.0))  # [n]
     others = (size - known.sum(-1)).clamp_min(1)  # [n]
     least = torch.where(ids >= 0, logprobs, float("inf")).min(-1).values  # [n]
     share = torch.minimum((rest / others).log(), least)  # [n]
     filled = share[:, None].expand(-1, size + 1).clone()  # one column for ids that are passed over
     filled.scatter_(-1, torch.where(known, ids, size), logprobs)
-    return filled[:, :size].float()
+    return filled[:, :size]
 
 
 def bucket_probs(logits: Tensor, ids: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from s2t.decode.remote.counts import Counts, Prices
 from s2t.decode.remote.wire import BadReply, CompletionRequest, parse_completion
 from s2t.errors import ConfigError, RemoteError
 
-QUICK = {"timeout_s": 0.5, "backoff_s": 0.01, "max_backoff_s": 0.05, "max_retries": 20, "patience_s": 5.0}
+QUICK = {"timeout_s": 20.0, "backoff_s": 0.01, "max_backoff_s": 0.05, "max_retries": 20, "patience_s": 5.0}
 
 
 def settings(*urls: str, **changes) -> RemoteSettings:

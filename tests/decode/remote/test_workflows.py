@@ -16,7 +16,7 @@ import pytest
 from s2t import workflows
 from s2t.files import read_json, read_jsonl, read_tables
 
-SMALL = {"limit": 8, "max_new_tokens": 32, "shard_size": 2, "batch_size": 4}
+SMALL = {"limit": 5, "max_new_tokens": 32, "shard_size": 2, "batch_size": 4}
 SAME = {"support": "llm-top", "support_size": 20}
 FAULTS = ("429", "500", "garbage", "half", "reset", "wrong")
 
@@ -34,7 +34,9 @@ def remote(servers) -> dict:
 def assert_reported(report, servers):
     assert report["is_exact"]
     assert report["calls"] > 0
-    assert sum(report["retries"].values()) >= sum(sum(server.spoilt.values()) for server in servers) * 0.5
+    spoilt = sum(sum(server.spoilt.values()) for server in servers)
+    assert sum(report["retries"].values()) <= spoilt  # but for those of finding out what the servers can do
+    assert spoilt > 0
     assert report["urls"] == [server.url for server in servers]
 
 
@@ -50,7 +52,7 @@ def test_measure_finds_the_same(two_servers, tmp_path, capfd):
     assert there["hit_rate"] == here["hit_rate"]
 
 
-@pytest.mark.parametrize("policy", ["greedy", "s2t"])
+@pytest.mark.parametrize("policy", [pytest.param("greedy", marks=pytest.mark.slow), "s2t"])
 def test_collect_finds_the_same_groups(two_servers, tmp_path, policy):
     settings = {"policy": policy, "threshold": 0.2, **SMALL}
     workflows.collect(out=str(tmp_path / "here"), **settings, **SAME)
@@ -73,7 +75,7 @@ def test_eval_writes_the_same_answers(two_servers, tmp_path):
     left, right = (read_jsonl(tmp_path / name / "results.jsonl") for name in ("here", "there"))
     assert [r["text"] for r in left] == [r["text"] for r in right]
     traces = [json.loads(line) for line in (tmp_path / "there" / "traces.jsonl").read_text().splitlines()]
-    assert len(traces) == 16
+    assert len(traces) == 2 * SMALL["limit"]
     text = (tmp_path / "there" / "traces.jsonl").read_text()
     assert "NaN" not in text
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from s2t.decode.remote.client import Client
@@ -12,6 +13,7 @@ from s2t.errors import RemoteError
 
 _LISTED = (20, 5, 1)  # vLLM's limit, that of OpenAI's completions, and the least that is of use
 _TEST_IDS = [0, 1, 2]
+_TRIES = 3  # for a reply that may be garbled
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,33 +84,41 @@ async def probe(client: Client, model: str) -> Abilities:
 
 
 async def _probe_one(client: Client, url: str, model: str) -> Abilities:
-    async def tries(request: CompletionRequest, speaks_ids: bool, fits: Callable[[Any], bool]) -> bool:
-        reply = await client.try_once(url, request.body(model, speaks_ids))
-        try:
-            return reply is not None and fits(parse_completion(reply, request, lambda _: -1))
-        except BadReply:
-            return False
+    async def asks(request: CompletionRequest, speaks_ids: bool, fits: Callable[[Any], bool]) -> Any:
+        """A reply that fits; None where the server refuses, or answers something else however often it is asked."""
+        for _ in range(_TRIES):
+            reply = await client.try_once(url, request.body(model, speaks_ids))
+            if reply is None or fits(reply):
+                return reply
+        return None
 
     prompt = [3, 4]
     for count in _LISTED:
         for asks_ids in (True, False):
-            reply = await client.try_once(url, CompletionRequest(prompt, logprobs=count).body(model, asks_ids))
-            listed = _listed(reply)
-            if not listed:
-                continue
-            speaks_ids = asks_ids and all(str(token).startswith("token_id:") for token in listed)
+            plain = CompletionRequest(prompt, logprobs=count)
             both = CompletionRequest(prompt, logprobs=count, prompt_logprobs=count)
             ids = CompletionRequest(prompt, logprob_token_ids=_TEST_IDS)
-            return Abilities(
-                await tries(both, asks_ids, lambda done: len(done.prompt_logprobs) == len(prompt)),
-                speaks_ids and await tries(ids, asks_ids, lambda done: set(_TEST_IDS) <= done.logprobs[0].keys()),
-                speaks_ids or _has_ids(reply),
-                min(count, len(listed)),
-            )
+            reply = await asks(plain, asks_ids, lambda reply: bool(_listed(reply)))
+            if reply is None:
+                continue
+            listed = _listed(reply)
+            speaks_ids = asks_ids and all(str(token).startswith("token_id:") for token in listed)
+            has_prompt = await asks(both, asks_ids, partial(_answers, both)) is not None
+            has_ids = speaks_ids and await asks(ids, asks_ids, partial(_answers, ids)) is not None
+            return Abilities(has_prompt, has_ids, speaks_ids or _has_ids(reply), min(count, len(listed)))
     raise RemoteError(
         f"{url} gives no log-probabilities for prompts of token ids, which selection reads; use a completions API that does "
         "(vLLM, SGLang, llama.cpp server)."
     )
+
+
+def _answers(request: CompletionRequest, reply: Any) -> bool:
+    """Whether a reply has all that a request asked for."""
+    try:
+        parse_completion(reply, request, lambda _: -1)
+    except BadReply:
+        return False
+    return True
 
 
 def _content(reply: Any) -> dict[str, Any]:

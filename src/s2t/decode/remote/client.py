@@ -28,7 +28,7 @@ _NOT_ITS_FAULT = {"429", "drained"}  # causes that do not count against a server
 _CONNECT_S = 10.0
 _CHECK_S = 5.0
 _TRIES = 4
-_REFUSED = {400, 422, 500, 501}  # statuses that servers use for what they cannot do
+_REFUSED = {400, 422}  # statuses that servers use for what they cannot do
 _MAX_REPLY_BYTES = 2**28
 
 
@@ -161,6 +161,8 @@ class Client:
                     raise
                 return None
             except _Failed as failed:
+                if attempt == _TRIES and failed.cause == "5xx":
+                    return None  # how some servers say that they do not know a field
                 if attempt == _TRIES:
                     raise RemoteError(
                         f"{url} cannot be asked: {failed.cause}, {failed}; start it and rerun."

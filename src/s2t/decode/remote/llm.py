@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from s2t.config import RemoteConfig
-from s2t.core.candidates import mask_forbidden
 from s2t.core.support import spread
 from s2t.decode.remote.abilities import Abilities, probe
 from s2t.decode.remote.blocking import BlockingClient
@@ -51,8 +50,9 @@ class Listed:
 
     def logits(self, size: int, forbidden_ids: Tensor) -> Tensor:
         """As masked logits on a vocabulary of `size` tokens, what is not listed sharing the rest; [T, size], float32."""
-        filled = spread(torch.from_numpy(self.ids).long(), torch.from_numpy(self.logprobs), size)
-        return mask_forbidden(filled.to(forbidden_ids.device), forbidden_ids, size)
+        place = forbidden_ids.device
+        filled = spread(torch.from_numpy(self.ids).long().to(place), torch.from_numpy(self.logprobs).to(place), size)
+        return filled.index_fill_(-1, forbidden_ids, float("-inf"))
 
 
 @dataclass
