@@ -73,7 +73,8 @@ def _bars(chart: dict[str, Any], theme: Theme) -> bytes:
         )
     axes.set_yticks(places, [one["name"] for one in series])
     axes.invert_yaxis()
-    axes.set_xlim(min(0, min(values, default=0) * 1.15), max(right, default=1) * 1.15 + 1)
+    left = [value - (errors[0][i] if errors else 0) for i, value in enumerate(values)]
+    axes.set_xlim(min(0, min(left, default=0) * 1.15), max(right, default=1) * 1.15 + 1)
     axes.set_xlabel(chart["y_label"])
     return _png(figure)
 
