@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,8 @@ def command_line(command: str, config: Any) -> list[str]:
     words = [command]
     for item in fields(config):
         value = getattr(config, item.name)
-        if value is not None and value != item.default:
+        default = item.default if item.default_factory is MISSING else item.default_factory()
+        if value is not None and value != default:
             words += [f"--{item.name.replace('_', '-')}", str(value)]
     return words
 

@@ -19,6 +19,7 @@ import pytest
 from s2t.report import build, write_report
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install s2t[dev]")
+expect = playwright.expect  # waits without evaluating text, which the page's policy forbids
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
@@ -59,12 +60,12 @@ class Opened:
         self.page.on("request", lambda request: self.requests.append(request.url))
         start = time.perf_counter()
         self.page.goto(path.as_uri())
-        self.page.wait_for_function("document.documentElement.dataset.shown")
+        expect(self.page.locator("html")).to_have_attribute("data-shown", re.compile("."))
         self.seconds = time.perf_counter() - start
 
     def shown(self, problem: int) -> None:
         """Wait until a problem is drawn."""
-        self.page.wait_for_function("n => document.documentElement.dataset.shown === n", arg=str(problem))
+        expect(self.page.locator("html")).to_have_attribute("data-shown", str(problem))
 
 
 @pytest.fixture
@@ -178,11 +179,11 @@ def test_pointing_shows_and_leaving_hides(opened: Opened) -> None:
 def test_another_strategy_shows_its_own_trace(opened: Opened) -> None:
     page = opened.page
     page.select_option("#right", label="s2t")
-    page.wait_for_function("document.querySelector('#pane-1 h3').textContent === 's2t'")
+    expect(page.locator("#pane-1 h3")).to_have_text("s2t")
     page.click(token(1, 4))
     assert "0.750" in page.inner_text("#card tr.chosen"), "p_L, which s2t alone knows here"
     page.select_option("#left", label="s2t")
-    page.wait_for_function("document.querySelector('#said').textContent === 'Both wrote the same tokens.'")
+    expect(page.locator("#said")).to_have_text("Both wrote the same tokens.")
     assert page.is_disabled("#difference")
 
 
@@ -236,7 +237,7 @@ def test_everything_can_be_done_with_the_keyboard(opened: Opened) -> None:
     opened.shown(1)
     page.keyboard.press("n")  # no flip here: on to the next problem that has one
     opened.shown(2)
-    page.wait_for_function("document.activeElement.classList.contains('flip')")
+    expect(page.locator(".flip:focus")).to_have_count(1)
     assert "Token 5" in page.inner_text("#card") and "pinned" not in (page.get_attribute("#card", "class") or "")
     page.keyboard.press("Enter")
     assert "pinned" in (page.get_attribute("#card", "class") or "")
@@ -271,7 +272,7 @@ def test_next_flip_stays_within_what_the_filters_show(opened: Opened) -> None:
     opened.shown(17)
     for _ in range(3):
         page.click("#next-flip")
-        page.wait_for_function("document.activeElement.classList.contains('flip')")
+        expect(page.locator(".flip:focus")).to_have_count(1)
         opened.shown(17)
 
 

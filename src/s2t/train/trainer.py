@@ -143,7 +143,8 @@ class Trainer(Fit):
         trajectories = [data.trajectories[i] for i in chosen]
         frozen = self.frozen.take(chosen) if self.frozen is not None else None
         device = self.adapter.loaded.device
-        batch = make_batch(trajectories, data.threshold, data.warmup_steps, device, has_ids=frozen is None)
+        reads_prefixes = frozen is None or self.adapter.scope != "candidates"
+        batch = make_batch(trajectories, data.threshold, data.warmup_steps, device, has_ids=reads_prefixes)
         return self.losses(forward(self.adapter, batch, frozen), batch)
 
     def counts(self, chosen: Sequence[int]) -> dict[str, int]:
