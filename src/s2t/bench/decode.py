@@ -19,8 +19,8 @@ from s2t.config import BenchConfig
 from s2t.core.sampling import uniforms
 from s2t.decode.label import label
 from s2t.decode.loop import Decoder, Request
+from s2t.decode.reference import ModelReference
 from s2t.decode.selectors import LLMSelector, LocalSelector
-from s2t.decode.state import Reference
 from s2t.decode.strategies import Strategy
 from s2t.decode.triggers import Divergence, Never, Random
 from s2t.model.adapter import AdapterConfig, SelectorAdapter
@@ -95,7 +95,7 @@ class DecodeBench:
     ) -> Iterator[object]:
         config, rows = self.config, len(self.prompts)
         engine = Engine(adapter.loaded if adapter is not None else self.base, rows, adapter)
-        reference = Reference(Engine(self.llm, rows)) if strategy.needs_llm and self.llm is not None else None
+        reference = ModelReference(Engine(self.llm, rows)) if strategy.needs_llm and self.llm is not None else None
         decoder = Decoder(engine, strategy, reference, config.max_new_tokens)
         keys = exact_keys(rate, rows, config.max_new_tokens, strategy.warmup_steps, config.seed)
         requests = [Request(i, ids, key) for (i, ids), key in zip(enumerate(self.prompts.tolist()), keys, strict=True)]

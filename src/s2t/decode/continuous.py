@@ -15,7 +15,9 @@ from torch import Tensor
 
 from s2t.core.candidates import propose
 from s2t.core.sampling import uniforms
-from s2t.decode.loop import AnyReference, Decoder, Request, _Choice, _Places, _Row
+from s2t.decode.loop import Decoder
+from s2t.decode.reference import Reference
+from s2t.decode.rows import Choice, Places, Request, Row
 from s2t.decode.state import log_softmax_at
 from s2t.decode.strategies import Sampling, Strategy
 from s2t.model.adapter import SelectorReader
@@ -55,7 +57,7 @@ class ContinuousDecoder(Decoder):
         self,
         engine: Engine,
         strategy: Strategy,
-        reference: AnyReference | None,
+        reference: Reference | None,
         max_length: int,
         ends: Callable[[int, int], bool] | None = None,
         reader: SelectorReader | None = None,
@@ -65,7 +67,7 @@ class ContinuousDecoder(Decoder):
         self.readings: dict[tuple[int, int], Reading] = {}
         self.reader = reader
         self._likeliest: dict[int, tuple[Candidates, float | None]] = {}  # of the current round's places
-        engine.reserve(max_length + strategy.num_candidates + 1)
+        self._reserve(max_length)
 
     @property
     def is_busy(self) -> bool:
@@ -94,7 +96,7 @@ class ContinuousDecoder(Decoder):
         length = request.max_new_tokens or self.max_new_tokens
         return uniforms(request.seed, request.key or str(request.index), length)
 
-    def _tokens(self, rows: Sequence[_Row], logits: Tensor, greedy: list[int]) -> list[int]:
+    def _tokens(self, rows: Sequence[Row], logits: Tensor, greedy: list[int]) -> list[int]:
         """Greedy tokens and samples; rows with the same filters are sampled together."""
         groups: dict[Sampling, list[int]] = {}
         for place, row in enumerate(rows):
@@ -108,12 +110,12 @@ class ContinuousDecoder(Decoder):
                 tokens[place] = token
         return tokens
 
-    def _choose(self, places: _Places) -> _Choice:
+    def _choose(self, places: Places) -> Choice:
         self._likeliest = self._read_likeliest(places)
         return super()._choose(places)
 
     @torch.inference_mode()
-    def _read_likeliest(self, places: _Places) -> dict[int, tuple[Candidates, float | None]]:
+    def _read_likeliest(self, places: Places) -> dict[int, tuple[Candidates, float | None]]:
         """The likeliest tokens, and criticality, at the places of requests that asked for them."""
         asked = {
             place: row.request.num_likeliest
@@ -133,7 +135,7 @@ class ContinuousDecoder(Decoder):
             for i, (place, count) in enumerate(asked.items())
         }
 
-    def _step(self, row: _Row, place: int, places: _Places, choice: _Choice, steps: list[Step]) -> int:
+    def _step(self, row: Row, place: int, places: Places, choice: Choice, steps: list[Step]) -> int:
         token = super()._step(row, place, places, choice, steps)
         if place in self._likeliest:
             likeliest, criticality = self._likeliest[place]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -20,11 +19,11 @@ from s2t.core.candidates import propose
 from s2t.core.sampling import filter_logits, sample, uniforms
 from s2t.decode.adapter_stream import AdapterStream
 from s2t.decode.draft import DraftLength
-from s2t.decode.remote.reference import RemoteReference
+from s2t.decode.reference import Reference
+from s2t.decode.rows import Choice, Places, Request, Row
 from s2t.decode.selectors import LocalSelector, Selection
-from s2t.decode.state import Reference, State
+from s2t.decode.state import State
 from s2t.decode.strategies import Sampling, Strategy
-from s2t.decode.text_reference import TextReference
 from s2t.errors import ConfigError
 from s2t.model.engine import Engine, Work
 from s2t.records import Candidates, Cost, Step
@@ -33,70 +32,8 @@ _PROMPT_TOKENS_AT_ONCE = 2**14
 _LOGITS_AT_ONCE = 2**27  # floats that the drafts of all rows may hold
 
 
-AnyReference = Reference | TextReference | RemoteReference
-"""The LLM beside the loop: in this process, by text, or on servers."""
-
 Adjust = Callable[[Sequence[int], Tensor], Tensor]
 """Request indices and the model's own logits of their next tokens, [n, V] -> the logits to go on with, [n, V]."""
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One sequence to write: prompt ids, and the key its random numbers depend on (with the strategy's seed).
-
-    `llm_prompt_ids` is the prompt in the LLM's own tokens, where these are others than the SLM's; `max_new_tokens` a length
-    limit of its own.
-    """
-
-    index: int
-    prompt_ids: Sequence[int]
-    key: str = ""
-    llm_prompt_ids: Sequence[int] | None = None
-    max_new_tokens: int | None = None
-
-
-@dataclass(slots=True, eq=False)
-class _Row:
-    """One sequence in its slot: either ready (the state of its next token is known), or with tokens to feed."""
-
-    request: Request
-    slot: int
-    feed: list[int]
-    draws: np.ndarray
-    limit: int  # of steps
-    steps: int = 0
-    flips: int = 0
-    is_ready: bool = False
-    is_finished: bool = False
-    twin: _Row | None = None  # a row that reads the same prompt in the same forward
-
-
-@dataclass(slots=True)
-class _Places:
-    """The steps of one round, depth by depth: n places, each the next token of a row or of its draft."""
-
-    rows: list[_Row]
-    offsets: list[int]
-    hidden: Tensor  # [n, H]
-    logits: Tensor  # [n, V]
-    greedy: list[int]
-    tokens: list[int]  # greedy, or sampled
-    of_row: dict[_Row, list[int]] = field(default_factory=dict)  # a row's places, in order
-
-    def draft(self, row: _Row) -> list[int]:
-        return [self.tokens[place] for place in self.of_row[row]]
-
-
-@dataclass(slots=True)
-class _Choice:
-    """What trigger and selector said of one round's places."""
-
-    values: list[float] | None
-    fired: list[int]  # places
-    candidate_ids: Tensor | None = None  # [f, K]
-    logprobs: Tensor | None = None  # [f, K]
-    chosen: dict[int, int] = field(default_factory=dict)  # place -> token, once selected
-    details: dict[int, dict] = field(default_factory=dict)  # place -> fields of its Step
 
 
 class Decoder:
@@ -111,7 +48,7 @@ class Decoder:
         self,
         engine: Engine,
         strategy: Strategy,
-        reference: AnyReference | None = None,
+        reference: Reference | None = None,
         max_new_tokens: int = 256,
         trace: bool = False,
         ends: Callable[[int, int], bool] | None = None,
@@ -134,7 +71,7 @@ class Decoder:
         self.engine, self.strategy, self.reference = engine, strategy, reference
         self.max_new_tokens, self.trace, self.ends, self.adjust = max_new_tokens, trace, ends, adjust
         self.costs: dict[int, Cost] = {}
-        self.rows: list[_Row] = []
+        self.rows: list[Row] = []
         self.hidden: Tensor | None = None  # [max_rows, H]
         self._scores_itself = isinstance(strategy.selector, LocalSelector)
         self.stream = AdapterStream(engine) if self._scores_itself and engine.scope == "stream" else None
@@ -152,12 +89,15 @@ class Decoder:
     def run(self, requests: Iterable[Request]) -> Iterator[Step]:
         """Yield every request's steps, interleaved, each request's in order, until its stop id or the length limit."""
         waiting = deque(requests)
-        longest = max((len(request.prompt_ids) for request in waiting), default=0)
-        for engine in (self.engine, *([self.stream.engine] if self.stream is not None else [])):
-            engine.reserve(longest + self.max_new_tokens + self.strategy.num_candidates + 1)
+        self._reserve(max((len(request.prompt_ids) for request in waiting), default=0) + self.max_new_tokens)
         assert self.adjust is None or len(waiting) <= self.engine.max_rows
         while waiting or self.rows:
             yield from self._round(waiting)
+
+    def _reserve(self, length: int) -> None:
+        """Make room for rows of so many tokens, and candidates behind them."""
+        for engine in (self.engine, *([self.stream.engine] if self.stream is not None else [])):
+            engine.reserve(length + self.strategy.num_candidates + 1)
 
     @torch.inference_mode()
     def stop(self, index: int) -> None:
@@ -169,7 +109,7 @@ class Decoder:
     @torch.inference_mode()
     def _round(self, waiting: deque[Request]) -> list[Step]:
         steps: list[Step] = []
-        undecided: list[tuple[_Row, int]] = []
+        undecided: list[tuple[Row, int]] = []
         places = choice = None
         ready = [row for row in self.rows if row.is_ready]
         if self.adjust is not None and (waiting or len(ready) < len(self.rows)):
@@ -195,7 +135,7 @@ class Decoder:
 
     # Proposing
 
-    def _propose(self, ready: Sequence[_Row]) -> _Places:
+    def _propose(self, ready: Sequence[Row]) -> Places:
         """The next token of every ready row and, beside an LLM, a draft behind it; depth by depth."""
         rows, offsets, hidden, logits, greedy, tokens = [], [], [], [], [], []
         active = list(ready)
@@ -218,37 +158,37 @@ class Decoder:
                 break
             active = [row for row, _ in going]
             states = self.engine.extend([row.slot for row in active], [[token] for _, token in going])
-        places = _Places(rows, offsets, _join(hidden), _join(logits), greedy, tokens)
+        places = Places(rows, offsets, _join(hidden), _join(logits), greedy, tokens)
         for place, row in enumerate(rows):
             places.of_row.setdefault(row, []).append(place)
         return places
 
-    def _logits(self, rows: Sequence[_Row], states: Tensor) -> Tensor:
+    def _logits(self, rows: Sequence[Row], states: Tensor) -> Tensor:
         if self.adjust is None:
             return self.engine.logits(states)
         adjusted = self.adjust([row.request.index for row in rows], self.engine.head(states))
         return self.engine.mask(adjusted.clone())  # whoever adjusts may keep what it returned
 
-    def _states_of(self, rows: Sequence[_Row]) -> Tensor:
+    def _states_of(self, rows: Sequence[Row]) -> Tensor:
         assert self.hidden is not None
         slots = [row.slot for row in rows]
         return self.hidden[: len(slots)] if slots == list(range(len(slots))) else self.hidden[slots]
 
-    def _drafts_on(self, row: _Row, token: int, depth: int) -> bool:
+    def _drafts_on(self, row: Row, token: int, depth: int) -> bool:
         if token in self.engine.loaded.stop_ids or row.steps + depth >= row.limit:
             return False
         return depth < self._draft_length.at(row.steps, row.flips)
 
-    def _tokens(self, rows: Sequence[_Row], logits: Tensor, greedy: list[int]) -> list[int]:
+    def _tokens(self, rows: Sequence[Row], logits: Tensor, greedy: list[int]) -> list[int]:
         """The rows' next tokens: the greedy ones, or samples."""
         how = self.strategy.sampling
         return greedy if how is None else self._sample(how, rows, logits)
 
-    def _sample(self, how: Sampling, rows: Sequence[_Row], logits: Tensor) -> list[int]:
+    def _sample(self, how: Sampling, rows: Sequence[Row], logits: Tensor) -> list[int]:
         filtered = filter_logits(logits, how.temperature, how.top_k, how.top_p, how.min_p)
         return sample(filtered, self._uniforms(rows, [0] * len(rows))).tolist()
 
-    def _uniforms(self, rows: Sequence[_Row], offsets: Sequence[int]) -> Tensor:
+    def _uniforms(self, rows: Sequence[Row], offsets: Sequence[int]) -> Tensor:
         draws = [
             row.draws[row.steps + at] if row.steps + at < len(row.draws) else 0.0
             for row, at in zip(rows, offsets, strict=True)
@@ -257,7 +197,7 @@ class Decoder:
 
     # Choosing
 
-    def _choose(self, places: _Places) -> _Choice:
+    def _choose(self, places: Places) -> Choice:
         """Read the trigger everywhere and, where it fired, propose candidates; an LLM selects at once."""
         strategy, reference = self.strategy, self.reference
         state = State(
@@ -267,11 +207,10 @@ class Decoder:
             self._uniforms(places.rows, places.offsets),
             None if reference is None else lambda wanted: self._llm_logits(places, wanted),
             None if reference is None else reference.num_listed,
+            None if reference is None else lambda *asked: self._look_up(reference, places, *asked),
         )
-        if isinstance(reference, RemoteReference):
-            state.look_up = lambda *asked: self._look_up(reference, places, *asked)
         values = strategy.trigger.read(state)
-        choice = _Choice(None if values is None else values.tolist(), self._fired(places, values))
+        choice = Choice(None if values is None else values.tolist(), self._fired(places, values))
         if self.trace:
             choice.details = self._trace_details(state)
         if choice.fired:
@@ -281,7 +220,7 @@ class Decoder:
                 self._note(choice, strategy.selector.select(state, choice.fired, choice.candidate_ids, choice.logprobs))
         return choice
 
-    def _llm_logits(self, places: _Places, wanted: Sequence[int]) -> Tensor:
+    def _llm_logits(self, places: Places, wanted: Sequence[int]) -> Tensor:
         """The LLM's logits at some places, after one forward over what it has not read of those rows; [n, V]."""
         assert self.reference is not None
         rows = dict.fromkeys(places.rows[place] for place in wanted)
@@ -294,19 +233,19 @@ class Decoder:
 
     def _look_up(
         self,
-        reference: RemoteReference,
-        places: _Places,
+        reference: Reference,
+        places: Places,
         asked: Sequence[int],
         ids: Tensor,
         logprobs: Tensor,
         must_order: bool,
     ) -> Tensor:
-        """log p_L of candidates, exact where a remote LLM told them or must; [f, K]."""
+        """log p_L of candidates, exact where the LLM can tell; [f, K]."""
         wanted = [(places.rows[place].slot, places.offsets[place]) for place in asked]
         drafts = {places.rows[place].slot: places.draft(places.rows[place]) for place in asked}
         return reference.look_up(wanted, drafts, ids, logprobs, must_order)
 
-    def _fired(self, places: _Places, values: Tensor | None) -> list[int]:
+    def _fired(self, places: Places, values: Tensor | None) -> list[int]:
         if values is None:
             return []
         fires = self.strategy.trigger.fires(values, self.strategy.threshold)
@@ -326,7 +265,7 @@ class Decoder:
                 detail.update(llm_probs=probs[place], llm_top_id=top[place])
         return dict(enumerate(details))
 
-    def _note(self, choice: _Choice, selection: Selection) -> None:
+    def _note(self, choice: Choice, selection: Selection) -> None:
         """Write a selection into the choice: tokens, and the fields of the Steps."""
         assert choice.candidate_ids is not None and choice.logprobs is not None
         found = _candidate_details(choice.candidate_ids, choice.logprobs)
@@ -344,7 +283,7 @@ class Decoder:
 
     # Accepting
 
-    def _accept(self, row: _Row, places: _Places, choice: _Choice, steps: list[Step]) -> None:
+    def _accept(self, row: Row, places: Places, choice: Choice, steps: list[Step]) -> None:
         """Accept a row's draft up to its first flip or its end, and forget what the models read past that."""
         own = places.of_row[row]
         accepted: list[int] = []
@@ -358,7 +297,7 @@ class Decoder:
             self.reference.settle(row.slot, places.draft(row), accepted)
         row.is_ready, row.feed = False, [accepted[-1]]
 
-    def _step(self, row: _Row, place: int, places: _Places, choice: _Choice, steps: list[Step]) -> int:
+    def _step(self, row: Row, place: int, places: Places, choice: Choice, steps: list[Step]) -> int:
         """Emit one step of a row; returns its token."""
         token = choice.chosen.get(place, places.tokens[place])
         row.steps += 1
@@ -397,7 +336,7 @@ class Decoder:
             if last is not row:
                 self._move(last, row.slot)
 
-    def _move(self, row: _Row, slot: int) -> None:
+    def _move(self, row: Row, slot: int) -> None:
         assert self.hidden is not None
         self.engine.copy([row.slot], [slot])
         self.engine.work[slot] = self.engine.work[row.slot]
@@ -410,13 +349,13 @@ class Decoder:
 
     def _admit(self, waiting: deque[Request]) -> None:
         """Give free slots to waiting requests; their prompts run in the next forward, equal prompts once."""
-        first: dict[tuple[int, ...], _Row] = {}
+        first: dict[tuple[int, ...], Row] = {}
         num_tokens = 0
         while waiting and len(self.rows) < self.engine.max_rows and num_tokens < _PROMPT_TOKENS_AT_ONCE:
             request = waiting.popleft()
             prompt = tuple(request.prompt_ids)
             limit = request.max_new_tokens or self.max_new_tokens
-            row = _Row(request, len(self.rows), list(prompt), self._draws(request), limit, twin=first.get(prompt))
+            row = Row(request, len(self.rows), list(prompt), self._draws(request), limit, twin=first.get(prompt))
             if row.twin is None:
                 first[prompt] = row
                 num_tokens += len(prompt)
@@ -455,7 +394,7 @@ class Decoder:
         return branch
 
     def _forward_and_select(
-        self, places: _Places, choice: _Choice, undecided: list[tuple[_Row, int]], steps: list[Step]
+        self, places: Places, choice: Choice, undecided: list[tuple[Row, int]], steps: list[Step]
     ) -> None:
         """The forward in which the SLM scores its own candidates, beside the ordinary tokens of all rows.
 

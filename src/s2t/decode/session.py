@@ -17,12 +17,12 @@ from s2t.config import NEEDS_LLM, ModelConfig, RemoteConfig, ServedConfig
 from s2t.core.support import resolve_support
 from s2t.decode.continuous import ContinuousDecoder
 from s2t.decode.label import ExactAt, Labels, label, label_by_text, label_listed
-from s2t.decode.loop import AnyReference, Decoder, Request
+from s2t.decode.loop import Decoder, Request
+from s2t.decode.reference import ModelReference, Reference
 from s2t.decode.remote.llm import RemoteLLM, remote_settings
 from s2t.decode.remote.reference import RemoteReference
 from s2t.decode.remote.slm import RemoteDecoder, ServedSLM, check_served
 from s2t.decode.remote.writer import RemoteWriter
-from s2t.decode.state import Reference
 from s2t.decode.strategies import Strategy
 from s2t.decode.text_reference import TextReference
 from s2t.errors import ConfigError, ModelError
@@ -204,20 +204,20 @@ class Session:
         reader = adapter if is_read and strategy.name != "llm" else None
         return ContinuousDecoder(engine, strategy, reference, max_length, ends, reader)
 
-    def _engines(self, strategy: Strategy, rows: int) -> tuple[Engine, AnyReference | None]:
+    def _engines(self, strategy: Strategy, rows: int) -> tuple[Engine, Reference | None]:
         """The engine that writes, and the LLM beside it where the strategy reads one."""
         if strategy.name == "llm":
             return Engine(self.local_llm(), rows), None
         engine = Engine(self.slm, rows, self.adapter if strategy.name == "s2t-local" else None)
         return engine, self.reference(rows) if strategy.needs_llm else None
 
-    def reference(self, num_rows: int) -> AnyReference:
+    def reference(self, num_rows: int) -> Reference:
         """The LLM beside so many rows: by token, by text, or on its servers."""
         self.check_tokens()
         if isinstance(self.llm, RemoteLLM):
             return RemoteReference(self.llm, num_rows)
         engine = Engine(self.local_llm(), num_rows)
-        return Reference(engine) if self.vocabulary is None else TextReference(engine, self.vocabulary)
+        return ModelReference(engine) if self.vocabulary is None else TextReference(engine, self.vocabulary)
 
     def label(
         self,

@@ -1,85 +1,14 @@
-"""What a trigger and a selector may look at in one iteration of the loop, and the LLM that is read lazily.
-
-The LLM keeps a list of unread tokens per row and catches up, in one forward, only when its distribution is
-asked for; that forward reads the row's whole draft as well, so one forward judges many tokens.
-"""
+"""What a trigger and a selector may look at in one round of the loop; the LLM's part is read at first use."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from s2t.core.candidates import mask_forbidden
-from s2t.core.support import align_vocabulary
-from s2t.model.engine import Engine, Work
-
-
-class Reference:
-    """The LLM beside the loop: row b of its engine follows row b of the SLM's, at most one forward a round.
-
-    For pairs of one tokenizer; `decode.text_reference` does the same for others.
-    """
-
-    max_draft: int | None = None
-    num_listed: int | None = None
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.pending: list[list[int]] = [[] for _ in range(engine.max_rows)]
-        self._states: dict[int, Tensor] = {}  # row -> [d, H], of the rows read in this round
-
-    @property
-    def work(self) -> list[Work]:
-        """What each row cost so far."""
-        return self.engine.work
-
-    def cost_ratio(self, slm_params: int) -> float:
-        """What one forward costs, in forwards of the SLM."""
-        return self.engine.loaded.num_params / slm_params
-
-    def start(self, row: int, prompt_ids: Sequence[int]) -> None:
-        """Begin a sequence in a slot; nothing is computed yet."""
-        self.engine.reset(row)
-        self.pending[row] = list(prompt_ids)
-
-    def logits(
-        self,
-        wanted: Sequence[tuple[int, int]],
-        drafts: Mapping[int, Sequence[int]],
-        slm_logits: Tensor,
-        forbidden_ids: Tensor,
-    ) -> Tensor:
-        """The LLM's masked logits at some (row, offset) of the drafts, on the SLM's vocabulary; slm_logits [n, V] -> [n, V]."""
-        states = self.states(drafts)
-        hidden = torch.stack([states[row][offset] for row, offset in wanted])  # [n, H']
-        size = slm_logits.shape[-1]
-        logits = align_vocabulary(self.engine.head(hidden).to(slm_logits.device), size)
-        return mask_forbidden(logits, forbidden_ids, size)
-
-    def states(self, drafts: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
-        """The states that each row's d drafted tokens are predicted from, row -> [d, H]; one forward for all unread rows."""
-        late = [row for row in drafts if row not in self._states]
-        if late:
-            hidden = self.engine.read(late, [[*self.pending[row], *drafts[row][:-1]] for row in late])
-            self._states |= {row: states[-len(drafts[row]) :] for row, states in zip(late, hidden, strict=True)}
-        return {row: self._states[row] for row in drafts}
-
-    def settle(self, row: int, draft: Sequence[int], accepted: Sequence[int]) -> None:
-        """End a row's round: keep what was read of the accepted tokens, which agree with the draft up to the last one."""
-        if self._states.pop(row, None) is None:
-            self.pending[row].extend(accepted)
-            return
-        self.engine.crop([row], [self.engine.lengths[row] - (len(draft) - len(accepted))])
-        self.pending[row] = [accepted[-1]]
-
-    def move(self, source: int, target: int) -> None:
-        """Let the sequence of slot `source` live in slot `target`."""
-        self.engine.copy([source], [target])
-        self.engine.work[target] = self.engine.work[source]
-        self.pending[target] = self.pending[source]
+from s2t.model.engine import Engine
 
 
 @dataclass(slots=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from s2t.core.candidates import mask_forbidden
+from s2t.decode.reference import Reference
 from s2t.model.engine import Engine, Work
 from s2t.model.text import VocabularyMap
 
@@ -45,11 +46,10 @@ class _Plan:
     written: Path  # the spelling of `rest`
 
 
-class TextReference:
+class TextReference(Reference):
     """Rows of the LLM's engine that follow the SLM's rows by text; one token of the SLM at a time."""
 
-    max_draft: int | None = 1
-    num_listed: int | None = None
+    max_draft = 1
 
     def __init__(self, engine: Engine, vocabulary: VocabularyMap) -> None:
         self.engine, self.vocabulary = engine, vocabulary

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from s2t.decode.reference import Reference
 from s2t.decode.remote.llm import Listed, RemoteLLM
 from s2t.decode.remote.wire import CompletionRequest
 from s2t.model.engine import Work
@@ -20,17 +21,20 @@ _ROUND_TRIP = 16.0  # forwards of the SLM that a request is worth at least
 _DRAFT_BY_TOKEN = 8  # tokens drafted where each costs a request of its own
 
 
-class RemoteReference:
-    """Rows that follow the SLM's rows; see `decode.state.Reference`, whose place it takes."""
-
-    max_draft: int | None = None
+class RemoteReference(Reference):
+    """Rows of prefixes that servers are asked about; no server keeps a row, so moving one copies its ids."""
 
     def __init__(self, llm: RemoteLLM, num_rows: int) -> None:
         self.llm = llm
-        self.num_listed: int | None = llm.num_listed
-        self.work = [Work() for _ in range(num_rows)]
+        self.num_listed = llm.num_listed
+        self._work = [Work() for _ in range(num_rows)]
         self.prefixes: list[list[int]] = [[] for _ in range(num_rows)]
         self._read: dict[tuple[int, int], Listed] = {}  # (row, offset) -> one position, in this round
+
+    @property
+    def work(self) -> list[Work]:
+        """What each row cost so far."""
+        return self._work
 
     def cost_ratio(self, slm_params: int) -> float:
         """What one request costs, in forwards of the SLM; the draft's length follows from it."""
@@ -40,7 +44,7 @@ class RemoteReference:
 
     def start(self, row: int, prompt_ids: Sequence[int]) -> None:
         """Begin a sequence in a slot; nothing is asked yet."""
-        self.work[row] = Work()
+        self._work[row] = Work()
         self.prefixes[row] = list(prompt_ids)
 
     def settle(self, row: int, draft: Sequence[int], accepted: Sequence[int]) -> None:
@@ -51,7 +55,7 @@ class RemoteReference:
 
     def move(self, source: int, target: int) -> None:
         """Let the sequence of slot `source` live in slot `target`."""
-        self.work[target], self.prefixes[target] = self.work[source], self.prefixes[source]
+        self._work[target], self.prefixes[target] = self._work[source], self.prefixes[source]
 
     def logits(
         self,
@@ -125,7 +129,7 @@ class RemoteReference:
 
     def _count(self, row: int, requests: Sequence[CompletionRequest]) -> None:
         """A request counts as one forward over its whole prompt, an upper bound where the server has the prefix cached."""
-        work, flops = self.work[row], self.llm.outline.flops
+        work, flops = self._work[row], self.llm.outline.flops
         for request in requests:
             width = len(request.prompt_ids)
             work.forwards += 1

@@ -1,0 +1,136 @@
+"""The LLM beside the loop, and the usual one: a model of the SLM's tokenizer in this process.
+
+`decode.text_reference` reads an LLM with another tokenizer, `decode.remote.reference` one on servers.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from s2t.core.candidates import mask_forbidden
+from s2t.core.support import align_vocabulary
+from s2t.model.engine import Engine, Work
+
+
+class Reference(ABC):
+    """Rows that follow the SLM's rows and are asked for next-token distributions; a round drafts, asks, and settles.
+
+    A place is a (row, offset into the row's draft); drafts are the tokens that the SLM proposes behind what is settled.
+    """
+
+    max_draft: int | None = None
+    """Longest draft that can be judged at once; None for no limit."""
+    num_listed: int | None = None
+    """Likeliest tokens that its distribution is true of; None for all."""
+
+    @property
+    @abstractmethod
+    def work(self) -> list[Work]:
+        """What each row cost so far."""
+
+    @abstractmethod
+    def cost_ratio(self, slm_params: int) -> float:
+        """What one forward, or request, costs, in forwards of the SLM; the draft's length follows from it."""
+
+    @abstractmethod
+    def start(self, row: int, prompt_ids: Sequence[int]) -> None:
+        """Begin a sequence in a slot, with the LLM's own prompt; nothing is computed yet."""
+
+    @abstractmethod
+    def logits(
+        self,
+        wanted: Sequence[tuple[int, int]],
+        drafts: Mapping[int, Sequence[int]],
+        slm_logits: Tensor,
+        forbidden_ids: Tensor,
+    ) -> Tensor:
+        """Masked next-token logits at some places, on the SLM's vocabulary; slm_logits [n, V] -> [n, V]."""
+
+    def look_up(
+        self,
+        wanted: Sequence[tuple[int, int]],
+        drafts: Mapping[int, Sequence[int]],
+        ids: Tensor,
+        logprobs: Tensor,
+        must_order: bool,
+    ) -> Tensor:
+        """log p_L of candidates at some places, as `logits` gave them, mended where these are not exact; [n, K] -> [n, K].
+
+        NaN where it is not known; `must_order` says that the best of each row has to be known.
+        """
+        return logprobs
+
+    @abstractmethod
+    def settle(self, row: int, draft: Sequence[int], accepted: Sequence[int]) -> None:
+        """End a row's round: it goes on with the accepted tokens, which agree with the draft up to the last one."""
+
+    @abstractmethod
+    def move(self, source: int, target: int) -> None:
+        """Let the sequence of slot `source` live in slot `target`."""
+
+
+class ModelReference(Reference):
+    """An LLM of the SLM's tokenizer in this process: row b of its engine follows row b of the SLM's, a forward a round at most.
+
+    It keeps a list of unread tokens per row and catches up, in one forward, only when its distribution is asked for; that
+    forward reads the row's whole draft as well, so one forward judges many tokens.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.pending: list[list[int]] = [[] for _ in range(engine.max_rows)]
+        self._states: dict[int, Tensor] = {}  # row -> [d, H], of the rows read in this round
+
+    @property
+    def work(self) -> list[Work]:
+        """What each row cost so far."""
+        return self.engine.work
+
+    def cost_ratio(self, slm_params: int) -> float:
+        """What one forward costs, in forwards of the SLM."""
+        return self.engine.loaded.num_params / slm_params
+
+    def start(self, row: int, prompt_ids: Sequence[int]) -> None:
+        """Begin a sequence in a slot; nothing is computed yet."""
+        self.engine.reset(row)
+        self.pending[row] = list(prompt_ids)
+
+    def logits(
+        self,
+        wanted: Sequence[tuple[int, int]],
+        drafts: Mapping[int, Sequence[int]],
+        slm_logits: Tensor,
+        forbidden_ids: Tensor,
+    ) -> Tensor:
+        """The LLM's masked logits at some (row, offset) of the drafts, on the SLM's vocabulary; slm_logits [n, V] -> [n, V]."""
+        states = self.states(drafts)
+        hidden = torch.stack([states[row][offset] for row, offset in wanted])  # [n, H']
+        size = slm_logits.shape[-1]
+        logits = align_vocabulary(self.engine.head(hidden).to(slm_logits.device), size)
+        return mask_forbidden(logits, forbidden_ids, size)
+
+    def states(self, drafts: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
+        """The states that each row's d drafted tokens are predicted from, row -> [d, H]; one forward for all unread rows."""
+        late = [row for row in drafts if row not in self._states]
+        if late:
+            hidden = self.engine.read(late, [[*self.pending[row], *drafts[row][:-1]] for row in late])
+            self._states |= {row: states[-len(drafts[row]) :] for row, states in zip(late, hidden, strict=True)}
+        return {row: self._states[row] for row in drafts}
+
+    def settle(self, row: int, draft: Sequence[int], accepted: Sequence[int]) -> None:
+        """End a row's round: keep what was read of the accepted tokens, which agree with the draft up to the last one."""
+        if self._states.pop(row, None) is None:
+            self.pending[row].extend(accepted)
+            return
+        self.engine.crop([row], [self.engine.lengths[row] - (len(draft) - len(accepted))])
+        self.pending[row] = [accepted[-1]]
+
+    def move(self, source: int, target: int) -> None:
+        """Let the sequence of slot `source` live in slot `target`."""
+        self.engine.copy([source], [target])
+        self.engine.work[target] = self.engine.work[source]
+        self.pending[target] = self.pending[source]
