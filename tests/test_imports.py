@@ -17,12 +17,13 @@ FLOORS = (
     {"core", "files", "hub", "progress", "scale", "tasks", "web", "workers"},
     {"model"},
     {"decode"},
+    {"summary"},
     {"measure", "collect", "train", "merge", "evaluate", "report", "serve"},
     {"api", "demo", "bench", "workflows"},
     {"studies", "reproduce"},
     {"cli", "integrations"},
 )
-WORKFLOWS = FLOORS[4]
+WORKFLOWS = FLOORS[5]
 ENTRIES = {"__init__", "__main__"}  # they re-export and start what is above everything
 MODEL_LIBRARIES = {"torch", "transformers", "peft", "tokenizers", "safetensors"}
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] != "__init__.py")
