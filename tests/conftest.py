@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports the hub: a test that needs it says so
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -85,6 +86,19 @@ def random_model(tokenizer: Any) -> Callable[..., Any]:
         return wrap_model(f"{family}-{seed}", model.to(dtype), tokenizer)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A chromium of the system, driven by Playwright, whose event loop keeps others from running: so not for the session."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install s2t[dev]")
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("no chromium is installed: apt-get install chromium")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(scope="session")

@@ -304,7 +304,7 @@ class GenerateConfig(DecodeConfig, ServedConfig, ModelConfig):
 
 
 @dataclass(frozen=True)
-class ServeConfig(DecodeConfig, ModelConfig):
+class ServeConfig(DecodeConfig, ServedConfig, ModelConfig):
     """`s2t serve`: an OpenAI-compatible server; decoding settings are those of requests that do not give their own."""
 
     strategy: str | None = None
@@ -317,7 +317,9 @@ class ServeConfig(DecodeConfig, ModelConfig):
     served_name: str | None = None
     """Name of the model in requests and answers; None takes that of --slm."""
     batch_size: int = 32
-    """Sequences written at once, for each strategy in use."""
+    """Sequences written at once, for each strategy in use; with --slm-url in all."""
+    patience_s: float = 10.0
+    """Of an SLM on servers: seconds to wait for one to come back when all have failed, before requests end with 503."""
     max_queue: int = 256
     """Sequences that may wait for a free row beyond those; more are refused with 429."""
     max_length: int = 4096
@@ -335,10 +337,18 @@ class ServeConfig(DecodeConfig, ModelConfig):
 
     num_samples: int = 1
     """Not for a server, and always 1: requests ask for n choices."""
+    llm_url: list[str] = field(default_factory=list)
+    """Not for a server, which runs the LLM in its own process."""
 
     def __post_init__(self) -> None:
         self.check_model()
+        self.check_remote()
         self.check_decode()
+        _require(not self.llm_urls, "s2t serve takes no llm_url: it runs the LLM in its own process; pass --llm MODEL.")
+        _require(
+            not (self.slm_urls and self.llm),
+            "with slm_url the server writes with greedy and s2t-local, which need no LLM; drop --llm or --slm-url.",
+        )
         _require(self.num_samples == 1, "a server takes no num_samples; let requests ask for n choices.")
         if self.strategy is not None:
             _choice(

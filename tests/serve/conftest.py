@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,17 +54,18 @@ class Running:
         return False
 
 
-def new_adapter(loaded: Any, threshold: float = 0.5, scope: str = "candidates") -> SelectorAdapter:
+def new_adapter(loaded: Any, scope: str = "candidates", criticality: str = "head") -> SelectorAdapter:
     """An adapter that has learned nothing and selects often."""
     config = AdapterConfig(
         loaded.name,
         loaded.fingerprint,
         scope=scope,
+        criticality=criticality,
         num_candidates=5,
         prior_weight=0.1,
         lora_rank=4,
         lora_dropout=0.0,
-        thresholds={"criticality": threshold},
+        thresholds={"criticality": 0.5},
     )
     torch.manual_seed(0)
     adapter = SelectorAdapter(loaded, config)
@@ -80,6 +83,27 @@ def models() -> tuple[Any, SelectorAdapter]:
     torch.set_num_threads(1)
     loaded = load_model(NAME)
     return loaded, new_adapter(loaded)
+
+
+@pytest.fixture(scope="session")
+def fakes() -> Any:
+    """The module of the fake completions servers, which the tests of remote decoding have."""
+    path = Path(__file__).parents[1] / "decode" / "remote" / "conftest.py"
+    spec = importlib.util.spec_from_file_location("fakes", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session", name="running")
+def running_fixture() -> Callable[..., Any]:
+    return running
+
+
+@pytest.fixture(scope="session", name="new_adapter")
+def new_adapter_fixture() -> Callable[..., SelectorAdapter]:
+    return new_adapter
 
 
 @contextmanager

@@ -6,7 +6,6 @@ Needs Playwright (the `dev` extra) and a chromium of the system; without either 
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,22 +17,11 @@ import s2t.serve
 from s2t.serve.answers import TokenTexts
 from s2t.web import source
 
-playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install s2t[dev]")
+pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install s2t[dev]")
 
 PROBLEM = "Ava has 3 apples and buys 4 more. How many apples has she?"
 HOSTILE = '<img src=x onerror="window.owned=1"></script><script>window.owned=2</script>'
 NARROW = {"viewport": {"width": 390, "height": 844}, "has_touch": True}
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if path is None:
-        pytest.skip("no chromium is installed: apt-get install chromium")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @contextmanager

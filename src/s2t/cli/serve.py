@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from s2t.cli.options import with_options
-from s2t.config import ServeConfig
+from s2t.config import RemoteConfig, ServeConfig
 
 
 @with_options(ServeConfig, lambda document: None)
@@ -21,6 +22,9 @@ def command(config: ServeConfig) -> Any:
         adapter=config.adapter,
         llm_revision=config.llm_revision,
         llm_quantization=config.llm_quantization,
+        slm_url=config.slm_url,
+        slm_lora=config.slm_lora,
         **config.load_options,
+        **{item.name: getattr(config, item.name) for item in fields(RemoteConfig)},
     )
     serve(config, reasoner.session)

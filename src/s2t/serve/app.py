@@ -31,7 +31,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     413: {"description": "The body is too large."},
     429: {"description": "The queue is full; `Retry-After` says when to try again."},
     500: {"description": "The engine failed."},
-    503: {"description": "The server is stopping."},
+    502: {"description": "The servers that run the model refuse the request."},
+    503: {"description": "The server is stopping, or the servers that run the model do not answer."},
     504: {"description": "The answer took too long."},
 }
 _STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
@@ -91,7 +92,7 @@ def _add_api(app: FastAPI, service: Service) -> None:
         plan = await service.plan(make, body)
         return await respond(service.open(plan, writer), request, service.config.request_timeout_s)
 
-    failures = _errors(400, 401, 404, 408, 413, 429, 500, 503, 504)
+    failures = _errors(400, 401, 404, 408, 413, 429, 500, 502, 503, 504)
 
     @app.post(
         "/v1/chat/completions",
@@ -133,7 +134,7 @@ def _add_info(app: FastAPI, service: Service) -> None:
     @app.get("/health", response_model=schema.Health, responses={503: {"model": schema.Health}})
     async def health() -> Response:
         """Whether the server takes requests."""
-        status = service.status
+        status = await service.health()
         body = {"status": status, "running": service.num_running, "waiting": service.num_waiting}
         return JSONResponse(body, 200 if status == "ok" else 503)
 

@@ -31,6 +31,7 @@ class Job:
     strategy: str
     request: OwnRequest
     stops: tuple[str, ...] = ()
+    is_streamed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ Event = Written | Failed
 
 
 class Backend(Protocol):
-    """Writes jobs; used by one thread. What it writes for a job depends on the job alone."""
+    """Writes jobs; used by one thread, but for properties and `answers`. What it writes for a job depends on the job alone."""
 
     @property
     def strategies(self) -> Sequence[str]:
@@ -75,6 +76,15 @@ class Backend(Protocol):
     @property
     def num_waiting(self) -> int:
         """Jobs that have no row yet."""
+        ...
+
+    @property
+    def is_cut_off(self) -> bool:
+        """True while what it depends on elsewhere is known not to answer."""
+        ...
+
+    async def answers(self) -> bool:
+        """Whether what it depends on elsewhere answers, asked now."""
         ...
 
     def tokenizer_of(self, strategy: str) -> PreTrainedTokenizerBase:
@@ -122,6 +132,13 @@ class EngineBackend:
     @property
     def num_waiting(self) -> int:
         return sum(len(decoder.waiting) for decoder in list(self._decoders.values()))
+
+    @property
+    def is_cut_off(self) -> bool:
+        return False
+
+    async def answers(self) -> bool:
+        return True
 
     def tokenizer_of(self, strategy: str) -> PreTrainedTokenizerBase:
         return self.session.tokenizer_of(strategy)

@@ -89,6 +89,11 @@ class Intake:
     def _plan(self, body: Body, strategy: str, prompts: Sequence[Request]) -> Plan:
         if body.stream_options is not None and not body.stream:
             raise ApiError(400, "stream_options needs stream to be true.", "stream_options")
+        if body.num_top is not None and self.session.served_slm is not None:
+            message = (
+                "the servers that run the model do not tell log-probabilities free of reserved ids; leave logprobs out."
+            )
+            raise ApiError(400, message, "logprobs", "unsupported_parameter")
         seed, sampling = self._sampling(body, strategy)
         num_candidates = self.strategies[strategy].num_candidates if body.s2t.details else None
         asked = [count for count in (body.num_top, num_candidates) if count is not None]
@@ -106,7 +111,7 @@ class Intake:
                     seed or 0,
                     max(asked) if asked else None,
                 )
-                jobs.append(Job(strategy, request, (*body.stops, *self.config.stop)))
+                jobs.append(Job(strategy, request, (*body.stops, *self.config.stop), bool(body.stream)))
         return Plan(
             model=body.model,
             strategy=strategy,
@@ -134,6 +139,10 @@ class Intake:
         if asked is not None and tag and asked != tag:
             raise ApiError(400, f"the model's name asks for {tag}, s2t.strategy for {asked}; give one.", "s2t.strategy")
         strategy = asked or tag or ("sample" if body.temperature else self.default)
+        if strategy not in self.strategies:  # sample, where the model runs on other servers
+            names = " and ".join(self.strategies)
+            message = f"this server writes with {names} alone, which take no samples; leave temperature at 0."
+            raise ApiError(400, message, "temperature")
         if body.temperature and strategy != "sample":
             message = f"strategy {strategy} takes no samples; leave temperature at 0, or ask for strategy sample."
             raise ApiError(400, message, "temperature")
@@ -170,10 +179,12 @@ class Intake:
 
 
 def longest(config: ServeConfig, session: Session) -> int:
-    """Tokens that prompt and answer may have together: the setting, or what the models were made for, if that is less."""
+    """Tokens that prompt and answer may have together: the setting, or what models and servers can read, if that is less."""
     models = [session.slm, *([session.llm] if session.llm is not None else [])]
     texts = [loaded.model.config.get_text_config(decoder=True) for loaded in models]
     own = [getattr(text, "max_position_embeddings", None) for text in texts]
+    if session.served_slm is not None:
+        own += [model.get("max_model_len") for model in session.served_slm.client.models()]
     return min([config.max_length, *(length for length in own if length)])
 
 

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from s2t.config import MANY_SAMPLES, STRATEGIES, ServeConfig
+from s2t.decode.remote.slm import check_served
 from s2t.decode.session import Session
 from s2t.decode.strategies import Strategy, build_strategy
 from s2t.decode.workload import read_thresholds
@@ -21,8 +22,9 @@ try:
     from fastapi import FastAPI
 
     from s2t.serve.app import create_app
-    from s2t.serve.backend import EngineBackend
+    from s2t.serve.backend import Backend, EngineBackend
     from s2t.serve.intake import Intake, longest
+    from s2t.serve.served import ServedBackend
     from s2t.serve.service import Service
 except ImportError as error:
     raise missing_extra(error.name or "fastapi", "serve") from error
@@ -36,7 +38,8 @@ def build(config: ServeConfig, session: Session) -> tuple[Service, FastAPI]:
     session.batch_size = config.batch_size
     key = check(config)
     strategies = offered(config, session)
-    backend = EngineBackend(session, strategies, longest(config, session))
+    kind = EngineBackend if session.served_slm is None else ServedBackend
+    backend: Backend = kind(session, strategies, longest(config, session))
     service = Service(
         config, Intake(config, config.served_name or config.slm, session, strategies), backend, session.stop_ids
     )
@@ -66,8 +69,8 @@ def serve(config: ServeConfig, session: Session) -> None:
 
 def offered(config: ServeConfig, session: Session) -> dict[str, Strategy]:
     """The strategies that the loaded models and the settings allow, the default one first."""
-    default = config.strategy or ("greedy" if session.adapter is None else "s2t-local")
-    trained = session.adapter.config if session.adapter is not None else None
+    trained = session.selector
+    default = config.strategy or ("greedy" if trained is None else "s2t-local")
     thresholds = read_thresholds(config.calibration)
     found = {default: None} | dict.fromkeys(name for name in STRATEGIES if name not in MANY_SAMPLES)
     strategies: dict[str, Strategy] = {}
@@ -76,7 +79,10 @@ def offered(config: ServeConfig, session: Session) -> dict[str, Strategy]:
         limits = thresholds | (own.thresholds if own is not None else {})
         try:
             _check_models(name, session)
-            strategies[name] = build_strategy(name, config, limits, own.num_candidates if own is not None else None)
+            strategy = build_strategy(name, config, limits, own.num_candidates if own is not None else None)
+            if session.served_slm is not None:
+                session.served_slm.check(strategy)
+            strategies[name] = strategy
         except S2TError:
             if name == default:
                 raise
@@ -84,9 +90,11 @@ def offered(config: ServeConfig, session: Session) -> dict[str, Strategy]:
 
 
 def _check_models(name: str, session: Session) -> None:
+    if session.served_slm is not None:
+        check_served([name])
     if name in ("llm", "takeover", "s2t") and session.llm is None:
         raise ConfigError(f"strategy {name} needs the LLM; pass --llm MODEL.")
-    if name == "s2t-local" and session.adapter is None:
+    if name == "s2t-local" and session.selector is None:
         raise ConfigError("strategy s2t-local needs --adapter, a folder written by `s2t train`.")
 
 

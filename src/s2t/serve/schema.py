@@ -300,7 +300,7 @@ class ModelList(TypedDict):
 
 
 class Health(TypedDict):
-    status: Literal["ok", "draining", "failed"]
+    status: Literal["ok", "unreachable", "draining", "failed"]
     running: int
     waiting: int
 

@@ -51,6 +51,10 @@ class Service:
             return "failed"
         return "draining" if self.worker.is_draining else "ok"
 
+    async def health(self) -> str:
+        """As `status`, or unreachable: the servers that run the model do not answer."""
+        return "unreachable" if self.status == "ok" and not await self.backend.answers() else self.status
+
     def start(self) -> None:
         """Start the engine's thread; events go to the running event loop."""
         self._loop = asyncio.get_running_loop()
@@ -78,6 +82,9 @@ class Service:
         if len(plan.jobs) > self.worker.capacity:
             message = f"this server writes up to {self.worker.capacity} choices at a time, got {len(plan.jobs)}."
             raise ApiError(400, message, "n")
+        if self.backend.is_cut_off:
+            message = "the servers that run the model do not answer; try again later."
+            raise ApiError(503, message, code="unreachable", headers={"Retry-After": "5"})
         answer = Answer(self, plan, writer)
         for job in plan.jobs:
             self._answers[job.request.index] = answer

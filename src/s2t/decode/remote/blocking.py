@@ -7,6 +7,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from s2t.decode.remote.client import Client, RemoteSettings
@@ -63,6 +64,11 @@ class BlockingClient:
         """Answered calls per server."""
         return {server.url: server.calls for server in self._client.servers.all}
 
+    @property
+    def is_cut_off(self) -> bool:
+        """True while every server is drained."""
+        return self._client.is_cut_off
+
     def complete(self, request: CompletionRequest) -> Completion:
         """One answer; raises RemoteError where no server gives one."""
         return self._wait(self._client.complete(request))
@@ -78,6 +84,10 @@ class BlockingClient:
     def run(self, work: Callable[[Client], Coroutine[Any, Any, R]]) -> R:
         """What some work with the asynchronous client returns."""
         return self._wait(work(self._client))
+
+    def start(self, work: Callable[[Client], Coroutine[Any, Any, R]]) -> Future[R]:
+        """Begin some work with the asynchronous client and return at once; cancelling it ends its requests."""
+        return asyncio.run_coroutine_threadsafe(work(self._client), self._loop)
 
     def models(self) -> list[dict[str, Any]]:
         """What the servers say they serve."""

@@ -278,6 +278,15 @@ class Client:
 
     # Health
 
+    async def is_well(self) -> bool:
+        """Whether any server answers now."""
+        return any(await asyncio.gather(*(self._is_well(server.url) for server in self.servers.all)))
+
+    @property
+    def is_cut_off(self) -> bool:
+        """True while every server is drained."""
+        return all(server.is_drained for server in self.servers.all)
+
     async def _is_well(self, url: str) -> bool:
         httpx = self._httpx
         try:

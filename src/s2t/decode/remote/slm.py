@@ -137,19 +137,28 @@ class RemoteDecoder:
     def _draws(self, request: Request) -> np.ndarray:
         if self.strategy.trigger.name != "random":
             return np.zeros(0)
-        return uniforms(self.strategy.seed, request.key or str(request.index), self.max_new_tokens)
+        return uniforms(self.strategy.seed, request.key or str(request.index), self._limit(request))
+
+    def _limit(self, request: Request) -> int:
+        return request.max_new_tokens or self.max_new_tokens
+
+    def _listed(self, request: Request) -> Sequence[int] | None:
+        """Ids whose log-probabilities are wanted at every token."""
+        if not self._fires:
+            return None
+        assert self.served is not None
+        return self.served.yes_no or self.served.bins[:1]
+
+    def _chunk_length(self, sequence: _Sequence) -> int:
+        room = self._limit(sequence.request) - sequence.steps
+        return max(1, min(room, self._length.at(self._steps, self._flips)))
 
     async def _chunk(self, client: Client, sequence: _Sequence) -> Completion:
         """The next tokens of a sequence, with what the trigger reads at each."""
-        room = self.max_new_tokens - sequence.steps
-        listed = None
-        if self._fires:
-            assert self.served is not None
-            listed = self.served.yes_no or self.served.bins[:1]
         request = CompletionRequest(
             sequence.ids,
-            max_tokens=max(1, min(room, self._length.at(self._steps, self._flips))),
-            logprob_token_ids=listed,
+            max_tokens=self._chunk_length(sequence),
+            logprob_token_ids=self._listed(sequence.request),
             key=sequence.key,
             extra=self._plain.extra,
         )
@@ -220,7 +229,7 @@ class RemoteDecoder:
     def _reason(self, sequence: _Sequence, token: int) -> str | None:
         if token in self.loaded.stop_ids or (self.ends is not None and self.ends(sequence.request.index, token)):
             return "stop"
-        return "length" if sequence.steps >= self.max_new_tokens else None
+        return "length" if sequence.steps >= self._limit(sequence.request) else None
 
     async def _choose(self, client: Client, sequence: _Sequence, greedy: int, logprob: float) -> Chosen:
         assert self._chooser is not None and self.served is not None
@@ -277,6 +286,10 @@ class ServedSLM:
         """A decoder for one run."""
         uses = self.selector if strategy.name == "s2t-local" else None
         return RemoteDecoder(self.client, self.loaded, strategy, uses, max_new_tokens, trace, ends, num_rows)
+
+    def check(self, strategy: Strategy) -> None:
+        """Raise ConfigError for a strategy or trigger that these servers cannot run."""
+        _check(strategy, self.selector if strategy.name == "s2t-local" else None)
 
     def take_report(self) -> dict[str, Any]:
         """Where the SLM runs and what asking it took since this was last called, as JSON values."""

@@ -10,7 +10,7 @@ const EXAMPLES = [
 ];
 const MEASURES = {
   criticality: ["criticality", (step) => step.criticality],
-  uncertainty: ["uncertainty, 1 − p of the token", (step) => { const taken = step.candidates.find((one) => one.selected); return 1 - (taken ? Math.exp(taken.logprob) : 0); }],
+  uncertainty: ["uncertainty, 1 − p of the token", (step) => { const taken = step.candidates.find((one) => one.selected); return taken ? 1 - Math.exp(taken.logprob) : step.candidates.length ? 1 : null; }],
 };
 const state = { model: "", runs: [null, null], first: -1, example: 0, abort: null };
 
