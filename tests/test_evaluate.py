@@ -8,12 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import s2t
 from s2t.config import EvalConfig
 from s2t.decode.strategies import choose_sample
 from s2t.errors import ConfigError
-from s2t.evaluate import evaluate
+from s2t.evaluate import TokenTexts, evaluate, trace_steps
+from s2t.model.load import load_model
+from s2t.records import Candidates, Step
 
 NAMES = "greedy,sample,self-consistency,self-certainty,s2t@divergence,s2t@entropy,takeover@random"
 
@@ -163,3 +167,48 @@ def test_what_a_strategy_needs_is_said_before_its_threshold(tmp_path):
         evaluate(EvalConfig(strategies="greedy,s2t-local", out=str(tmp_path / "x")))
     with pytest.raises(ConfigError, match="s2t needs the LLM"):
         evaluate(EvalConfig(strategies="greedy,s2t@entropy", out=str(tmp_path / "x")))
+
+
+TOKENIZER = load_model("tiny:slm").tokenizer
+
+
+def in_order(ids):
+    texts, pending, found = TokenTexts(TOKENIZER), b"", []
+    for token_id in ids:
+        found.append(texts.text(token_id, pending))
+        pending = texts.pending(token_id, pending)
+    return found
+
+
+def test_a_character_of_several_tokens_stands_at_its_last_one_and_bytes_before_it():
+    ids = TOKENIZER.encode("7東 €", add_special_tokens=False)
+    shown = in_order(ids)
+    assert [part for part in shown if "\\x" not in part and part.strip()] == ["7", "東", " €"]
+    assert shown[1:4] == ["\\xe6", "\\x9d", "東"]
+    assert "\ufffd" not in "".join(shown)
+
+
+@given(st.text(alphabet=st.characters(exclude_categories=("Cs",), exclude_characters="\\"), max_size=12))
+def test_texts_of_tokens_in_order_are_the_text_and_bytes_of_parts(text):
+    ids = TOKENIZER.encode(text, add_special_tokens=False)
+    assert "".join(part for part in in_order(ids) if not part.startswith("\\x")) == text
+
+
+def test_bytes_that_are_no_character_stay_bytes():
+    ids = TOKENIZER.encode("東", add_special_tokens=False)
+    assert in_order([ids[1], ids[0], ids[0]]) == ["\\x9d", "\\xe6", "\\xe6"]
+    assert in_order([ids[0], *TOKENIZER.encode("7東", add_special_tokens=False)]) == [
+        "\\xe6",
+        *("7", "\\xe6", "\\x9d", "東"),
+    ]
+
+
+def test_candidates_of_a_trace_finish_the_character_that_was_begun():
+    first, second, third = TOKENIZER.encode("東", add_special_tokens=False)
+    choice = Candidates(ids=(third, second), logprobs=(-0.1, -2.0))
+    steps = [Step(0, i, token, token) for i, token in enumerate((first, second))]
+    steps.append(Step(0, 2, third, second, fired=True, candidates=choice, selected_index=0))
+    traced = trace_steps(TokenTexts(TOKENIZER), steps)
+    assert [step["text"] for step in traced] == ["\\xe6", "\\x9d", "東"]
+    assert [candidate["text"] for candidate in traced[2]["candidates"]] == ["東", "杝"]
+    assert traced[2]["greedy_text"] == "杝"

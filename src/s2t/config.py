@@ -687,8 +687,11 @@ class StudyConfig(TaskConfig, ModelConfig):
     """Tasks of sufficiency and transfer, separated by semicolons; None takes --task alone."""
     distilled: str | None = None
     """Distilled SLMs that knowledge compares with selection, comma-separated folders of `s2t distill`; None is without."""
+    arms: str | None = None
+    """Arms of distillation beside greedy and s2t-local, comma-separated: a method of `s2t distill`, or METHOD+s2t-local, a selector
+    trained on the distilled SLM; s2t-local alone adds none. None takes sft, kd, on-policy-kd and sft+s2t-local."""
     num_seeds: int = 3
-    """Seeds of what draws at random in baselines and triggers, and of every arm of distillation."""
+    """Seeds of what draws at random in baselines and triggers, and of the arms of distillation, but for those on top of others."""
     max_new_tokens: int = 256
     """Length limit of one answer, in tokens."""
     batch_size: int = 64
@@ -702,6 +705,14 @@ class StudyConfig(TaskConfig, ModelConfig):
         _at_least(1, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size)
         _require(self.llm is not None, "a study needs the LLM; pass --llm MODEL.")
         _require(self.split in ("calibration", "test"), f"split must be calibration or test; got {self.split!r}.")
+        known = ("s2t-local", *DISTILLATIONS, *(f"{name}+s2t-local" for name in DISTILLATIONS))
+        unknown = [name for name in self.arm_names if name not in known]
+        _require(not unknown, f"arms must be of {', '.join(known)}; got {', '.join(unknown)}.")
+
+    @property
+    def arm_names(self) -> tuple[str, ...]:
+        names = ",".join((*DISTILLATIONS, "sft+s2t-local")) if self.arms is None else self.arms
+        return tuple(name.strip() for name in names.split(",") if name.strip())
 
     @property
     def slm_names(self) -> tuple[str, ...]:

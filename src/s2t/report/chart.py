@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6A51A3", "#8C8C8C", "#1B1F24")
 _MARKERS = "osD^vPX*<>ph"
+_LETTER, _MARK, _LINE = 0.075, 0.5, 0.2  # of a legend: a letter's width, what stands beside a name, a line; inches
 
 
 def draw_charts(charts: Sequence[dict[str, Any]], theme: Theme = LIGHT) -> bytes:
@@ -51,6 +52,12 @@ def _lines(chart: dict[str, Any], axes: Axes, theme: Theme, columns: int) -> Non
     axes.set_ylabel(chart["y_label"])
     if 0 < len(chart["series"]) <= 2 and columns > 1:
         columns = len(chart["series"])
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    width, height = figure.get_size_inches()
+    if max((_LETTER * len(series["name"]) + _MARK for series in chart["series"]), default=0.0) * columns > width:
+        columns = 1  # names side by side would leave the picture at both ends
+        figure.set_size_inches(width, height + _LINE * max(0, len(chart["series"]) - 3))
     axes.legend(
         loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, frameon=False, labelcolor=theme.ink, fontsize=9
     )

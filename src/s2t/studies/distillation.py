@@ -8,17 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from s2t.config import DISTILLATIONS, FitConfig
+from s2t.config import FitConfig
 from s2t.core.stats import bootstrap_interval, holm_p_values, paired_comparison
 from s2t.files import read_json, read_jsonl
 from s2t.studies.lab import Chart, Findings, Lab, Series
 
-LOCAL, GREEDY, ON_TOP = "s2t-local", "greedy, the SLM as it is", "s2t-local on top of sft"
+LOCAL, GREEDY = "s2t-local", "greedy, the SLM as it is"
 _FIT = tuple(FitConfig.__dataclass_fields__)
 
 
 def distillation(lab: Lab) -> Findings:
-    """s2t-local, the three distillations and s2t-local on top of sft; all under `num_seeds` seeds."""
+    """s2t-local, the distillations and s2t-local on top of one; those on top under one seed, the others under `num_seeds`."""
     arms: dict[str, list[dict[str, Any]]] = {}
     for number in range(lab.config.num_seeds):
         for name, found in _arms_of_seed(lab, lab.config.seed + number).items():
@@ -71,18 +71,22 @@ def _arms_of_seed(lab: Lab, seed: int) -> dict[str, dict[str, Any]]:
     summary = lab.evaluated(f"eval-local{mark}", "greedy,s2t-local" if not mark else "s2t-local", adapter=str(adapter))
     arms = {} if mark else {GREEDY: _found(lab.folder / "eval-local", summary, "greedy", 0)}
     arms[LOCAL] = _found(lab.folder / f"eval-local{mark}", summary, "s2t-local", steps)
-    for method in DISTILLATIONS:
+    for arm in lab.config.arm_names:
+        method, plus, _ = arm.partition("+")
+        if arm == LOCAL or (plus and mark):
+            continue
         slm = distilled(lab, method, seed)
-        own = lab.evaluated(f"eval-{method}{mark}", "greedy", slm=str(slm))
-        arms[method] = _found(lab.folder / f"eval-{method}{mark}", own, "greedy", steps)
-    if not mark:
-        arms[ON_TOP] = _on_top(lab, distilled(lab, "sft", seed), steps)
+        if plus:
+            arms[f"{LOCAL} on top of {method}"] = _on_top(lab, method, slm, steps)
+        else:
+            own = lab.evaluated(f"eval-{method}{mark}", "greedy", slm=str(slm))
+            arms[method] = _found(lab.folder / f"eval-{method}{mark}", own, "greedy", steps)
     return arms
 
 
-def _on_top(lab: Lab, slm: Path, steps: int) -> dict[str, Any]:
+def _on_top(lab: Lab, method: str, slm: Path, steps: int) -> dict[str, Any]:
     """The whole chain once more on a distilled SLM, whose divergence points are its own."""
-    own = Lab(replace(lab.config, slm=str(slm), out=str(lab.folder / "on-top"), base=None))
+    own = Lab(replace(lab.config, slm=str(slm), out=str(lab.folder / f"on-top-{method}"), base=None))
     adapter = own.trained()
     summary = own.evaluated("eval", "s2t-local", adapter=str(adapter))
     total = steps + read_json(adapter.parent / "train.json")["num_steps"]

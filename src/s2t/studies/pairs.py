@@ -27,7 +27,8 @@ def sufficiency(lab: Lab) -> Findings:
             rates, intervals = found["hit_rate"], found["hit_rate_ci95"]
             points = found["num_divergence_points"]
             shown = [rates.get(str(k)) for k in _SHOWN]
-            rows.append((slm, task, found["num_problems"], points, found["trigger_rate"], *shown, intervals.get("8")))
+            counts = (found["num_problems"], points, found["threshold"], found["trigger_rate"])
+            rows.append((slm, task, *counts, *shown, intervals.get("8")))
             if rates:
                 name = " · ".join(part for part in (slm, task if len(lab.config.task_names) > 1 else "") if part)
                 series.append(_curve(name, rates, intervals))
@@ -36,6 +37,7 @@ def sufficiency(lab: Lab) -> Findings:
         "task",
         "problems",
         "divergence points",
+        "above, nats",
         "triggered %",
         *(f"hit@{k} %" for k in _SHOWN),
         "hit@8, 95 %",
