@@ -15,9 +15,10 @@ import s2t
 from s2t.config import EvalConfig
 from s2t.decode.strategies import choose_sample
 from s2t.errors import ConfigError
-from s2t.evaluate import TokenTexts, evaluate, trace_steps
+from s2t.evaluate import evaluate
 from s2t.model.load import load_model
 from s2t.records import Candidates, Step
+from s2t.traces import TokenTexts, trace_steps
 
 NAMES = "greedy,sample,self-consistency,self-certainty,s2t@divergence,s2t@entropy,takeover@random"
 

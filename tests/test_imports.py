@@ -17,7 +17,7 @@ FLOORS = (
     {"core", "files", "hub", "progress", "scale", "tasks", "web", "workers"},
     {"model"},
     {"decode"},
-    {"summary"},
+    {"summary", "traces"},
     {"measure", "collect", "train", "merge", "evaluate", "report", "serve"},
     {"api", "demo", "bench", "workflows"},
     {"studies", "reproduce"},
