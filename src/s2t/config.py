@@ -688,10 +688,10 @@ class StudyConfig(TaskConfig, ModelConfig):
     distilled: str | None = None
     """Distilled SLMs that knowledge compares with selection, comma-separated folders of `s2t distill`; None is without."""
     arms: str | None = None
-    """Arms of distillation beside greedy and s2t-local, by commas: a method of `s2t distill`, or METHOD+s2t-local, a selector
-    trained on the distilled SLM; s2t-local alone adds none. None takes sft, kd, on-policy-kd and sft+s2t-local."""
+    """Arms of distillation beside greedy and s2t-local, comma-separated: methods of `s2t distill`, and METHOD+s2t-local, a
+    selector trained on that SLM; s2t-local alone adds none. None takes sft, kd, on-policy-kd and sft+s2t-local."""
     num_seeds: int = 3
-    """Seeds of what draws at random in baselines and triggers, and of distillation's arms that stand on no other."""
+    """Seeds of what draws at random in baselines and triggers, and of the arms of distillation but METHOD+s2t-local."""
     max_new_tokens: int = 256
     """Length limit of one answer, in tokens."""
     batch_size: int = 64

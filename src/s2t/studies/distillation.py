@@ -14,6 +14,7 @@ from s2t.files import read_json, read_jsonl
 from s2t.studies.lab import Chart, Findings, Lab, Series
 
 LOCAL, GREEDY = "s2t-local", "greedy, the SLM as it is"
+_ON = f"{LOCAL} on top of "
 _FIT = tuple(FitConfig.__dataclass_fields__)
 
 
@@ -45,6 +46,7 @@ def distillation(lab: Lab) -> Findings:
         "p is the exact McNemar test (a sign-flip test where there are several seeds) after Holm's correction for "
         f"{len(tests)} tests; intervals resample problems and seeds.",
         *(_by_seed(name, rows) for name, rows in correct.items() if len(rows) > 1),
+        *(_added(name, rows, correct) for name, rows in correct.items() if name.partition(_ON)[2] in correct),
     ]
     return Findings(
         "Selection and ordinary distillation on equal terms",
@@ -77,7 +79,7 @@ def _arms_of_seed(lab: Lab, seed: int) -> dict[str, dict[str, Any]]:
             continue
         slm = distilled(lab, method, seed)
         if plus:
-            arms[f"{LOCAL} on top of {method}"] = _on_top(lab, method, slm, steps)
+            arms[_ON + method] = _on_top(lab, method, slm, steps)
         else:
             own = lab.evaluated(f"eval-{method}{mark}", "greedy", slm=str(slm))
             arms[method] = _found(lab.folder / f"eval-{method}{mark}", own, "greedy", steps)
@@ -124,6 +126,17 @@ def _found(folder: Path, summary: dict[str, Any], strategy: str, steps: int) -> 
 def _mean(seeds: list[dict[str, Any]], part: str) -> float | None:
     values = [found[part] for found in seeds if part in found]
     return float(np.mean(values)) if values else None
+
+
+def _added(name: str, rows: np.ndarray, correct: dict[str, np.ndarray]) -> str:
+    """What selection adds to the distilled SLM that it stands on, under the first seed."""
+    method = name.partition(_ON)[2]
+    test = paired_comparison(rows, correct[method][:1])
+    low, high = (100 * bound for bound in test["ci95"])
+    return (
+        f"{name}, over that {method}: {100 * test['difference']:.1f} points ({low:.1f} to {high:.1f}), p = {test['p_value']:.3f} "
+        f"(McNemar, by itself); {test['wins']} won, {test['losses']} lost."
+    )
 
 
 def _by_seed(name: str, rows: np.ndarray) -> str:
