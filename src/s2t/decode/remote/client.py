@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from s2t.decode.remote.counts import Counts, Prices
 from s2t.decode.remote.servers import Server, Servers
-from s2t.decode.remote.wire import BadReply, Completion, CompletionRequest, parse_completion
+from s2t.decode.remote.wire import BadReply, Completion, CompletionRequest, parse_completion, parse_rows
 from s2t.errors import ConfigError, RemoteError, missing_extra
 
 R = TypeVar("R")
@@ -127,6 +127,15 @@ class Client:
             "completions", body, lambda reply: parse_completion(reply, request, self.id_of_text), request.key
         )
         self.counts.add(done.usage)
+        return done
+
+    async def complete_rows(self, request: CompletionRequest) -> list[Completion]:
+        """The answers to all prompts of one request, in order; retried and counted as one call."""
+        body = request.body(await self.model_name(), self.speaks_ids)
+        done = await self._ask(
+            "completions", body, lambda reply: parse_rows(reply, request, self.id_of_text), request.key
+        )
+        self.counts.add(done[0].usage)
         return done
 
     async def complete_all(self, requests: Sequence[CompletionRequest]) -> list[Completion]:
