@@ -38,7 +38,7 @@ _LONGEST_CHUNK = 256
 _STRATEGIES = ("greedy", "s2t-local")
 _TRIGGERS = ("criticality", "random", "never")
 
-Emit = Callable[[Step], None]
+Emit = Callable[[list[Step]], None]
 
 
 @dataclass(slots=True)
@@ -115,7 +115,9 @@ class RemoteDecoder:
     def run(self, requests: Iterable[Request]) -> Iterator[Step]:
         """Yield every request's steps, interleaved, each request's in order; raises RemoteError where no server answers."""
         waiting = list(requests)
-        return self.client.stream(lambda client, emit: self._write_all(client, waiting, emit))
+        parts: Iterator[list[Step]] = self.client.stream(lambda client, emit: self._write_all(client, waiting, emit))
+        for steps in parts:
+            yield from steps
 
     async def _write_all(self, client: Client, requests: Sequence[Request], emit: Emit) -> None:
         room = asyncio.Semaphore(self.num_rows)
@@ -138,7 +140,7 @@ class RemoteDecoder:
         """One chunk up to its first flip."""
         chunk = await self._chunk(client, sequence)
         for place in range(len(chunk.token_ids)):
-            emit(await self._step(client, sequence, chunk, place))
+            emit([await self._step(client, sequence, chunk, place)])
             if sequence.is_finished or sequence.ids[-1] != chunk.token_ids[place]:
                 self.num_dropped += len(chunk.token_ids) - place - 1
                 break
@@ -161,20 +163,20 @@ class RemoteDecoder:
             if len(going_on) != 1 or not is_sound:
                 return False
             winner = rows[going_on[0]]
-            self._take(sequence, winner, num_rows > 1, going_on[0], rows[0].ids[0], emit)
+            emit(list(self._take(sequence, winner, num_rows > 1, going_on[0], rows[0].ids[0])))
             num_rows = winner.num_rows
             if sequence.is_finished or num_rows < 2:
                 return True
 
-    def _take(self, sequence: _Sequence, told: Told, is_chosen: bool, selected: int, greedy: int, emit: Emit) -> None:
+    def _take(self, sequence: _Sequence, told: Told, is_chosen: bool, selected: int, greedy: int) -> Iterator[Step]:
         """Accept a reply's text, but for the greedy token of a trigger that is still open; the first token may be a winner."""
         for place, token in enumerate(told.ids[:-1] if told.num_rows > 1 else told.ids):
             value = float(sequence.draws[sequence.steps]) if len(sequence.draws) else None
             if is_chosen and place == 0:
-                emit(self._accept(sequence, token, greedy, value, {"fired": True, "selected_index": selected}))
+                yield self._accept(sequence, token, greedy, value, {"fired": True, "selected_index": selected})
             else:
                 passed = {"fired": True, "selected_index": 0} if place in told.passed else {}
-                emit(self._accept(sequence, token, token, value, passed))
+                yield self._accept(sequence, token, token, value, passed)
             if sequence.is_finished:
                 return
 
