@@ -73,7 +73,7 @@ def start(folder: str | Path, log: Path, *options: str) -> VLLMServer:
             stderr=subprocess.STDOUT,
             start_new_session=True,
             cwd=log.parent,
-            env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | ENVIRONMENT,
+            env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(Path(__file__).parents[2] / "src")},
         )
     return VLLMServer(f"http://127.0.0.1:{port}/v1", process, log)
 

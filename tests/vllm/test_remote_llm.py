@@ -1,4 +1,4 @@
-"""The LLM on real vLLM servers: the same tokens as in this process, and nothing lost when servers and driver are killed.
+"""Models on real vLLM servers: the same tokens as in this process, and nothing lost when servers and driver are killed.
 
 Run by `make test-vllm`.
 """
@@ -57,20 +57,30 @@ def test_a_hundred_problems_come_out_as_in_process(server, tmp_path):
     assert [r["num_triggered"] for r in here] == [r["num_triggered"] for r in there]
 
 
+EVAL = ["eval", "--num-traces", "0", "--strategies"]
 STORMS = {
-    "eval": (["eval", "--strategies", "llm", "--num-traces", "0"], "results-llm-*.json", "summary.json"),
+    "eval": ([*EVAL, "llm"], "results-llm-*.json", "summary.json"),
     "collect": (["collect", "--policy", "greedy", "--threshold", "0.3"], "groups-*.parquet", "collect.json"),
+    "s2t-local": ([*EVAL, "greedy,s2t-local", "--max-new-tokens", "96"], "results-s2t-local-*.json", "summary.json"),
 }
+SHAPE = ["--limit", "1000", "--shard-size", "50", "--batch-size", "50"]
+PLUGIN = ("--logits-processors", "s2t.integrations.vllm:SelectToThink")
 
 
 @pytest.mark.parametrize("command", STORMS)
 def test_a_thousand_problems_survive_a_killed_server_and_a_driver_killed_three_times(
-    command, server, serve_vllm, tmp_path
+    command, request, serve_vllm, tmp_path
 ):
     words, pattern, summary = STORMS[command]
-    doomed = serve_vllm(embedded_path("tiny:llm"), "--served-model-name", "llm")
-    shape = ["--limit", "1000", "--shard-size", "50", "--batch-size", "50"]
-    run = [sys.executable, "-m", "s2t", *words, *shape, "--llm", "tiny:llm", "--llm-url", f"{server.url},{doomed.url}"]
+    if command == "s2t-local":
+        folder = request.getfixturevalue("merged")("always")
+        stays, doomed = (serve_vllm(folder, *PLUGIN) for _ in range(2))
+        where = ["--slm", folder, "--slm-url", f"{stays.url},{doomed.url}"]
+    else:
+        stays = request.getfixturevalue("server")
+        doomed = serve_vllm(embedded_path("tiny:llm"), "--served-model-name", "llm")
+        where = ["--llm", "tiny:llm", "--llm-url", f"{stays.url},{doomed.url}"]
+    run = [sys.executable, "-m", "s2t", *words, *SHAPE, *where]
     calm, stormy = tmp_path / "calm", tmp_path / "stormy"
     start = time.monotonic()
     subprocess.run([*run, "--out", str(calm)], env=environment(), check=True, capture_output=True)
@@ -89,16 +99,24 @@ def test_a_thousand_problems_survive_a_killed_server_and_a_driver_killed_three_t
         driver.wait()
         kills.append(len(list(stormy.glob(pattern))))
     subprocess.run([*run, "--out", str(stormy)], env=environment(), check=True, capture_output=True)
-    report = read_json(stormy / summary)["llm_server"]
+    report = read_json(stormy / summary)["slm_server" if command == "s2t-local" else "llm_server"]
     print(f"killed at {kills} of 20 shards, then finished: {time.monotonic() - start:.0f} s; {json.dumps(report)}")
     assert report["drained"].get(doomed.url)
     assert sum(report["retries"].values()) > 0
-    if command == "eval":
-        results = read_jsonl(stormy / "results.jsonl")
-        assert len({result["problem_id"] for result in results}) == len(results) == 1000
-        assert results == read_jsonl(calm / "results.jsonl")
-    else:
+    if command == "collect":
         assert_same_groups(calm, stormy)
+        return
+    results = read_jsonl(stormy / "results.jsonl")
+    asked = {(result["problem_id"], result["strategy"]) for result in results}
+    assert len(asked) == len(results) == (2000 if command == "s2t-local" else 1000)
+    undisturbed = read_jsonl(calm / "results.jsonl")
+    if command == "s2t-local":  # how often a row waited or was asked for again is in its cost
+        results, undisturbed = without_cost(results), without_cost(undisturbed)
+    assert results == undisturbed
+
+
+def without_cost(results: list[dict]) -> list[dict]:
+    return [{name: value for name, value in result.items() if name != "cost"} for result in results]
 
 
 def wait_for_shards(out: Path, pattern: str, count: int, driver: subprocess.Popen) -> None:

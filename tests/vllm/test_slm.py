@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -13,6 +14,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
 
 NUM_PROBLEMS, A_FEW = 100, 25
 LORA = ("--enable-lora", "--max-loras", "2", "--lora-modules")
+PLUGIN = ("--logits-processors", "s2t.integrations.vllm:SelectToThink")
 
 
 @pytest.fixture(scope="module")
@@ -21,13 +23,15 @@ def prompts() -> list[str]:
     return [task.prompt(problem) for problem in task.problems("test", NUM_PROBLEMS, 0)]
 
 
-@pytest.fixture(scope="module", params=["always", "stream"])
+@pytest.fixture(scope="module", params=["always", "always with the plug-in", "stream"])
 def pair(request, merged, serve_vllm):
     """The same merged folder in this process and on a server."""
-    folder = merged(request.param)
+    folder = merged(request.param.split()[0])
     options = (*LORA, f"s2t={folder}/s2t_adapter") if request.param == "stream" else ()
-    server = serve_vllm(folder, *options)
-    yield load(folder), load(folder, slm_url=[server.url]), server
+    server = serve_vllm(folder, *options, *(PLUGIN if "plug-in" in request.param else ()))
+    there = load(folder, slm_url=[server.url])
+    assert there.session.served_slm.has_plugin == ("plug-in" in request.param)
+    yield load(folder), there, server
     server.kill()
 
 
@@ -45,6 +49,7 @@ def test_s2t_local_on_a_server_writes_the_same_tokens(pair, prompts, trigger):
     fired, flips = (sum(getattr(one, name) for one in found) for name in ("num_triggered", "num_flips"))
     facts = {
         "trigger": trigger,
+        "has_plugin": there.session.served_slm.has_plugin,
         "same": same,
         "problems": len(asked),
         "tokens": tokens,
@@ -56,6 +61,8 @@ def test_s2t_local_on_a_server_writes_the_same_tokens(pair, prompts, trigger):
     assert [one.text for one in found] == [one.text for one in wanted]
     for ours, theirs in zip(wanted, found, strict=True):
         assert [step.fired for step in theirs.steps] == [step.fired for step in ours.steps]
+        if there.session.served_slm.has_plugin:  # tells neither criticality nor scores
+            continue
         for step, other in zip(ours.steps, theirs.steps, strict=True):
             assert other.value == pytest.approx(step.value, abs=1e-3)
             if step.fired and step.scores is not None:
@@ -65,6 +72,19 @@ def test_s2t_local_on_a_server_writes_the_same_tokens(pair, prompts, trigger):
                 assert max(gaps) - min(gaps) < 0.02  # reserved ids share in a server's log-probabilities
     assert fired > len(asked) / 4 and (flips > 0 or trigger == "random")
     assert calls / tokens < 0.5
+
+
+def test_other_requests_beside_those_of_the_plugin_are_left_alone(pair, prompts):
+    here, there, _ = pair
+    wanted = here.generate(prompts[:A_FEW], strategy="greedy", max_new_tokens=160)
+    with ThreadPoolExecutor(2) as pool:
+        beside = pool.submit(there.generate, prompts[:A_FEW], threshold=0.3, max_new_tokens=160)
+        found = pool.submit(there.generate, prompts[:A_FEW], strategy="greedy", max_new_tokens=160).result()
+        selected = beside.result()
+    assert [one.token_ids for one in found] == [one.token_ids for one in wanted]
+    assert [one.token_ids for one in selected] == [
+        one.token_ids for one in here.generate(prompts[:A_FEW], threshold=0.3, max_new_tokens=160)
+    ]
 
 
 def test_greedy_on_a_server_is_greedy_here_and_takes_a_request_a_sequence(pair, prompts):

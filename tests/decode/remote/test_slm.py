@@ -10,6 +10,7 @@ import asyncio
 import pytest
 import torch
 
+from s2t.core.onserver import Plugin
 from s2t.decode.loop import Decoder, Request
 from s2t.decode.remote import slm as remote
 from s2t.decode.remote.client import RemoteSettings
@@ -85,6 +86,30 @@ class FakeServer:
         return logits.log_softmax(-1)
 
 
+class PluggedServer(FakeServer):
+    """One that runs the logits processor; `loses` every n-th call."""
+
+    def __init__(self, adapter, loses=0):
+        super().__init__(adapter)
+        self.loses, self.calls, self.plugin = loses, 0, Plugin(64)
+
+    async def complete_rows(self, request):
+        self.calls += 1
+        body, count = request.body("base"), 1 + len(request.more_prompts)
+        args, marks = body["vllm_xargs"], body["stop_token_ids"]
+        assert "logit_bias" not in body and "logprobs" not in body
+        if self.loses and self.calls % self.loses == 0:
+            return [Completion([3, marks[-1]], [], [], "", "stop") for _ in range(count)]
+        rows = [(self.plugin.new_row(args), []) for _ in range(count)]
+        while running := [r for r in rows if not r[1] or r[1][-1] not in marks]:
+            logits = torch.stack([self.read([*request.prompt_ids, *out], None) for _, out in running]).clone()
+            self.plugin.apply(logits, [(i, row, len(out)) for i, (row, out) in enumerate(running)])
+            for line, (_, out) in zip(logits, running, strict=True):
+                out.append(int(line.argmax()))
+        assert all(len(out) <= request.max_tokens for _, out in rows)
+        return [Completion(out, [], [], "", "stop") for _, out in rows]
+
+
 @pytest.fixture(scope="module")
 def prompts():
     return ([5, 9, 12, 30, 7], [8], [22, 31, 6], [17, 17, 2, 35])
@@ -100,9 +125,9 @@ def served(adapter):
     return ServedSelector(adapter.config, adapter.reserved.bins, adapter.reserved.criticality, lora=lora)
 
 
-def write(adapter, how, prompts, server=None, trace=False, limit=16):
+def write(adapter, how, prompts, server=None, trace=False, limit=16, **settings):
     server = server or FakeServer(adapter)
-    decoder = RemoteDecoder(server, adapter.loaded, how, served(adapter), limit, trace, num_rows=4)
+    decoder = RemoteDecoder(server, adapter.loaded, how, served(adapter), limit, trace, num_rows=4, **settings)
     steps = list(decoder.run([Request(i, prompt, f"problem-{i}") for i, prompt in enumerate(prompts)]))
     return decoder, [[step for step in steps if step.request == i] for i in range(len(prompts))]
 
@@ -135,6 +160,38 @@ def test_tokens_and_steps_are_those_of_the_engine_here(scope, settings, lists_to
                 assert len(brief.scores) <= len(other.scores) == len(one.scores) == how.num_candidates
     fired = sum(step.fired for steps in wanted for step in steps)
     assert (fired > 0) == (settings.get("trigger") != "never")
+
+
+@pytest.mark.parametrize("settings", [*SETTINGS[:3], {"threshold": 0.8}], ids=str)
+@pytest.mark.parametrize("loses", [0, 2, 3], ids=["", "loses half", "loses a third"])
+def test_a_server_with_the_plugin_writes_the_same(settings, loses, readers, strategy, prompts):
+    adapter, how = readers["always"], strategy("s2t-local", **settings)
+    wanted = write_here(adapter, how, prompts)
+    server = PluggedServer(adapter, loses)
+    decoder, found = write(adapter, how, prompts, server, uses_plugin=True)
+    for ours, theirs in zip(wanted, found, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            for name in ("index", "token_id", "greedy_id", "fired", "finish_reason"):
+                assert getattr(one, name) == getattr(other, name), name
+            if settings.get("trigger") == "random":
+                assert other.value == one.value
+    assert decoder.costs.keys() == set(range(len(prompts))) and server.calls > 0
+    assert loses or not server.requests  # nothing is listed, found or scored beside it
+
+
+def test_traces_and_scope_stream_do_without_the_plugin(readers, strategy, prompts):
+    for scope, trace in (("always", True), ("stream", False)):
+        server = PluggedServer(readers[scope])
+        write(readers[scope], strategy("s2t-local", threshold=0.5), prompts, server, trace, uses_plugin=True)
+        assert server.calls == 0 and server.requests
+
+
+def test_what_a_server_can_hold_is_not_asked_for(readers, strategy, prompts):
+    adapter, how = readers["always"], strategy("s2t-local", threshold=0.5)
+    wanted = write_here(adapter, how, prompts)
+    for most in (20, 50):  # the marks alone take 19 tokens
+        _, found = write(adapter, how, prompts, PluggedServer(adapter), uses_plugin=True, max_length=most)
+        assert [[s.token_id for s in own] for own in found] == [[s.token_id for s in own] for own in wanted]
 
 
 @every_scope

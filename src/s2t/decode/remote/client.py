@@ -10,7 +10,8 @@ import asyncio
 import json
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -19,7 +20,7 @@ from urllib.parse import urlsplit
 
 from s2t.decode.remote.counts import Counts, Prices
 from s2t.decode.remote.servers import Server, Servers
-from s2t.decode.remote.wire import BadReply, Completion, CompletionRequest, parse_completion
+from s2t.decode.remote.wire import BadReply, Completion, CompletionRequest, parse_completion, parse_rows
 from s2t.errors import ConfigError, RemoteError, missing_extra
 
 R = TypeVar("R")
@@ -93,13 +94,11 @@ class Client:
             raise missing_extra("httpx", "remote") from error
         self.settings, self.counts, self.id_of_text = settings, Counts(), id_of_text
         self._httpx = httpx
-        headers = {"Authorization": f"Bearer {settings.api_key}"} if settings.api_key else {}
+        self._headers = {"Authorization": f"Bearer {settings.api_key}"} if settings.api_key else {}
+        self._tls = httpx.create_ssl_context()
+        self._lanes: list[Any] = []
+        self._idle: list[Any] = []
         room = settings.max_in_flight
-        self._http = httpx.AsyncClient(
-            headers=headers,
-            timeout=httpx.Timeout(settings.timeout_s, connect=min(_CONNECT_S, settings.timeout_s), pool=None),
-            limits=httpx.Limits(max_connections=room + len(settings.urls), max_keepalive_connections=room),
-        )
         self._room = asyncio.Semaphore(room)
         self.servers = Servers(
             [url.rstrip("/") for url in settings.urls], self._is_well, settings.patience_s, self._note_drained
@@ -118,7 +117,8 @@ class Client:
     async def aclose(self) -> None:
         """End health checks and close connections."""
         await self.servers.close()
-        await self._http.aclose()
+        for lane in self._lanes:
+            await lane.aclose()
 
     async def complete(self, request: CompletionRequest) -> Completion:
         """The answer to one request, retried until it is one; raises RemoteError where no server gives one."""
@@ -127,6 +127,15 @@ class Client:
             "completions", body, lambda reply: parse_completion(reply, request, self.id_of_text), request.key
         )
         self.counts.add(done.usage)
+        return done
+
+    async def complete_rows(self, request: CompletionRequest) -> list[Completion]:
+        """The answers to all prompts of one request, in order; retried and counted as one call."""
+        body = request.body(await self.model_name(), self.speaks_ids)
+        done = await self._ask(
+            "completions", body, lambda reply: parse_rows(reply, request, self.id_of_text), request.key
+        )
+        self.counts.add(done[0].usage)
         return done
 
     async def complete_all(self, requests: Sequence[CompletionRequest]) -> list[Completion]:
@@ -231,8 +240,8 @@ class Client:
         """One exchange; returns the JSON of a reply with status 200, raises _Failed for what may be tried again."""
         httpx = self._httpx
         try:
-            async with asyncio.timeout(self.settings.timeout_s):
-                call = self._http.stream("GET", url) if body is None else self._http.stream("POST", url, json=body)
+            async with asyncio.timeout(self.settings.timeout_s), self._lane() as lane:
+                call = lane.stream("GET", url) if body is None else lane.stream("POST", url, json=body)
                 async with call as response:
                     data = await _read(response)
         except (httpx.TimeoutException, TimeoutError) as error:
@@ -245,6 +254,24 @@ class Client:
             return json.loads(data)
         except ValueError as error:  # no JSON, or no UTF-8
             raise _Failed("bad reply", "not JSON") from error
+
+    @asynccontextmanager
+    async def _lane(self) -> AsyncIterator[Any]:
+        """An HTTP client for one exchange at a time, with its connections kept alive for the next one.
+
+        One for all would go through every connection for every other, at each request: most of the time at 64 in flight.
+        """
+        lane = self._idle.pop() if self._idle else self._new_lane()
+        try:
+            yield lane
+        finally:
+            self._idle.append(lane)
+
+    def _new_lane(self) -> Any:
+        connect_s = min(_CONNECT_S, self.settings.timeout_s)
+        timeout = self._httpx.Timeout(self.settings.timeout_s, connect=connect_s, pool=None)
+        self._lanes.append(self._httpx.AsyncClient(headers=self._headers, timeout=timeout, verify=self._tls))
+        return self._lanes[-1]
 
     def _refuse(self, url: str, response: Any, data: bytes) -> None:
         """Raise for a reply with another status than 200: _Failed where a retry may help, else RemoteError."""
@@ -290,8 +317,8 @@ class Client:
     async def _is_well(self, url: str) -> bool:
         httpx = self._httpx
         try:
-            async with asyncio.timeout(_CHECK_S):
-                response = await self._http.get(f"{url}/models")
+            async with asyncio.timeout(_CHECK_S), self._lane() as lane:
+                response = await lane.get(f"{url}/models")
             _model_list(response.json())
         except (httpx.HTTPError, TimeoutError, ValueError, BadReply):
             return False

@@ -2,25 +2,28 @@
 
 A chunk brings the two criticality ids' log-probabilities at every token. At the first trigger in it the candidates are
 chosen between (`choose`); if the greedy token wins, the rest of the chunk still holds, else it is dropped and the next chunk
-goes on from the winner. Tokens are those of `decode.loop` with the same weights.
+goes on from the winner. A server with the logits processor of `s2t` finds triggers and winners itself (`plugged`), and chunks
+are for what it loses. Tokens are those of `decode.loop` with the same weights.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from s2t.core.onserver import Told
 from s2t.core.sampling import uniforms
 from s2t.decode.draft import DraftLength
 from s2t.decode.loop import Request
 from s2t.decode.remote.blocking import BlockingClient
 from s2t.decode.remote.choose import Chooser, Chosen
 from s2t.decode.remote.client import Client, RemoteSettings
+from s2t.decode.remote.plugged import Plugged, has_plugin
 from s2t.decode.remote.selector import ServedSelector, check_apart, served_selector
 from s2t.decode.remote.wire import Completion, CompletionRequest
 from s2t.decode.strategies import Strategy
@@ -35,7 +38,7 @@ _LONGEST_CHUNK = 256
 _STRATEGIES = ("greedy", "s2t-local")
 _TRIGGERS = ("criticality", "random", "never")
 
-Emit = Callable[[Step], None]
+Emit = Callable[[list[Step]], None]
 
 
 @dataclass(slots=True)
@@ -60,7 +63,8 @@ class RemoteDecoder:
     """Runs requests through `greedy` or `s2t-local` on servers; the interface is that of `decode.loop.Decoder`.
 
     `served` is how the selector is read; None for greedy. `trace` has all K candidates of triggered steps found and scored,
-    else those that could win. Raises ConfigError for a strategy or trigger that needs more than a server gives.
+    else those that could win. With `uses_plugin` the servers run the logits processor of `s2t`: without `trace`, steps then
+    carry neither criticality nor candidates. Raises ConfigError for a strategy or trigger that needs more than a server gives.
     """
 
     def __init__(
@@ -73,6 +77,8 @@ class RemoteDecoder:
         trace: bool = False,
         ends: Callable[[int, int], bool] | None = None,
         num_rows: int = 64,
+        uses_plugin: bool = False,
+        max_length: int | None = None,
     ) -> None:
         _check(strategy, served)
         self.client, self.loaded, self.strategy, self.served = client, loaded, strategy, served
@@ -97,6 +103,10 @@ class RemoteDecoder:
         self._chooser = None
         if served is not None:
             self._chooser = Chooser(served, strategy.num_candidates, self.forbidden, self._plain, trace)
+        self._plugged = None
+        if uses_plugin and served is not None and not trace:
+            outputs = [i for i in self.forbidden if i < rows]
+            self._plugged = Plugged.of(served, strategy, sorted(loaded.stop_ids), outputs, max_length)
 
     @property
     def _fires(self) -> bool:
@@ -105,7 +115,9 @@ class RemoteDecoder:
     def run(self, requests: Iterable[Request]) -> Iterator[Step]:
         """Yield every request's steps, interleaved, each request's in order; raises RemoteError where no server answers."""
         waiting = list(requests)
-        return self.client.stream(lambda client, emit: self._write_all(client, waiting, emit))
+        parts: Iterator[list[Step]] = self.client.stream(lambda client, emit: self._write_all(client, waiting, emit))
+        for steps in parts:
+            yield from steps
 
     async def _write_all(self, client: Client, requests: Sequence[Request], emit: Emit) -> None:
         room = asyncio.Semaphore(self.num_rows)
@@ -121,18 +133,63 @@ class RemoteDecoder:
     async def _write(self, client: Client, request: Request, emit: Emit) -> None:
         sequence = _Sequence(request, list(request.prompt_ids), self._draws(request))
         while not sequence.is_finished:
-            chunk = await self._chunk(client, sequence)
-            for place in range(len(chunk.token_ids)):
-                step = await self._step(client, sequence, chunk, place)
-                if sequence.is_finished:
-                    work = sequence.work
-                    self.costs[request.index] = Cost(
-                        sequence.steps, work.forwards, 0, work.processed, 0, work.flops, 0.0
-                    )
-                emit(step)
-                if sequence.is_finished or step.token_id != chunk.token_ids[place]:
-                    self.num_dropped += len(chunk.token_ids) - place - 1
-                    break
+            if self._plugged is None or not await self._write_told(client, self._plugged, sequence, emit):
+                await self._write_chunk(client, sequence, emit)
+
+    async def _write_chunk(self, client: Client, sequence: _Sequence, emit: Emit) -> None:
+        """One chunk up to its first flip."""
+        chunk = await self._chunk(client, sequence)
+        for place in range(len(chunk.token_ids)):
+            emit([await self._step(client, sequence, chunk, place)])
+            if sequence.is_finished or sequence.ids[-1] != chunk.token_ids[place]:
+                self.num_dropped += len(chunk.token_ids) - place - 1
+                break
+
+    async def _write_told(self, client: Client, plugged: Plugged, sequence: _Sequence, emit: Emit) -> bool:
+        """What a server with the plug-in writes until it ends or restarts; False where it lost the thread."""
+        num_rows = 1
+        while True:
+            length = len(sequence.ids)
+            room = plugged.room(length, self.max_new_tokens - sequence.steps)
+            if room < 1:
+                return False
+            warmup, at = max(0, self.strategy.warmup_steps - sequence.steps), self._fired_at(sequence, room)
+            request = plugged.request(sequence.ids, room, warmup, at, sequence.key, num_rows)
+            done = await client.complete_rows(request)
+            rows = [plugged.told(row, room) for row in done]
+            self._count_rows(sequence, [len(row.token_ids) for row in done])
+            going_on = [place for place, row in enumerate(rows) if not row.is_lost]
+            is_sound = all(row.ids and self.forbidden.isdisjoint(row.ids) for row in rows)
+            if len(going_on) != 1 or not is_sound:
+                return False
+            winner = rows[going_on[0]]
+            emit(list(self._take(sequence, winner, num_rows > 1, going_on[0], rows[0].ids[0])))
+            num_rows = winner.num_rows
+            if sequence.is_finished or num_rows < 2:
+                return True
+
+    def _take(self, sequence: _Sequence, told: Told, is_chosen: bool, selected: int, greedy: int) -> Iterator[Step]:
+        """Accept a reply's text, but for the greedy token of a trigger that is still open; the first token may be a winner."""
+        for place, token in enumerate(told.ids[:-1] if told.num_rows > 1 else told.ids):
+            value = float(sequence.draws[sequence.steps]) if len(sequence.draws) else None
+            if is_chosen and place == 0:
+                yield self._accept(sequence, token, greedy, value, {"fired": True, "selected_index": selected})
+            else:
+                passed = {"fired": True, "selected_index": 0} if place in told.passed else {}
+                yield self._accept(sequence, token, token, value, passed)
+            if sequence.is_finished:
+                return
+
+    def _fired_at(self, sequence: _Sequence, room: int) -> list[int]:
+        """Of the random trigger: which of the next steps fire."""
+        start = max(sequence.steps, self.strategy.warmup_steps)
+        draws = sequence.draws[start : sequence.steps + room]
+        return (np.nonzero(draws < self.strategy.threshold)[0] + start - sequence.steps).tolist()
+
+    def _count_rows(self, sequence: _Sequence, written: Sequence[int]) -> None:
+        length, total = len(sequence.ids), sum(written)
+        self._count(sequence, total, length - sequence.read + total - 1, length + total / (2 * len(written)))
+        sequence.read = length
 
     def _draws(self, request: Request) -> np.ndarray:
         if self.strategy.trigger.name != "random":
@@ -195,6 +252,11 @@ class RemoteDecoder:
                 "selected_index": chosen.index,
                 "scores": tuple(chosen.scores),
             }
+        return self._accept(sequence, token, greedy, value, details)
+
+    def _accept(
+        self, sequence: _Sequence, token: int, greedy: int, value: float | None, details: Mapping[str, Any]
+    ) -> Step:
         self._steps += 1
         if token != greedy:
             self._flips += 1
@@ -203,6 +265,11 @@ class RemoteDecoder:
         sequence.steps += 1
         reason = self._reason(sequence, token)
         sequence.is_finished = reason is not None
+        if sequence.is_finished:
+            work = sequence.work
+            self.costs[sequence.request.index] = Cost(
+                sequence.steps, work.forwards, 0, work.processed, 0, work.flops, 0.0
+            )
         return Step(
             sequence.request.index,
             sequence.steps - 1,
@@ -258,6 +325,10 @@ class ServedSLM:
     client: BlockingClient
     loaded: LoadedModel
     selector: ServedSelector | None
+    has_plugin: bool = False
+    """Whether all servers run the logits processor of `s2t`."""
+    max_length: int | None = None
+    """Longest prompt and reply that they take, if they say so."""
 
     @classmethod
     def connect(
@@ -266,14 +337,18 @@ class ServedSLM:
         """Ask the servers what they serve; raises ConfigError, ModelError or RemoteError, one line, for what cannot work."""
         client = BlockingClient(settings)
         try:
-            client.model_name()
-            selector = served_selector(loaded, client.models(), lora) if needs_selector else None
+            name, models, plugin = client.model_name(), client.models(), False
+            selector = served_selector(loaded, models, lora) if needs_selector else None
             if selector is not None and selector.lora is not None:
                 client.run(partial(check_apart, selector))
+            elif selector is not None:
+                forbidden = sorted(loaded.reserved.all)
+                plugin = client.run(lambda inner: has_plugin(inner, name, selector, forbidden))
         except BaseException:
             client.close()
             raise
-        return cls(client, loaded, selector)
+        lengths = [int(model["max_model_len"]) for model in models if model.get("max_model_len")]
+        return cls(client, loaded, selector, plugin, min(lengths, default=None))
 
     def decoder(
         self,
@@ -285,7 +360,18 @@ class ServedSLM:
     ) -> RemoteDecoder:
         """A decoder for one run."""
         uses = self.selector if strategy.name == "s2t-local" else None
-        return RemoteDecoder(self.client, self.loaded, strategy, uses, max_new_tokens, trace, ends, num_rows)
+        return RemoteDecoder(
+            self.client,
+            self.loaded,
+            strategy,
+            uses,
+            max_new_tokens,
+            trace,
+            ends,
+            num_rows,
+            self.has_plugin,
+            self.max_length,
+        )
 
     def check(self, strategy: Strategy) -> None:
         """Raise ConfigError for a strategy or trigger that these servers cannot run."""
@@ -294,7 +380,8 @@ class ServedSLM:
     def take_report(self) -> dict[str, Any]:
         """Where the SLM runs and what asking it took since this was last called, as JSON values."""
         counts, settings = self.client.take_counts(), self.client.settings
-        return {"model": self.client.model_name(), "urls": list(settings.urls), **counts.as_dict()}
+        where = {"model": self.client.model_name(), "urls": list(settings.urls), "has_plugin": self.has_plugin}
+        return where | counts.as_dict()
 
 
 def check_served(strategies: Sequence[str]) -> None:

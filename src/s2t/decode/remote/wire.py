@@ -27,7 +27,7 @@ class CompletionRequest:
     `logprob_token_ids` these very ids per generated token in place of the likeliest. `model` goes before the client's own
     (the name of a LoRA, say). Requests of one `key` go to one server while it is not much busier than the others, since
     it has their prefix cached. `extra` is merged into the body as it is. Of the prompt's log-probabilities those of the
-    first `num_prompt_skipped` tokens are not read.
+    first `num_prompt_skipped` tokens are not read. `more_prompts` are asked for in the same call (`Client.complete_rows`).
     """
 
     prompt_ids: Sequence[int]
@@ -39,12 +39,15 @@ class CompletionRequest:
     key: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
     num_prompt_skipped: int = 0
+    more_prompts: Sequence[Sequence[int]] = ()
 
     def body(self, model: str, speaks_ids: bool = True) -> dict[str, Any]:
         """The JSON body; `speaks_ids` asks for token ids in the reply, which vLLM understands and others may refuse."""
         body: dict[str, Any] = {
             "model": self.model or model,
-            "prompt": list(self.prompt_ids),
+            "prompt": [list(self.prompt_ids), *map(list, self.more_prompts)]
+            if self.more_prompts
+            else list(self.prompt_ids),
             "max_tokens": self.max_tokens,
             "temperature": 0.0,
         }
@@ -85,8 +88,23 @@ def parse_completion(
         raise BadReply(f"{type(error).__name__}: {str(error)[:100]}") from error
 
 
-def _parse(reply: Any, request: CompletionRequest, id_of_text: Callable[[str], int | None] | None) -> Completion:
-    choice = reply["choices"][0]
+def parse_rows(
+    reply: Any, request: CompletionRequest, id_of_text: Callable[[str], int | None] | None = None
+) -> list[Completion]:
+    """Read the answers to all prompts of a request, in order; raises BadReply where one is missing."""
+    try:
+        choices = sorted(reply["choices"], key=lambda choice: choice.get("index", 0))
+        if len(choices) != 1 + len(request.more_prompts):
+            raise BadReply(f"{len(choices)} answers to {1 + len(request.more_prompts)} prompts")
+        return [_parse(reply, request, id_of_text, choice) for choice in choices]
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise BadReply(f"{type(error).__name__}: {str(error)[:100]}") from error
+
+
+def _parse(
+    reply: Any, request: CompletionRequest, id_of_text: Callable[[str], int | None] | None, choice: Any = None
+) -> Completion:
+    choice = reply["choices"][0] if choice is None else choice
     found = choice.get("logprobs") or {}
     content = found.get("content")
     if content is not None:  # the chat shape, which some servers use for completions as well
