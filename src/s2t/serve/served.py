@@ -108,8 +108,9 @@ class ServedBackend:
         """One job from its turn to its end, in the client's event loop."""
         decoder = self._decoders[job.strategy]
 
-        def emit(step: Step) -> None:
-            self._events.put(Written(job, step, decoder.readings.pop((step.request, step.index), None)))
+        def emit(steps: Sequence[Step]) -> None:
+            for step in steps:
+                self._events.put(Written(job, step, decoder.readings.pop((step.request, step.index), None)))
 
         async with self._room:
             self._num_running += 1

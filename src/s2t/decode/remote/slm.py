@@ -150,7 +150,7 @@ class RemoteDecoder:
         num_rows = 1
         while True:
             length = len(sequence.ids)
-            room = plugged.room(length, self.max_new_tokens - sequence.steps)
+            room = plugged.room(length, self._limit(sequence.request) - sequence.steps)
             if room < 1:
                 return False
             warmup, at = max(0, self.strategy.warmup_steps - sequence.steps), self._fired_at(sequence, room)
