@@ -85,7 +85,7 @@ TASK = {
 
 def program(page: str) -> str:
     """The page as one Python program: its Python as it stands, its shell blocks as calls of `s2t` or of bash."""
-    lines = ["import subprocess", "from s2t.cli.main import main"]
+    lines = ["import runpy, subprocess, sys", "from s2t.cli.main import main"]
     for language, printed in BLOCK.findall((ROOT / f"{page}.md").read_text(encoding="utf-8")):
         block = printed
         for pattern, substitute in [(r" *\\\n *", " "), *SUBSTITUTES]:
@@ -94,7 +94,7 @@ def program(page: str) -> str:
             lines.append(block)
         elif commands := [line for line in block.splitlines() if line and not line.startswith(NOT_RUN)]:
             if all(map(is_plain, commands)):
-                lines += [f"assert main({shlex.split(line, comments=True)[1:]!r}) == 0" for line in commands]
+                lines += [in_this_process(shlex.split(line, comments=True)) for line in commands]
                 continue
             lines.append(
                 f"subprocess.run(['bash', '-euc', {chr(10).join(commands)!r}], stdin=subprocess.DEVNULL, check=True)"
@@ -102,10 +102,21 @@ def program(page: str) -> str:
     return "\n".join(lines).replace(str(PORT), str(PORT + PAGES.index(page)))  # pages may run at once
 
 
+def in_this_process(words: list[str]) -> str:
+    """Python for a call of `s2t` or of `python -m`."""
+    if words[0] == "s2t":
+        return f"assert main({words[1:]!r}) == 0"
+    return (
+        f"sys.argv = {words[2:]!r}\n"
+        "try:\n    runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)\n"
+        "except SystemExit as ended:\n    assert not ended.code"
+    )
+
+
 def is_plain(line: str) -> bool:
-    """Whether a shell would make of a line what `shlex` does: one call of `s2t`, nothing expanded, piped or put aside."""
+    """Whether a shell would make of a line what `shlex` does: one call of ours, nothing expanded, piped or put aside."""
     bare = re.sub(r"'[^']*'|\"[^\"$`\\]*\"", "", line.split(" #", maxsplit=1)[0])
-    return line.startswith("s2t ") and re.search(r"[^\w\s/.,:=@%+-]", bare) is None
+    return line.startswith(("s2t ", "python -m s2t.")) and re.search(r"[^\w\s/.,:=@%+-]", bare) is None
 
 
 def missing(code: str, made: Path) -> list[str]:
