@@ -71,6 +71,7 @@ def main() -> None:
     prompts = [task.prompt(problem) for problem in task.problems("test", args.problems, 0)]
     ids = [reasoner.session.prompt(prompt) for prompt in prompts]
     served = reasoner.session.served_slm
+    assert served is not None
     quiet = {"threshold": 1.0 if not args.random else 0.0}
     ways = {"greedy, criticality listed": (False, quiet), "s2t-local, listed": (False, {})}
     if served.has_plugin:

@@ -7,6 +7,9 @@ Where `s2t` is installed beside vLLM, the entry point (group vllm.logits_process
 `core.onserver`'s; here are vLLM's two interfaces, that of the V1 model runner and that of the V2 one.
 """
 
+# vLLM lives in an environment of its own.
+# pyright: reportMissingImports=false, reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 import weakref
