@@ -15,7 +15,7 @@ from s2t.decode.loop import Request
 from s2t.decode.remote.blocking import BlockingClient
 from s2t.decode.remote.client import Client
 from s2t.decode.remote.selector import ServedSelector
-from s2t.decode.remote.slm import Emit, RemoteDecoder, ServedSLM, _Sequence
+from s2t.decode.remote.slm import Emit, RemoteDecoder, ServedSLM, Writing
 from s2t.decode.remote.wire import Completion
 from s2t.decode.strategies import Strategy
 from s2t.model.load import LoadedModel
@@ -85,13 +85,13 @@ class ContinuousRemoteDecoder(RemoteDecoder):
     def _is_read(self, request: Request) -> bool:
         return isinstance(request, OwnRequest) and request.num_likeliest is not None
 
-    def _chunk_length(self, sequence: _Sequence) -> int:
+    def _chunk_length(self, sequence: Writing) -> int:
         length = super()._chunk_length(sequence)
         if sequence.request.index not in self._watched:
             return length
         return min(length, LONGEST_CHUNK, max(FIRST_CHUNK, sequence.steps))
 
-    async def _step(self, client: Client, sequence: _Sequence, chunk: Completion, place: int) -> Step:
+    async def _step(self, client: Client, sequence: Writing, chunk: Completion, place: int) -> Step:
         step = await super()._step(client, sequence, chunk, place)
         if chunk.logprobs and self._is_read(sequence.request):
             listed = chunk.logprobs[place]

@@ -42,7 +42,7 @@ Emit = Callable[[list[Step]], None]
 
 
 @dataclass(slots=True)
-class _Sequence:
+class Writing:
     """One sequence as far as it is written, and what the server has read of it."""
 
     request: Request
@@ -131,12 +131,12 @@ class RemoteDecoder:
                 group.create_task(write(request))
 
     async def _write(self, client: Client, request: Request, emit: Emit) -> None:
-        sequence = _Sequence(request, list(request.prompt_ids), self._draws(request))
+        sequence = Writing(request, list(request.prompt_ids), self._draws(request))
         while not sequence.is_finished:
             if self._plugged is None or not await self._write_told(client, self._plugged, sequence, emit):
                 await self._write_chunk(client, sequence, emit)
 
-    async def _write_chunk(self, client: Client, sequence: _Sequence, emit: Emit) -> None:
+    async def _write_chunk(self, client: Client, sequence: Writing, emit: Emit) -> None:
         """One chunk up to its first flip."""
         chunk = await self._chunk(client, sequence)
         for place in range(len(chunk.token_ids)):
@@ -145,7 +145,7 @@ class RemoteDecoder:
                 self.num_dropped += len(chunk.token_ids) - place - 1
                 break
 
-    async def _write_told(self, client: Client, plugged: Plugged, sequence: _Sequence, emit: Emit) -> bool:
+    async def _write_told(self, client: Client, plugged: Plugged, sequence: Writing, emit: Emit) -> bool:
         """What a server with the plug-in writes until it ends or restarts; False where it lost the thread."""
         num_rows = 1
         while True:
@@ -168,7 +168,7 @@ class RemoteDecoder:
             if sequence.is_finished or num_rows < 2:
                 return True
 
-    def _take(self, sequence: _Sequence, told: Told, is_chosen: bool, selected: int, greedy: int) -> Iterator[Step]:
+    def _take(self, sequence: Writing, told: Told, is_chosen: bool, selected: int, greedy: int) -> Iterator[Step]:
         """Accept a reply's text, but for the greedy token of a trigger that is still open; the first token may be a winner."""
         for place, token in enumerate(told.ids[:-1] if told.num_rows > 1 else told.ids):
             value = float(sequence.draws[sequence.steps]) if len(sequence.draws) else None
@@ -180,13 +180,13 @@ class RemoteDecoder:
             if sequence.is_finished:
                 return
 
-    def _fired_at(self, sequence: _Sequence, room: int) -> list[int]:
+    def _fired_at(self, sequence: Writing, room: int) -> list[int]:
         """Of the random trigger: which of the next steps fire."""
         start = max(sequence.steps, self.strategy.warmup_steps)
         draws = sequence.draws[start : sequence.steps + room]
         return (np.nonzero(draws < self.strategy.threshold)[0] + start - sequence.steps).tolist()
 
-    def _count_rows(self, sequence: _Sequence, written: Sequence[int]) -> None:
+    def _count_rows(self, sequence: Writing, written: Sequence[int]) -> None:
         length, total = len(sequence.ids), sum(written)
         self._count(sequence, total, length - sequence.read + total - 1, length + total / (2 * len(written)))
         sequence.read = length
@@ -206,11 +206,11 @@ class RemoteDecoder:
         assert self.served is not None
         return self.served.yes_no or self.served.bins[:1]
 
-    def _chunk_length(self, sequence: _Sequence) -> int:
+    def _chunk_length(self, sequence: Writing) -> int:
         room = self._limit(sequence.request) - sequence.steps
         return max(1, min(room, self._length.at(self._steps, self._flips)))
 
-    async def _chunk(self, client: Client, sequence: _Sequence) -> Completion:
+    async def _chunk(self, client: Client, sequence: Writing) -> Completion:
         """The next tokens of a sequence, with what the trigger reads at each."""
         request = CompletionRequest(
             sequence.ids,
@@ -237,7 +237,7 @@ class RemoteDecoder:
                 "the server wrote a reserved id in spite of its bias; is the folder served that --slm names?"
             )
 
-    async def _step(self, client: Client, sequence: _Sequence, chunk: Completion, place: int) -> Step:
+    async def _step(self, client: Client, sequence: Writing, chunk: Completion, place: int) -> Step:
         """Accept one token: the chunk's, or at a trigger the winner."""
         greedy = chunk.token_ids[place]
         value = self._value(sequence, chunk, place)
@@ -255,7 +255,7 @@ class RemoteDecoder:
         return self._accept(sequence, token, greedy, value, details)
 
     def _accept(
-        self, sequence: _Sequence, token: int, greedy: int, value: float | None, details: Mapping[str, Any]
+        self, sequence: Writing, token: int, greedy: int, value: float | None, details: Mapping[str, Any]
     ) -> Step:
         self._steps += 1
         if token != greedy:
@@ -280,25 +280,25 @@ class RemoteDecoder:
             **details,
         )
 
-    def _value(self, sequence: _Sequence, chunk: Completion, place: int) -> float | None:
+    def _value(self, sequence: Writing, chunk: Completion, place: int) -> float | None:
         name = self.strategy.trigger.name
         if name == "criticality":
             assert self.served is not None
             return self.served.criticality(chunk.logprobs[place])
         return float(sequence.draws[sequence.steps]) if name == "random" else None
 
-    def _is_fired(self, sequence: _Sequence, value: float) -> bool:
+    def _is_fired(self, sequence: Writing, value: float) -> bool:
         if sequence.steps < self.strategy.warmup_steps:
             return False
         threshold = self.strategy.threshold
         return value < threshold if self.strategy.trigger.name == "random" else value > threshold
 
-    def _reason(self, sequence: _Sequence, token: int) -> str | None:
+    def _reason(self, sequence: Writing, token: int) -> str | None:
         if token in self.loaded.stop_ids or (self.ends is not None and self.ends(sequence.request.index, token)):
             return "stop"
         return "length" if sequence.steps >= self._limit(sequence.request) else None
 
-    async def _choose(self, client: Client, sequence: _Sequence, greedy: int, logprob: float) -> Chosen:
+    async def _choose(self, client: Client, sequence: Writing, greedy: int, logprob: float) -> Chosen:
         assert self._chooser is not None and self.served is not None
         length = len(sequence.ids)
         chosen = await self._chooser.choose(client.complete, sequence.ids, greedy, logprob, sequence.key)
@@ -311,7 +311,7 @@ class RemoteDecoder:
             sequence.adapter_read = length
         return chosen
 
-    def _count(self, sequence: _Sequence, forwards: int, processed: int, context: float) -> None:
+    def _count(self, sequence: Writing, forwards: int, processed: int, context: float) -> None:
         work = sequence.work
         work.forwards += forwards
         work.processed += processed

@@ -1,0 +1,82 @@
+"""One frozen dataclass per command: file and flags become one checked object; each default lives here once.
+
+Flag beats file beats default. An unknown key is an error. The resolved config is saved in the run folder
+and the same command accepts it back. Knows no model and reads no problem.
+"""
+
+from s2t.config.answer import EvalConfig, GenerateConfig, ServeConfig
+from s2t.config.build import build_config, config_dict
+from s2t.config.checks import check_range
+from s2t.config.learn import (
+    CalibrateConfig,
+    CollectConfig,
+    DistillConfig,
+    FitConfig,
+    MeasureConfig,
+    MergeConfig,
+    TrainConfig,
+)
+from s2t.config.shared import (
+    CRITICALITY_READINGS,
+    DISTILLATIONS,
+    DIVERGENCES,
+    DTYPES,
+    EXECUTIONS,
+    HOW_IT_RUNS,
+    MANY_SAMPLES,
+    NEEDS_LLM,
+    PLACES,
+    SCOPES,
+    STRATEGIES,
+    SUPPORTS,
+    TRIGGERED,
+    TRIGGERS,
+    DecodeConfig,
+    ModelConfig,
+    RemoteConfig,
+    ServedConfig,
+    ShardConfig,
+    StepConfig,
+    TaskConfig,
+)
+from s2t.config.study import BenchConfig, ReproduceConfig, StudyConfig
+
+__all__ = [
+    "CRITICALITY_READINGS",
+    "DISTILLATIONS",
+    "DIVERGENCES",
+    "DTYPES",
+    "EXECUTIONS",
+    "HOW_IT_RUNS",
+    "MANY_SAMPLES",
+    "NEEDS_LLM",
+    "PLACES",
+    "SCOPES",
+    "STRATEGIES",
+    "SUPPORTS",
+    "TRIGGERED",
+    "TRIGGERS",
+    "BenchConfig",
+    "CalibrateConfig",
+    "CollectConfig",
+    "DecodeConfig",
+    "DistillConfig",
+    "EvalConfig",
+    "FitConfig",
+    "GenerateConfig",
+    "MeasureConfig",
+    "MergeConfig",
+    "ModelConfig",
+    "RemoteConfig",
+    "ReproduceConfig",
+    "ServeConfig",
+    "ServedConfig",
+    "ShardConfig",
+    "StepConfig",
+    "StudyConfig",
+    "TaskConfig",
+    "TrainConfig",
+    "build_config",
+    "check_range",
+    "config_dict",
+]

@@ -1,0 +1,143 @@
+"""Settings of the commands that answer: generate and chat, serve, eval."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from s2t.config.checks import check_at_least, check_choice, check_positive, check_range, require
+from s2t.config.shared import (
+    MANY_SAMPLES,
+    STRATEGIES,
+    TRIGGERED,
+    TRIGGERS,
+    DecodeConfig,
+    ModelConfig,
+    ServedConfig,
+    ShardConfig,
+    TaskConfig,
+)
+
+
+@dataclass(frozen=True)
+class GenerateConfig(DecodeConfig, ServedConfig, ModelConfig):
+    """`s2t generate` and `s2t chat`."""
+
+    strategy: str | None = None
+    """greedy, sample, self-consistency, self-certainty, llm, takeover, s2t or s2t-local; None is s2t-local with an adapter or a
+    merged model, else greedy."""
+    seed: int = 0
+    """Seed of sampling and of the random trigger."""
+
+    def __post_init__(self) -> None:
+        self.check_model()
+        self.check_remote()
+        self.check_decode()
+        if self.strategy is not None:
+            check_choice("strategy", self.strategy, STRATEGIES)
+
+
+@dataclass(frozen=True)
+class ServeConfig(DecodeConfig, ServedConfig, ModelConfig):
+    """`s2t serve`: an OpenAI-compatible server; decoding settings are those of requests that do not give their own."""
+
+    strategy: str | None = None
+    """Of requests that name none: greedy, s2t-local, s2t, takeover or llm; None is s2t-local with an adapter or a merged model,
+    else greedy. A temperature above 0 means sample."""
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = 8000
+    """Port to listen on; 0 takes a free one."""
+    served_name: str | None = None
+    """Name of the model in requests and answers; None takes that of --slm."""
+    batch_size: int = 32
+    """Sequences written at once, for each strategy in use; with --slm-url in all."""
+    patience_s: float = 10.0
+    """Of an SLM on servers: seconds to wait for one to come back when all have failed, before requests end with 503."""
+    max_queue: int = 256
+    """Sequences that may wait for a free row beyond those; more are refused with 429."""
+    max_length: int = 4096
+    """Longest prompt and answer together, in tokens, if the model can read that many."""
+    max_body_bytes: int = 2**20
+    """Largest body of a request."""
+    request_timeout_s: float = 600.0
+    """Seconds from a request's arrival to the end of its answer."""
+    drain_s: float = 30.0
+    """Seconds that running requests get to finish when the server is asked to stop."""
+    api_key_file: str | None = None
+    """File with the key that clients must send; without it the variable S2T_API_KEY, and without that no key is asked for."""
+    no_auth: bool = False
+    """Allow an address that others can reach without a key."""
+
+    num_samples: int = 1
+    """Not for a server, and always 1: requests ask for n choices."""
+    llm_url: list[str] = field(default_factory=list)
+    """Not for a server, which runs the LLM in its own process."""
+
+    def __post_init__(self) -> None:
+        self.check_model()
+        self.check_remote()
+        self.check_decode()
+        require(not self.llm_urls, "s2t serve takes no llm_url: it runs the LLM in its own process; pass --llm MODEL.")
+        require(
+            not (self.slm_urls and self.llm),
+            "with slm_url the server writes with greedy and s2t-local, which need no LLM; drop --llm or --slm-url.",
+        )
+        require(self.num_samples == 1, "a server takes no num_samples; let requests ask for n choices.")
+        if self.strategy is not None:
+            check_choice(
+                "strategy", self.strategy, tuple(name for name in STRATEGIES if name not in ("sample", *MANY_SAMPLES))
+            )
+        check_range("port", self.port, 0, 65535)
+        check_at_least(0, max_queue=self.max_queue, drain_s=self.drain_s)
+        check_at_least(2, max_length=self.max_length)
+        check_at_least(64, max_body_bytes=self.max_body_bytes)
+        check_positive(request_timeout_s=self.request_timeout_s)
+
+
+@dataclass(frozen=True)
+class EvalConfig(DecodeConfig, TaskConfig, ServedConfig, ShardConfig, ModelConfig):
+    """`s2t eval`: problems x strategies become graded results, scores with intervals and paired tests."""
+
+    llm: str | None = None
+    """Hub id, folder, or `tiny:llm`; needed by llm, takeover and s2t."""
+    strategies: str = "greedy,s2t-local"
+    """Comma-separated: greedy, sample, self-consistency, self-certainty, llm, takeover, s2t, s2t-local; the last three also
+    with a trigger of their own, such as s2t@entropy."""
+    out: str = "runs/eval"
+    """Folder of this run; rerunning resumes it."""
+    split: str = "test"
+    """train, calibration or test."""
+    heldout_templates: float = 0.25
+    """Share of templates reported as unseen; the adapter's own list goes first."""
+    shard_size: int = 128
+    """Problems per file; a killed run loses one shard at most."""
+    num_traces: int = 1000
+    """Problems of which every token is kept, for the report to show; the first ones of the run."""
+    num_seeds: int = 1
+    """Seeds of whatever draws at random (samples and the trigger random); the problems are those of --seed."""
+    card: bool = False
+    """Put the accuracies into the model card (README.md) of the adapter's folder; `s2t merge` takes them from there."""
+
+    def __post_init__(self) -> None:
+        self.check_model()
+        self.check_shards()
+        self.check_task()
+        self.check_decode()
+        require(
+            not self.card or self.adapter is not None, "--card writes into an adapter's folder; pass --adapter FOLDER."
+        )
+        check_range("heldout_templates", self.heldout_templates, 0, 0.9)
+        check_at_least(1, shard_size=self.shard_size, num_seeds=self.num_seeds)
+        check_at_least(0, num_traces=self.num_traces)
+        names = self.strategy_names
+        for name in names or ("",):
+            base, mark, trigger = name.partition("@")
+            check_choice("strategies", base, STRATEGIES)
+            if mark:
+                require(base in TRIGGERED, f"strategies: only {', '.join(TRIGGERED)} take a trigger; got {name!r}.")
+                check_choice(f"trigger of {base}", trigger, TRIGGERS)
+            require(names.count(name) == 1, f"strategies must differ; got {name} more than once.")
+
+    @property
+    def strategy_names(self) -> tuple[str, ...]:
+        return tuple(name.strip() for name in self.strategies.split(",") if name.strip())

@@ -1,0 +1,66 @@
+"""A file and flags to one checked config. Flag beats file beats default; an unknown key is an error."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from s2t.config.checks import require
+from s2t.errors import ConfigError
+
+C = TypeVar("C")
+_KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
+
+
+def build_config(cls: type[C], file: str | Path | None = None, flags: Mapping[str, Any] | None = None) -> C:
+    """Merge defaults, a JSON config file and flags (None = not given) into one checked config.
+
+    Accepts a saved manifest.json too (its `config` object is read). Raises ConfigError for an unreadable
+    file, an unknown key, a value of the wrong type, or one out of range.
+    """
+    values = _read_config_file(Path(file)) if file is not None else {}
+    values |= {key: value for key, value in (flags or {}).items() if value is not None and value != []}
+    known = {item.name for item in fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - known)
+    require(not unknown, f"unknown setting {', '.join(unknown)}; known: {', '.join(sorted(known))}.")
+    hints = get_type_hints(cls)
+    return cls(**{name: _typed(name, value, hints[name]) for name, value in values.items()})
+
+
+def config_dict(config: Any) -> dict[str, Any]:
+    """The config as JSON values, as saved in the manifest."""
+    return asdict(config)
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """The value as its field has it (a whole number may stand for a float); ConfigError for another kind."""
+    if get_origin(hint) is list:
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+            raise ConfigError(f"{name} must be text or a list of texts; got {value!r}.")
+        return list(texts)
+    kinds = get_args(hint) or (hint,)
+    if float in kinds and type(value) is int:
+        value = float(value)
+    if type(value) not in kinds or (isinstance(value, float) and math.isnan(value)):
+        expected = " or ".join(_KINDS[kind] for kind in kinds)
+        raise ConfigError(f"{name} must be {expected}; got {value!r}.")
+    return value
+
+
+def _read_config_file(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config file {path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise ConfigError(f"config file {path} is not JSON: {error}.") from error
+    if isinstance(data, dict) and isinstance(data.get("config"), dict):
+        data = data["config"]
+    if not isinstance(data, dict):
+        raise ConfigError(f"config file {path} must hold one JSON object; got {type(data).__name__}.")
+    return data
