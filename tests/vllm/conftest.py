@@ -73,9 +73,18 @@ def start(folder: str | Path, log: Path, *options: str) -> VLLMServer:
             stderr=subprocess.STDOUT,
             start_new_session=True,
             cwd=log.parent,
-            env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(Path(__file__).parents[2] / "src")},
+            env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(source_alone(log.parent))},
         )
     return VLLMServer(f"http://127.0.0.1:{port}/v1", process, log)
+
+
+def source_alone(folder: Path) -> Path:
+    """A path with the package and nothing beside it: what pip leaves there would load the logits processor unasked."""
+    path = folder / "path"
+    path.mkdir(exist_ok=True)
+    if not (path / "s2t").exists():
+        (path / "s2t").symlink_to(Path(__file__).parents[2] / "src" / "s2t", target_is_directory=True)
+    return path
 
 
 def wait_for(server: VLLMServer) -> None:

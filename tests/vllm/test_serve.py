@@ -77,7 +77,7 @@ def test_clients_that_hang_up_leave_nothing_running_on_vllm(address, prompts):
     url, behind = address
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
         for prompt in prompts[:8]:
-            asked = {"model": "tiny:greedy", "messages": [{"role": "user", "content": prompt}], "max_tokens": 400}
+            asked = {"model": "tiny:greedy", "messages": [{"role": "user", "content": prompt}], "max_tokens": 300}
             stream = client.chat.completions.create(**asked, stream=True)
             next(iter(stream))
             stream.close()
