@@ -73,30 +73,42 @@ class Reference(ABC):
         """Let the sequence of slot `source` live in slot `target`."""
 
 
-class ModelReference(Reference):
-    """An LLM of the SLM's tokenizer in this process: row b of its engine follows row b of the SLM's, a forward a round at most.
+class EngineReference(Reference):
+    """An LLM in this process: row b of its engine follows row b of the SLM's."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    @property
+    def work(self) -> list[Work]:
+        return self.engine.work
+
+    def cost_ratio(self, slm_params: int) -> float:
+        return self.engine.loaded.num_params / slm_params
+
+    def start(self, row: int, prompt_ids: Sequence[int]) -> None:
+        self.engine.reset(row)
+
+    def move(self, source: int, target: int) -> None:
+        self.engine.copy([source], [target])
+        self.engine.work[target] = self.engine.work[source]
+
+
+class ModelReference(EngineReference):
+    """An LLM of the SLM's tokenizer: a forward a round at most.
 
     It keeps a list of unread tokens per row and catches up, in one forward, only when its distribution is asked for; that
     forward reads the row's whole draft as well, so one forward judges many tokens.
     """
 
     def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+        super().__init__(engine)
         self.pending: list[list[int]] = [[] for _ in range(engine.max_rows)]
         self._states: dict[int, Tensor] = {}  # row -> [d, H], of the rows read in this round
 
-    @property
-    def work(self) -> list[Work]:
-        """What each row cost so far."""
-        return self.engine.work
-
-    def cost_ratio(self, slm_params: int) -> float:
-        """What one forward costs, in forwards of the SLM."""
-        return self.engine.loaded.num_params / slm_params
-
     def start(self, row: int, prompt_ids: Sequence[int]) -> None:
         """Begin a sequence in a slot; nothing is computed yet."""
-        self.engine.reset(row)
+        super().start(row, prompt_ids)
         self.pending[row] = list(prompt_ids)
 
     def logits(
@@ -131,6 +143,5 @@ class ModelReference(Reference):
 
     def move(self, source: int, target: int) -> None:
         """Let the sequence of slot `source` live in slot `target`."""
-        self.engine.copy([source], [target])
-        self.engine.work[target] = self.engine.work[source]
+        super().move(source, target)
         self.pending[target] = self.pending[source]

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from s2t.core.candidates import mask_forbidden
-from s2t.decode.reference import Reference
-from s2t.model.engine import Engine, Work
+from s2t.decode.reference import EngineReference
+from s2t.model.engine import Engine
 from s2t.model.text import VocabularyMap
 
 NUM_WANTED = 16  # of the SLM's best tokens, whose spellings are followed
@@ -46,27 +46,19 @@ class _Plan:
     written: Path  # the spelling of `rest`
 
 
-class TextReference(Reference):
+class TextReference(EngineReference):
     """Rows of the LLM's engine that follow the SLM's rows by text; one token of the SLM at a time."""
 
     max_draft = 1
 
     def __init__(self, engine: Engine, vocabulary: VocabularyMap) -> None:
-        self.engine, self.vocabulary = engine, vocabulary
+        super().__init__(engine)
+        self.vocabulary = vocabulary
         self.rows = [_Row() for _ in range(engine.max_rows)]
-
-    @property
-    def work(self) -> list[Work]:
-        """What each row cost so far."""
-        return self.engine.work
-
-    def cost_ratio(self, slm_params: int) -> float:
-        """What one forward costs, in forwards of the SLM."""
-        return self.engine.loaded.num_params / slm_params
 
     def start(self, row: int, prompt_ids: Sequence[int]) -> None:
         """Begin a sequence in a slot, with the LLM's own prompt; nothing is computed yet."""
-        self.engine.reset(row)
+        super().start(row, prompt_ids)
         self.rows[row] = _Row(list(prompt_ids))
 
     def settle(self, row: int, draft: Sequence[int], accepted: Sequence[int]) -> None:
@@ -75,8 +67,7 @@ class TextReference(Reference):
 
     def move(self, source: int, target: int) -> None:
         """Let the sequence of slot `source` live in slot `target`."""
-        self.engine.copy([source], [target])
-        self.engine.work[target] = self.engine.work[source]
+        super().move(source, target)
         self.rows[target] = self.rows[source]
 
     @torch.inference_mode()
