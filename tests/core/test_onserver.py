@@ -10,7 +10,8 @@ import random
 import pytest
 import torch
 
-from s2t.core.onserver import AT, GROUP, MOST_PASSED, READING, ROOM, ROWS, WARMUP, Plugin, Reading, ranges, read
+from s2t.core.insampler import Plugin
+from s2t.core.onserver import AT, GROUP, MOST_PASSED, READING, ROOM, ROWS, WARMUP, Reading, ranges, read
 
 V, STOP = 64, 5
 BINS, YES_NO = tuple(range(40, 56)), (56, 57)
@@ -59,8 +60,8 @@ def by_the_rules(prompt, how, room, warmup=0, at=()):
 class Server:
     """A batch of rows, stepped together; others that ask for nothing are among them, and requests may come late."""
 
-    def __init__(self, seed=0, lateness=0.0):
-        self.plugin, self.random, self.lateness = Plugin(V), random.Random(seed), lateness
+    def __init__(self, seed=0, lateness=0.0, tells=False):
+        self.plugin, self.random, self.lateness, self.tells = Plugin(V), random.Random(seed), lateness, tells
 
     def answer(self, requests, marks):
         """Replies to requests (prompt, args, max_tokens), each of which joins the batch sooner or later."""
@@ -73,7 +74,10 @@ class Server:
             self.random.shuffle(running)
             batch = torch.stack([logits_after([*r[1], *r[4]]) for r in running] + [logits_after(bystander)])
             untouched = batch[-1].clone()
-            self.plugin.apply(batch, [(i, r[2], len(r[4])) for i, r in enumerate(running)])
+            if self.tells:
+                for _, _, row, _, out in running:
+                    row.last = out[-1] if out else -1
+            self.plugin.apply(batch, [(i, r[2], len(r[4])) for i, r in enumerate(running)], self.tells)
             assert torch.equal(batch[-1], untouched)
             for logits, (number, _, _, most, out) in zip(batch, running, strict=False):
                 out.append(int(logits.argmax()))
@@ -101,14 +105,23 @@ def write(server, prompt, how, room, warmup=0, at=()):
     return ids[len(prompt) :], fired, calls
 
 
+@pytest.mark.parametrize("tells", [False, True])
 @pytest.mark.parametrize("lateness", [0.0, 0.6])
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"threshold": 0.3}, {"threshold": 0.9}, {"prior_weight": 0.0}, {"temperature": 0.1}, {"temperature": 5.0}],
+    [
+        {},
+        {"num_candidates": 12},
+        {"threshold": 0.3},
+        {"threshold": 0.9},
+        {"prior_weight": 0.0},
+        {"temperature": 0.1},
+        {"temperature": 5.0},
+    ],
     ids=str,
 )
-def test_a_server_with_the_plugin_writes_what_the_rules_say(settings, lateness):
-    how, server = reading(**settings), Server(1, lateness)
+def test_a_server_with_the_plugin_writes_what_the_rules_say(settings, lateness, tells):
+    how, server = reading(**settings), Server(1, lateness, tells)
     flips = 0
     for prompt in ([1], [2, 3], [9, 9, 9], [30, 4, 7]):
         wanted, fired, changed = by_the_rules(prompt, how, 25, 3)

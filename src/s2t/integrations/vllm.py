@@ -4,7 +4,7 @@
 
 Needs torch and vLLM alone, so that `s2t` may be on the path of vLLM's environment (PYTHONPATH) without its other requirements.
 Where `s2t` is installed beside vLLM, the entry point (group vllm.logits_processors) loads it without the option. The work is
-`core.onserver`'s; here are vLLM's two interfaces, that of the V1 model runner and that of the V2 one.
+`core.insampler`'s; here are vLLM's two interfaces, that of the V1 model runner and that of the V2 one.
 """
 
 # vLLM lives in an environment of its own.
@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from vllm.v1.sample.logits_processor import LogitsProcessor, MoveDirectionality
 
-from s2t.core.onserver import READING, Plugin, Row
+from s2t.core.insampler import Plugin, Row
+from s2t.core.onserver import READING
 
 try:
     from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV2
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 
 class SelectToThink(LogitsProcessor, LogitsProcessorV2):
-    """Ends requests at triggers, passes triggers that change nothing, and picks winners; see `core.onserver`.
+    """Ends requests at triggers, passes triggers that change nothing, and picks winners; see `core.insampler`.
 
     V1 keeps rows by their place in the batch, V2 by their slot: `where` is (device, is_pin_memory) or the runner's state.
     """
@@ -66,23 +67,25 @@ class SelectToThink(LogitsProcessor, LogitsProcessorV2):
 
     def apply(self, logits: torch.Tensor, ctx: Any = None) -> torch.Tensor:
         """One step of the rows that ask."""
-        if self.rows and (places := list(self._places(ctx))):
-            self.plugin.apply(logits, places)
-        return logits
-
-    def _places(self, ctx: Any) -> Iterable[tuple[int, Row, int]]:
+        if not self.rows:
+            return logits
         if ctx is None:
-            for index, (row, output) in self.rows.items():
-                yield index, row, len(output)
-            return
-        assert self.prompt_lens is not None
-        for index, slot in enumerate(ctx.idx_mapping_np.tolist()):
-            if slot in self.rows:
-                written = int(ctx.seq_lens_upper_bound_np[index]) - int(self.prompt_lens.np[slot])
-                if written >= 0:  # else the prompt is still being read
-                    yield index, self.rows[slot][0], written
+            return self.plugin.apply(logits, self._places(), self._note_last())
+        return self.plugin.apply(logits, list(self._places_of(ctx)))
 
     # V1
+
+    def _places(self) -> list[tuple[int, Row, int]]:
+        return [(index, row, len(output)) for index, (row, output) in self.rows.items()]
+
+    def _note_last(self) -> bool:
+        """Tell the rows what was written last; False where vLLM does not know it yet."""
+        if any(output and output[-1] < 0 for _, output in self.rows.values()):
+            return False
+        for row, output in self.rows.values():
+            if output:
+                row.last = output[-1]
+        return True
 
     def update_state(self, batch_update: Any) -> None:
         """Follow the rows through the batch."""
@@ -107,6 +110,14 @@ class SelectToThink(LogitsProcessor, LogitsProcessorV2):
         return row is not None
 
     # V2
+
+    def _places_of(self, ctx: Any) -> Iterable[tuple[int, Row, int]]:
+        assert self.prompt_lens is not None
+        for index, slot in enumerate(ctx.idx_mapping_np.tolist()):
+            if slot in self.rows:
+                written = int(ctx.seq_lens_upper_bound_np[index]) - int(self.prompt_lens.np[slot])
+                if written >= 0:  # else the prompt is still being read
+                    yield index, self.rows[slot][0], written
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """A request enters a slot."""
