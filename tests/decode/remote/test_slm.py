@@ -10,7 +10,7 @@ import asyncio
 import pytest
 import torch
 
-from s2t.core.onserver import Plugin
+from s2t.core.insampler import Plugin
 from s2t.decode.loop import Decoder, Request
 from s2t.decode.remote import slm as remote
 from s2t.decode.remote.client import RemoteSettings
