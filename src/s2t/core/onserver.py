@@ -82,7 +82,7 @@ class Reading:
     @property
     def marks(self) -> tuple[int, ...]:
         """What the server must stop at."""
-        return self.trigger, self.end, self.lost, *self.row_marks
+        return *self.row_marks, self.trigger, self.end, self.lost
 
     def fits(self, vocab_size: int) -> bool:
         """Whether all ids are rows of the logits."""
