@@ -14,10 +14,13 @@ import pytest
 
 from s2t.collect import collect, read_groups
 from s2t.config import CalibrateConfig, CollectConfig, EvalConfig, MeasureConfig, TrainConfig
+from s2t.core.stats import paired_comparison
 from s2t.errors import ConfigError, DataError, ModelError, OverlapError
 from s2t.evaluate import evaluate
 from s2t.files import load_run, read_json, read_jsonl, read_tables
 from s2t.measure import calibrate, measure
+from s2t.model.adapter import AdapterConfig
+from s2t.summary import _by_template, _heldout
 from s2t.tasks.problems import heldout_templates, load_task, question_hash
 from s2t.train.trainer import train
 
@@ -315,7 +318,33 @@ def test_seen_and_unseen_templates_split_the_test_problems(chain):
     summary = chain.results["eval"]
     parts = [summary[name] for name in ("seen_templates", "unseen_templates") if name in summary]
     assert sum(part["num_problems"] for part in parts) == NUM_PROBLEMS
-    assert all({"strategies", "paired"} <= part.keys() for part in parts)
+    for part in parts:
+        assert {"strategies", "paired"} <= part.keys() and part["num_templates"] >= 1
+        for test in part["paired"].values():
+            low, high = test["ci95_by_template"]
+            assert low - 1e-9 <= test["difference"] <= high + 1e-9
+
+
+def test_nothing_is_called_unseen_where_no_template_was_held_out(chain):
+    config = replace(chain.configs["eval"], slm="tiny:slm")
+    for held in ((), ("1", "2")):
+        adapter = AdapterConfig("tiny:slm", "", task=config.task, heldout_templates=held)
+        assert _heldout(config, load_task(config.task), adapter) == set(held)
+
+
+def test_a_gain_of_few_templates_is_uncertain_however_many_their_problems():
+    def result(template, is_correct):
+        return {"template": template, "is_correct": is_correct}
+
+    names = [f"{i % 9}" for i in range(900)]
+    rows = {
+        "s2t-local": [[result(name, int(name) < 5) for name in names]],
+        "greedy": [[result(name, False) for name in names]],
+    }
+    test = paired_comparison([int(name) < 5 for name in names], [False] * len(names))
+    section = _by_template(rows, {"paired": {"s2t-local vs greedy": test}}, 0)
+    (low, high), (narrow, wide) = test["ci95_by_template"], test["ci95"]
+    assert section["num_templates"] == 9 and high - low > 5 * (wide - narrow)
 
 
 def test_eval_reads_the_system_prompt_and_ends_answers_at_stop_strings(chain, tmp_path):

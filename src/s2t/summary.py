@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from s2t.config import NEEDS_LLM, EvalConfig
-from s2t.core.stats import bootstrap_interval, holm_p_values, paired_comparison, pass_at
+from s2t.core.stats import bootstrap_interval, clustered_rate_interval, holm_p_values, paired_comparison, pass_at
 from s2t.decode.strategies import choose_sample
 from s2t.model.adapter import AdapterConfig
 from s2t.model.lora import distilled_from
@@ -59,15 +59,15 @@ def summarize(
             count = len(next(iter(part.values()))[0])
             summary[title] = {
                 "num_problems": count,
-                **_section(part, None, config.seed),
+                **_by_template(part, _section(part, None, config.seed), config.seed),
                 "gap_closed": _gap_closed(part),
             }
     return summary
 
 
 def _heldout(config: EvalConfig, task: Task, adapter: AdapterConfig | None) -> set[str]:
-    """The templates that neither the selector nor the distillation of the SLM has seen; where neither says, the setting's."""
-    lists = [set(adapter.heldout_templates)] if adapter is not None and adapter.heldout_templates else []
+    """The templates that neither the selector nor the distillation of the SLM has seen; where there is neither, the setting's."""
+    lists = [set(adapter.heldout_templates)] if adapter is not None else []
     if (distilled := distilled_from(config.slm)) is not None:
         lists.append(set(distilled["heldout_templates"]))
     return set.intersection(*lists) if lists else set(heldout_templates(task.templates(), config.heldout_templates))
@@ -84,6 +84,16 @@ def _section(rows: Mapping[str, Rows], seconds: Mapping[str, float] | None, seed
         for (left, right), test, p in zip(pairs, tests, adjusted, strict=True)
     }
     return {"strategies": strategies, "paired": paired}
+
+
+def _by_template(rows: Mapping[str, Rows], section: dict[str, Any], seed: int) -> dict[str, Any]:
+    """A section with intervals that resample whole templates: whether a rule carries over is a fact of a template."""
+    templates = [r["template"] for r in next(iter(rows.values()))[0]]
+    section["num_templates"] = len(set(templates))
+    for pair, test in section["paired"].items():
+        left, right = (_correct(rows[name]).mean(0) for name in pair.split(" vs "))
+        test["ci95_by_template"] = list(clustered_rate_interval(left - right, templates, seed=seed))
+    return section
 
 
 def _correct(seeds: Rows) -> np.ndarray:

@@ -13,6 +13,7 @@ from s2t.config import EvalConfig
 COLUMNS = ("strategy", "n", "accuracy %", "95 % interval", "triggered %", "flips %", "seconds")
 COSTS = ("strategy", "SLM tokens", "LLM tokens", "SLM forwards", "LLM forwards", "SLM TFLOPs", "LLM TFLOPs")
 PAIRED = ("", "points", "95 % interval", "p", "p (Holm)", "wins", "losses", "least found")
+BY_TEMPLATE = "95 % by template"
 PARTS = {
     "seen_templates": "Templates seen in training",
     "unseen_templates": "Templates never seen in training",
@@ -26,7 +27,7 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     for name, title in PARTS.items():
         part = summary.get(name)
         if part and part.get("strategies"):
-            _print_part(title, part)
+            _print_part(f"{title}{_count_of_templates(part)}", part)
     if summary.get("gap_closed") is not None:
         print_facts("s2t-local", {"share of the greedy to s2t gap closed, %": percent(summary["gap_closed"])})
     _warn(summary)
@@ -46,11 +47,18 @@ def _print_part(title: str, part: Mapping[str, Any], with_costs: bool = False) -
     if with_costs:
         print_table("Cost, prompts included", COSTS, [_cost_row(name, scores) for name, scores in strategies.items()])
     if paired := part.get("paired"):
+        columns, rows = PAIRED, [_paired_row(name, test) for name, test in paired.items()]
+        if any("ci95_by_template" in test for test in paired.values()):
+            columns = (*columns[:3], BY_TEMPLATE, *columns[3:])
+            by_template = [percent_interval(test.get("ci95_by_template")) for test in paired.values()]
+            rows = [(*row[:3], interval, *row[3:]) for row, interval in zip(rows, by_template, strict=True)]
         print_table(
-            "Differences on the same problems (least found: what this many problems show 4 times in 5)",
-            PAIRED,
-            [_paired_row(name, test) for name, test in paired.items()],
+            "Differences on the same problems (least found: what this many problems show 4 times in 5)", columns, rows
         )
+
+
+def _count_of_templates(part: Mapping[str, Any]) -> str:
+    return f" ({part['num_templates']})" if "num_templates" in part else ""
 
 
 def _strategy_row(name: str, scores: Mapping[str, Any]) -> tuple[Any, ...]:

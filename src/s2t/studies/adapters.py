@@ -102,12 +102,17 @@ def transfer(lab: Lab) -> Findings:
             paired = scores["paired"]["s2t-local vs greedy"]
             both = [scores["strategies"][name]["accuracy"] for name in ("greedy", "s2t-local")]
             count = scores["strategies"]["greedy"]["num_problems"]
-            rows.append((task, part, count, *both, paired["difference"], paired["ci95"], paired["p_value"]))
+            interval = paired.get("ci95_by_template", paired["ci95"])
+            rows.append((task, part, count, *both, paired["difference"], interval, paired["p_value"]))
             label = part if len(config.task_names) == 1 or task == config.task else task
-            bars.append(Series(label, [0.0], [paired["difference"]], [tuple(paired["ci95"])]))
+            bars.append(Series(label, [0.0], [paired["difference"]], [tuple(interval)]))
     columns = ("task", "problems of", "n", "greedy %", "s2t-local %", "gain, points %", "95 %", "p")
     chart = Chart("", "s2t-local over greedy (points)", bars, "bar")
-    return Findings("What carries over", columns, rows, chart, [f"The adapter was trained on {config.task}."])
+    notes = [
+        f"The adapter was trained on {config.task}. Intervals of templates seen and held out resample whole templates; p is "
+        "McNemar's, which counts problems."
+    ]
+    return Findings("What carries over", columns, rows, chart, notes)
 
 
 def _same_steps(lab: Lab, share: float) -> dict[str, Any]:
