@@ -5,6 +5,7 @@ A server is simulated: rows come, go and wait as in a batch, and logits are a fu
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
@@ -21,6 +22,23 @@ PLAIN = {"temperature": 0.5, "prior_weight": 1.0, "num_candidates": 4, "stops": 
 
 def reading(**settings):
     return Reading(BINS, YES_NO, **PLAIN | {"threshold": 0.6, "forbidden": ranges(FORBIDDEN)} | settings)
+
+
+WRONG = (
+    {"threshold": "0.7"},
+    {"threshold": [1]},
+    {"temperature": 0},
+    {"temperature": None},
+    {"scale": "x"},
+    {"scale": 0},
+    {"prior_weight": "a"},
+    {"num_candidates": 4.5},
+    {"num_candidates": True},
+    {"bins": [[1]]},
+    {"forbidden": [[1]]},
+    {"version": 1},
+    {"other": 1},
+)
 
 
 def logits_after(ids):
@@ -160,6 +178,39 @@ def test_an_interrupted_request_is_lost_and_not_wrong():
         assert read(reply, how, 8).is_lost
 
 
+def test_rows_of_one_name_but_other_candidates_are_another_group():
+    plugin, how, other = Plugin(V), reading(), reading(num_candidates=8)
+    for found, count in ((how, 2), (other, 8)):
+        for _ in range(2):
+            row = plugin.new_row({READING: found.to_json(), ROOM: 8, GROUP: "a", ROWS: count})
+            plugin.apply(logits_after([1])[None], [(0, row, 0)])
+            assert row.group.num_rows == count and row.group.expected_firsts
+    assert row.rank == 1
+
+
+def test_a_trigger_inside_a_prompt_that_is_read_in_parts_is_none():
+    plugin, how = Plugin(V), reading()
+    row, quiet = plugin.new_row({READING: how.to_json(), ROOM: 8}), logits_after([1])
+    quiet[list(YES_NO)] = torch.tensor([-9.0, 9.0])
+    loud = quiet.clone()
+    loud[list(YES_NO)] = torch.tensor([9.0, -9.0])
+    for logits in (loud, quiet):
+        plugin.apply(logits[None].clone(), [(0, row, 0)])
+    plugin.apply(quiet[None].clone(), [(0, row, 1)])
+    assert row.waits_since is None and not row.passed and row.num_text < 0
+
+
+def test_the_first_row_of_a_group_begins_with_the_argmax_where_logits_tie():
+    plugin, how = Plugin(V), reading()
+    for trial in range(20):
+        logits = logits_after([trial]).mul(2).round()
+        row = plugin.new_row({READING: how.to_json(), ROOM: 8, GROUP: f"{trial}", ROWS: 2})
+        allowed = logits.clone()
+        allowed[list(FORBIDDEN)] = float("-inf")
+        plugin.apply(logits[None], [(0, row, 0)])
+        assert row.last == int(allowed.argmax())
+
+
 def test_a_group_that_never_fills_gives_up():
     how, plugin = reading(), Plugin(V)
     row, out = plugin.new_row({READING: how.to_json(), ROOM: 200, GROUP: "a", ROWS: 2}), []
@@ -184,11 +235,13 @@ def test_numbers_are_told_in_reserved_ids(number):
         {READING: "{}", ROOM: 4},
         {READING: reading().to_json(), ROOM: 0},
         {READING: reading().to_json(), ROOM: 4, GROUP: "a", ROWS: 9},
+        *({READING: json.dumps(json.loads(reading().to_json()) | wrong), ROOM: 4} for wrong in WRONG),
+        {READING: reading().to_json(), ROOM: 1e999},
     ],
-    ids=range(4),
+    ids=str,
 )
 def test_what_is_no_reading_is_refused(args):
-    with pytest.raises(ValueError, match=r"s2t|Expecting"):
+    with pytest.raises(ValueError, match=r"s2t|Expecting|unpack"):
         Plugin(V).new_row(args)
 
 

@@ -182,7 +182,7 @@ def test_a_triggering_random_draw_is_that_of_its_seed(merged, upstream, serve):
         ({"s2t": {"strategy": "sample"}}, "s2t.strategy", "not served"),
         ({"s2t": {"strategy": "s2t"}}, "s2t.strategy", "not served"),
         ({"logprobs": True, "top_logprobs": 2}, "logprobs", "leave logprobs out"),
-        ({"max_tokens": 250}, "messages", "up to 256 tokens"),
+        ({"max_tokens": 250}, "messages", "up to 255 tokens"),
     ],
 )
 def test_what_the_servers_cannot_do_is_refused(upstream, serve, change, param, says):

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from s2t.core.candidates import argmax_first
 from s2t.core.onserver import AT, GROUP, MOST_PASSED, READING, ROOM, ROWS, WARMUP, Reading
 
 _LONGEST_WAIT = 64  # steps that a row waits for the others of its group
@@ -32,6 +33,7 @@ class Group:
     """Rows that begin with the candidates of one step; `winner` once all have been scored, -1 where none can be named."""
 
     num_rows: int
+    reading: Reading
     joined: int = 0
     scores: dict[int, float] = field(default_factory=dict)
     firsts: dict[int, int] = field(default_factory=dict)
@@ -71,15 +73,24 @@ class Row:
     @classmethod
     def of(cls, args: Mapping[str, Any], groups: OrderedDict[str, Group], written: int) -> Row:
         """From a request's extra arguments; one that has written already was interrupted, and holds nothing."""
-        reading, rows = Reading.from_json(str(args[READING])), int(args.get(ROWS, 1))
-        row = cls(reading, int(args[ROOM]), int(args.get(WARMUP, 0)), frozenset(map(int, args.get(AT, ()))))
+        try:
+            numbers = (
+                int(args[ROOM]),
+                int(args.get(WARMUP, 0)),
+                int(args.get(ROWS, 1)),
+                frozenset(map(int, args.get(AT, ()))),
+            )
+        except (KeyError, TypeError, OverflowError) as error:
+            raise ValueError(f"s2t: {type(error).__name__} {error}") from error
+        reading, (room, warmup, rows, at) = Reading.from_json(str(args[READING])), numbers
+        row = cls(reading, room, warmup, at)
         if row.room < 1 or not 1 <= rows <= reading.num_candidates:
             raise ValueError(f"s2t: {row.room} tokens and {rows} candidates cannot be asked for")
         row.is_void = written > 0
         if (name := args.get(GROUP)) is not None and not row.is_void:
             group = groups.get(name)
-            if group is None or group.joined == group.num_rows:
-                group = groups[name] = Group(rows)
+            if group is None or group.joined == group.num_rows or (group.num_rows, group.reading) != (rows, reading):
+                group = groups[name] = Group(rows, reading)
                 while len(groups) > _MOST_GROUPS:
                     groups.popitem(last=False)
             row.group, row.rank = group, group.joined
@@ -195,6 +206,8 @@ class Plugin:
         reading = members[0][1].reading
         for _, row, written in members:
             row.is_void |= written > 0 and row.last < 0  # it was interrupted, and what it was is gone
+            if row.waits_since is not None and row.waits_since >= written:  # that was a part of a prompt
+                row.waits_since = None
         fired = _fired(logits, reading)
         expected = _expected(logits, members, reading)
         _mask(logits, [i for i, _, _ in members], reading)
@@ -262,12 +275,12 @@ def _note_likeliest(logits: Tensor, members: Sequence[Place]) -> None:
 def _look_at(logits: Tensor, places: Sequence[Place], num_candidates: int) -> dict[int, int]:
     """Note the candidates' logits of some rows; returns what those that begin a group's row are forced to."""
     index = torch.tensor([i for i, _, _ in places], device=logits.device)
-    found = logits[index].topk(num_candidates)
+    values, ids = argmax_first(logits[index], *logits[index].topk(num_candidates))
     forced = {}
-    for (i, row, written), values, ids in zip(places, found.values.tolist(), found.indices.tolist(), strict=True):
-        row.logits = tuple(values)
+    for (i, row, written), best, candidates in zip(places, values.tolist(), ids.tolist(), strict=True):
+        row.logits = tuple(best)
         if row.is_first(written):
-            forced[i] = row.begin(ids)
+            forced[i] = row.begin(candidates)
         else:
             row.waits_since = written
     return forced

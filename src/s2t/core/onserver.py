@@ -6,6 +6,7 @@ A reply is text, then what the client must know, in reserved ids, which text nev
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 READING, ROOM, WARMUP, AT, GROUP, ROWS = "s2t", "s2t_room", "s2t_warmup", "s2t_at", "s2t_group", "s2t_rows"
+VERSION = 2
+"""Of what is asked and told; the client and the server have their own copies of this file, and both must agree."""
 _FEWEST_DIGITS = 4
 MOST_PASSED = 8
 """Triggers that a request passes before it ends to tell of them."""
@@ -35,6 +38,7 @@ class Reading:
     stops: tuple[int, ...]
     forbidden: tuple[tuple[int, int], ...]
     scale: float = 1.0
+    version: int = VERSION
 
     def __post_init__(self) -> None:
         if not self.is_possible or (self.threshold is not None and self.yes_no is None) or self.num_candidates < 1:
@@ -151,12 +155,32 @@ class Reading:
 def _reading(text: str) -> Reading:
     try:
         found = json.loads(text)
-        found["bins"], found["stops"] = tuple(map(int, found["bins"])), tuple(map(int, found["stops"]))
-        found["yes_no"] = tuple(map(int, found["yes_no"])) if found["yes_no"] else None
-        found["forbidden"] = tuple((int(start), int(end)) for start, end in found["forbidden"])
+        if found["version"] != VERSION:
+            raise ValueError(f"s2t: version {found['version']!r} of what is asked, this server has {VERSION}")
+        found["bins"], found["stops"] = tuple(map(_whole, found["bins"])), tuple(map(_whole, found["stops"]))
+        found["yes_no"] = tuple(map(_whole, found["yes_no"])) if found["yes_no"] else None
+        found["forbidden"] = tuple((_whole(start), _whole(end)) for start, end in found["forbidden"])
+        found["num_candidates"] = _whole(found["num_candidates"])
+        for name in ("temperature", "prior_weight", "scale"):
+            found[name] = _finite(found[name])
+        found["threshold"] = None if found["threshold"] is None else _finite(found["threshold"])
+        if found["temperature"] <= 0 or found["scale"] <= 0:
+            raise ValueError("s2t: temperature and scale must be above 0")
         return Reading(**found)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"s2t: no reading of a selector: {error}") from error
+
+
+def _whole(value: object) -> int:
+    if type(value) is not int:
+        raise TypeError(f"{value!r} is no whole number")
+    return value
+
+
+def _finite(value: object) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):  # type: ignore[arg-type]
+        raise TypeError(f"{value!r} is no number")
+    return float(value)  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=256)

@@ -57,10 +57,7 @@ class SelectToThink(LogitsProcessor, LogitsProcessorV2):
         """Refuse what is no reading of a selector."""
         args = sampling_params.extra_args
         if args and READING in args:
-            try:
-                Plugin(2**31).new_row(args)
-            except (KeyError, TypeError) as error:
-                raise ValueError(f"s2t: {type(error).__name__} {error}") from error
+            Plugin(2**31).new_row(args)
 
     def is_argmax_invariant(self) -> bool:
         return False
@@ -80,7 +77,8 @@ class SelectToThink(LogitsProcessor, LogitsProcessorV2):
 
     def _note_last(self) -> bool:
         """Tell the rows what was written last; False where vLLM does not know it yet."""
-        if any(output and output[-1] < 0 for _, output in self.rows.values()):
+        lasts = [output[-1] for _, output in self.rows.values() if output]
+        if not lasts or min(lasts) < 0:
             return False
         for row, output in self.rows.values():
             if output:

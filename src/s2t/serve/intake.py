@@ -184,7 +184,8 @@ def longest(config: ServeConfig, session: Session) -> int:
     texts = [loaded.model.config.get_text_config(decoder=True) for loaded in models]
     own = [getattr(text, "max_position_embeddings", None) for text in texts]
     if session.served_slm is not None:
-        own += [model.get("max_model_len") for model in session.served_slm.client.models()]
+        served = [model.get("max_model_len") for model in session.served_slm.client.models()]
+        own += [length - 1 for length in served if length]  # selecting writes one token behind the last
     return min([config.max_length, *(length for length in own if length)])
 
 

@@ -187,10 +187,46 @@ def test_the_model_is_the_one_that_is_served(serve, echo_answers):
         client.model_name()
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://host/v1", "http://user:pass@host/v1", "http://h/v1?key=1"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *(
+            "127.0.0.1:8000",
+            "ftp://host/v1",
+            "http://user:pass@host/v1",
+            "http://h/v1?key=1",
+            "ftp://user:pass@host/v1",
+        ),
+        *("http://127.0.0.1:abc/v1", "http://[::1/v1", "http://127.0.0.1:99999/v1"),
+    ],
+)
 def test_what_is_no_url_is_refused(url):
-    with pytest.raises(ConfigError, match="a server's URL must"):
+    with pytest.raises(ConfigError, match="a server's URL must") as error:
         RemoteSettings((url,))
+    assert "pass" not in str(error.value)
+
+
+def test_a_key_that_no_header_can_hold_is_refused_unseen(monkeypatch):
+    monkeypatch.setenv("MY_KEY", " s3cret\n")
+    assert api_key_from("MY_KEY") == "s3cret"
+    monkeypatch.setenv("MY_KEY", "s3cr\u00e9t")
+    for make in (lambda: api_key_from("MY_KEY"), lambda: RemoteSettings(("http://h/v1",), api_key="s3cr\net")):
+        with pytest.raises(ConfigError, match="printable ASCII") as error:
+            make()
+        assert "s3cr" not in str(error.value)
+
+
+def test_what_is_fresh_is_made_anew_for_each_attempt(serve, echo_answers):
+    faults, names = iter([500, 429]), iter("abc")
+
+    def answer(body):
+        status = next(faults, 200)
+        return (status, {"error": {"message": "not now"}}) if status != 200 else echo_answers(body)
+
+    server = serve(answer)
+    with BlockingClient(settings(server.url)) as client:
+        client.complete(CompletionRequest([5], fresh=lambda: {"user": next(names)}))
+    assert [body["user"] for body in server.bodies] == ["a", "b", "c"]
 
 
 def test_costs_count_cached_tokens_apart():

@@ -110,6 +110,22 @@ class PluggedServer(FakeServer):
         return [Completion(out, [], [], "", "stop") for _, out in rows]
 
 
+class Narrow(PluggedServer):
+    """One with a longest sequence, which refuses what could exceed it."""
+
+    def __init__(self, adapter, longest):
+        super().__init__(adapter)
+        self.longest = longest
+
+    async def complete(self, request):
+        assert len(request.prompt_ids) + request.max_tokens <= self.longest
+        return await super().complete(request)
+
+    async def complete_rows(self, request):
+        assert len(request.prompt_ids) + request.max_tokens <= self.longest
+        return await super().complete_rows(request)
+
+
 @pytest.fixture(scope="module")
 def prompts():
     return ([5, 9, 12, 30, 7], [8], [22, 31, 6], [17, 17, 2, 35])
@@ -189,7 +205,7 @@ def test_traces_and_scope_stream_do_without_the_plugin(readers, strategy, prompt
 def test_what_a_server_can_hold_is_not_asked_for(readers, strategy, prompts):
     adapter, how = readers["always"], strategy("s2t-local", threshold=0.5)
     wanted = write_here(adapter, how, prompts)
-    for most in (20, 50):  # the marks alone take 19 tokens
+    for most in (24, 50):  # the marks alone take most of 24 tokens
         _, found = write(adapter, how, prompts, PluggedServer(adapter), uses_plugin=True, max_length=most)
         assert [[s.token_id for s in own] for own in found] == [[s.token_id for s in own] for own in wanted]
 
@@ -299,3 +315,24 @@ def test_a_session_without_weights_knows_what_one_with_weights_knows(tiny_slm):
     assert Session(bare).prompt("What is 1 + 1?") == Session(tiny_slm).prompt("What is 1 + 1?")
     with pytest.raises(ModelError, match="does not exist"):
         load_without_weights("/no/such/folder")
+
+
+@pytest.mark.parametrize("uses_plugin", [False, True])
+def test_nothing_longer_is_asked_for_than_the_servers_take(uses_plugin, readers, strategy, prompts):
+    adapter, how, longest = readers["always"], strategy("s2t-local", threshold=0.0), 14
+    server = Narrow(adapter, longest)
+    _, found = write(adapter, how, prompts, server, uses_plugin=uses_plugin, max_length=longest)
+    for prompt, steps, ours in zip(prompts, found, write_here(adapter, how, prompts), strict=True):
+        assert len(steps) == min(len(ours), longest - len(prompt) - 1)
+        assert [step.token_id for step in steps] == [step.token_id for step in ours[: len(steps)]]
+    with pytest.raises(ConfigError, match="prompt of 13 tokens leaves no room on a server that takes 14"):
+        write(adapter, how, [[1] * 13], server, max_length=longest)
+
+
+def test_a_sequence_whose_server_has_no_processor_after_all_stays_with_chunks(readers, strategy, prompts):
+    adapter, how = readers["always"], strategy("s2t-local", threshold=0.3)
+    server = PluggedServer(adapter, loses=1)
+    _, found = write(adapter, how, prompts, server, uses_plugin=True)
+    assert server.calls <= 3 * len(prompts)
+    wanted = write_here(adapter, how, prompts)
+    assert [[s.token_id for s in steps] for steps in found] == [[s.token_id for s in steps] for steps in wanted]

@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -60,20 +61,33 @@ class RemoteSettings:
             raise ConfigError("a remote model needs the URL of a server, such as http://127.0.0.1:8000/v1.")
         for url in self.urls:
             check_url(url)
+        check_key(self.api_key, "the server's key")
 
 
 def check_url(url: str) -> None:
     """Raise ConfigError for what is no base URL of a server."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"a server's URL must look like http://127.0.0.1:8000/v1; got {url!r}.")
-    if parts.username or parts.password or parts.query:
+    try:
+        parts = urlsplit(url)
+        is_sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets or a port that are none
+        parts, is_sound = None, False
+    if "@" in url or (parts is not None and parts.query):
         raise ConfigError("a server's URL must not hold a key; put the key into an environment variable.")
+    if not is_sound:
+        raise ConfigError(f"a server's URL must look like http://127.0.0.1:8000/v1; got {url!r}.")
 
 
 def api_key_from(variable: str | None) -> str | None:
-    """The key in an environment variable; None where it is not set or empty."""
-    return (os.environ.get(variable) or None) if variable else None
+    """The key in an environment variable; None where it is not set or empty; ConfigError for what no header can hold."""
+    key = (os.environ.get(variable) or "").strip() if variable else ""
+    check_key(key, f"the key in {variable}")
+    return key or None
+
+
+def check_key(key: str | None, name: str) -> None:
+    """Raise ConfigError, without showing it, for a key that no header can hold."""
+    if any(not "!" <= letter <= "~" for letter in key or ""):
+        raise ConfigError(f"{name} must be printable ASCII without spaces; got something else; set it again.")
 
 
 class _Failed(Exception):
@@ -122,7 +136,7 @@ class Client:
 
     async def complete(self, request: CompletionRequest) -> Completion:
         """The answer to one request, retried until it is one; raises RemoteError where no server gives one."""
-        body = request.body(await self.model_name(), self.speaks_ids)
+        body = partial(request.body, await self.model_name(), self.speaks_ids)
         done = await self._ask(
             "completions", body, lambda reply: parse_completion(reply, request, self.id_of_text), request.key
         )
@@ -131,7 +145,7 @@ class Client:
 
     async def complete_rows(self, request: CompletionRequest) -> list[Completion]:
         """The answers to all prompts of one request, in order; retried and counted as one call."""
-        body = request.body(await self.model_name(), self.speaks_ids)
+        body = partial(request.body, await self.model_name(), self.speaks_ids)
         done = await self._ask(
             "completions", body, lambda reply: parse_rows(reply, request, self.id_of_text), request.key
         )
@@ -193,15 +207,20 @@ class Client:
 
     # One request
 
-    async def _ask(self, path: str, body: dict[str, Any] | None, read: Callable[[Any], R], key: str | None) -> R:
-        """Attempts until `read` accepts a reply; the place among the requests in flight is free between attempts."""
+    async def _ask(
+        self, path: str, body: Callable[[], dict[str, Any]] | None, read: Callable[[Any], R], key: str | None
+    ) -> R:
+        """Attempts until `read` accepts a reply; the place among the requests in flight is free between attempts.
+
+        `body` is made anew for each attempt.
+        """
         attempt = 0
         while True:
             async with self._room:
                 server = await self.servers.pick(key)
                 server.in_flight += 1
                 try:
-                    found = await self._attempt(server, path, body, read)
+                    found = await self._attempt(server, path, None if body is None else body(), read)
                     self.servers.note_success(server)
                     return found
                 except _Failed as failed:

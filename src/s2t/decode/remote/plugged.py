@@ -59,14 +59,17 @@ class Plugged:
         args: dict[str, Any] = {READING: self.reading.to_json(), ROOM: room, WARMUP: warmup}
         if at:
             args[AT] = list(at)
-        if num_rows > 1:
-            args |= {GROUP: uuid.uuid4().hex, ROWS: num_rows}
+
+        def named() -> dict[str, Any]:  # rows of a broken attempt may still wait under its name
+            return {"vllm_xargs": args | ({GROUP: uuid.uuid4().hex, ROWS: num_rows} if num_rows > 1 else {})}
+
         return CompletionRequest(
             ids,
             max_tokens=room + self.reading.num_extra(room),
             more_prompts=[ids] * (num_rows - 1),
             key=key,
-            extra={"stop_token_ids": list(self.reading.marks), "ignore_eos": True, "vllm_xargs": args},
+            extra={"stop_token_ids": list(self.reading.marks), "ignore_eos": True},
+            fresh=named,
         )
 
     def told(self, done: Completion, room: int) -> Told:

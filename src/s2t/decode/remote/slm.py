@@ -35,6 +35,7 @@ from s2t.records import Candidates, Cost, Step
 REQUEST_COST = 16.0
 """What a request costs a server, in tokens of a full batch; from it and the rate of flips follow chunk lengths."""
 _LONGEST_CHUNK = 256
+_MOST_LOSSES = 3  # in a row, before a sequence stays with chunks: its server seems to have no logits processor
 _STRATEGIES = ("greedy", "s2t-local")
 _TRIGGERS = ("criticality", "random", "never")
 
@@ -53,6 +54,7 @@ class Writing:
     read: int = 0  # tokens of `ids` whose keys and values the server has made, if its prefix cache never misses
     adapter_read: int = 0  # the same under the adapter (scope `stream`)
     work: Work = field(default_factory=Work)
+    losses: int = 0  # replies in a row that a server's logits processor lost
 
     @property
     def key(self) -> str:
@@ -82,7 +84,7 @@ class RemoteDecoder:
     ) -> None:
         _check(strategy, served)
         self.client, self.loaded, self.strategy, self.served = client, loaded, strategy, served
-        self.max_new_tokens, self.ends, self.num_rows = max_new_tokens, ends, num_rows
+        self.max_new_tokens, self.ends, self.num_rows, self.max_length = max_new_tokens, ends, num_rows, max_length
         self.costs: dict[int, Cost] = {}
         self.num_dropped = 0
         """Tokens that servers wrote behind a flip."""
@@ -115,6 +117,8 @@ class RemoteDecoder:
     def run(self, requests: Iterable[Request]) -> Iterator[Step]:
         """Yield every request's steps, interleaved, each request's in order; raises RemoteError where no server answers."""
         waiting = list(requests)
+        for request in waiting:
+            self._limit(request)  # refuses what cannot be asked for before anything is
         parts: Iterator[list[Step]] = self.client.stream(lambda client, emit: self._write_all(client, waiting, emit))
         for steps in parts:
             yield from steps
@@ -133,7 +137,11 @@ class RemoteDecoder:
     async def _write(self, client: Client, request: Request, emit: Emit) -> None:
         sequence = Writing(request, list(request.prompt_ids), self._draws(request))
         while not sequence.is_finished:
-            if self._plugged is None or not await self._write_told(client, self._plugged, sequence, emit):
+            plugged = self._plugged if sequence.losses < _MOST_LOSSES else None
+            if plugged is not None and await self._write_told(client, plugged, sequence, emit):
+                sequence.losses = 0
+            else:
+                sequence.losses += plugged is not None
                 await self._write_chunk(client, sequence, emit)
 
     async def _write_chunk(self, client: Client, sequence: Writing, emit: Emit) -> None:
@@ -197,7 +205,17 @@ class RemoteDecoder:
         return uniforms(self.strategy.seed, request.key or str(request.index), self._limit(request))
 
     def _limit(self, request: Request) -> int:
-        return request.max_new_tokens or self.max_new_tokens
+        """Tokens to write; selecting takes one more behind the last than the servers' longest sequence may have."""
+        wanted = request.max_new_tokens or self.max_new_tokens
+        if self.max_length is None:
+            return wanted
+        room = self.max_length - len(request.prompt_ids) - 1
+        if room < 1:
+            raise ConfigError(
+                f"a prompt of {len(request.prompt_ids)} tokens leaves no room on a server that takes {self.max_length} of prompt "
+                "and answer; start it with a larger --max-model-len."
+            )
+        return min(wanted, room)
 
     def _listed(self, request: Request) -> Sequence[int] | None:
         """Ids whose log-probabilities are wanted at every token."""

@@ -28,6 +28,7 @@ class CompletionRequest:
     (the name of a LoRA, say). Requests of one `key` go to one server while it is not much busier than the others, since
     it has their prefix cached. `extra` is merged into the body as it is. Of the prompt's log-probabilities those of the
     first `num_prompt_skipped` tokens are not read. `more_prompts` are asked for in the same call (`Client.complete_rows`).
+    `fresh` makes what else goes into the body, anew for each attempt.
     """
 
     prompt_ids: Sequence[int]
@@ -40,6 +41,7 @@ class CompletionRequest:
     extra: Mapping[str, Any] = field(default_factory=dict)
     num_prompt_skipped: int = 0
     more_prompts: Sequence[Sequence[int]] = ()
+    fresh: Callable[[], Mapping[str, Any]] | None = None
 
     def body(self, model: str, speaks_ids: bool = True) -> dict[str, Any]:
         """The JSON body; `speaks_ids` asks for token ids in the reply, which vLLM understands and others may refuse."""
@@ -59,7 +61,7 @@ class CompletionRequest:
             body["prompt_logprobs"] = self.prompt_logprobs
         if self.logprob_token_ids is not None:
             body |= {"logprobs": self.logprobs or 1, "logprob_token_ids": list(self.logprob_token_ids)}
-        return body | dict(self.extra)
+        return body | dict(self.extra) | dict(self.fresh() if self.fresh is not None else {})
 
 
 @dataclass(slots=True)
