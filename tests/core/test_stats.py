@@ -72,6 +72,13 @@ def test_bootstrap_of_a_constant_is_a_point_and_of_nothing_an_error():
         bootstrap_interval(np.array([]))
 
 
+def test_all_wrong_or_all_right_leaves_room_for_other_rates():
+    assert bootstrap_interval(np.zeros(30)) == (0.0, pytest.approx(0.1135, abs=1e-4))
+    assert bootstrap_interval(np.ones(506, dtype=bool)) == (pytest.approx(0.9925, abs=1e-4), 1.0)
+    assert bootstrap_interval(np.ones((3, 506))) == bootstrap_interval(np.ones(506))  # more seeds are not more problems
+    assert bootstrap_interval(np.zeros(30), level=0.5) == wilson_interval(0, 30, 0.5)
+
+
 def test_mcnemar_is_the_two_sided_binomial():
     assert mcnemar_p_value(0, 0) == 1.0
     assert mcnemar_p_value(5, 5) == 1.0
@@ -235,3 +242,9 @@ def test_rates_of_dependent_items_are_less_certain():
     wide, narrow = (clustered_rate_interval(hits, owners) for hits in (together, apart))
     assert wide[1] - wide[0] > 2 * (narrow[1] - narrow[0])
     assert all(math.isnan(bound) for bound in clustered_rate_interval([], []))
+
+
+def test_a_rate_of_0_or_1_is_as_certain_as_its_owners_are_many():
+    owners = np.repeat(np.arange(40), 5)
+    assert clustered_rate_interval(np.ones(200, dtype=bool), owners) == wilson_interval(40, 40)
+    assert clustered_rate_interval(np.zeros(200, dtype=bool), owners) == wilson_interval(0, 40)
