@@ -174,6 +174,16 @@ def test_the_detectable_difference_is_found_four_times_in_five(n: int, discordan
     assert 0.72 < np.mean(found) < 0.86  # the exact test is a little more careful than the formula
 
 
+@pytest.mark.parametrize("n", [100, 1000])
+def test_two_systems_that_hardly_differ_find_no_less_than_has_the_power(n: int):
+    difference = detectable_difference(n, 0.0)
+    rng = np.random.default_rng(1)
+    wins = rng.binomial(n, difference, size=20_000)  # the most favourable case: no loss at all
+    found = np.array([mcnemar_p_value(w, 0) < 0.05 for w in range(n + 1)])[wins]
+    assert 0.78 <= found.mean() < 0.82
+    assert detectable_difference(n, 3 / n) == difference < detectable_difference(n, 10 / n)
+
+
 def test_detectable_difference_refuses_what_is_no_share():
     with pytest.raises(ValueError, match=r"within 0\.\.1"):
         detectable_difference(10, 1.5)

@@ -105,14 +105,15 @@ def holm_p_values(p_values: Sequence[float]) -> list[float]:
 def detectable_difference(n: int, discordance: float, power: float = 0.8, level: float = 0.05) -> float:
     """The smallest difference of two accuracies that a paired test on n problems finds with this power.
 
-    `discordance` is psi, the share of problems on which the two differ (the mean squared gain), at least 6 of them: fewer can
-    never be significant. Source: Connor 1987, the sample size of McNemar's test, n d^2 = (z_a sqrt(psi) + z_b sqrt(psi - d^2))^2,
-    solved for d; at most psi. ValueError when n < 1 or psi is no share.
+    `discordance` is psi, the share of problems on which the two differ (the mean squared gain). A smaller psi than
+    (z_a + z_b)^2 / n counts as that: with fewer differences the power is not reached even if all are on one side. A normal
+    approximation, too hopeful below some 30 problems. Source: Connor 1987, the sample size of McNemar's test,
+    n d^2 = (z_a sqrt(psi) + z_b sqrt(psi - d^2))^2, solved for d; at most psi. ValueError when n < 1 or psi is no share.
     """
     if n < 1 or not 0 <= discordance <= 1:
         raise ValueError(f"need n >= 1 and a discordance within 0..1; got {n} and {discordance}.")
     z_level, z_power = NormalDist().inv_cdf(1 - level / 2), NormalDist().inv_cdf(power)
-    discordance = min(1.0, max(discordance, 6 / n))
+    discordance = min(1.0, max(discordance, (z_level + z_power) ** 2 / n))
     low, high = 0.0, discordance  # psi >= |d|, since it counts every problem that d counts
     for _ in range(60):
         middle = (low + high) / 2
