@@ -202,7 +202,7 @@ def _bins_picture(bins: list[dict[str, Any]]) -> Picture:
     return Picture(
         "hit_by_divergence",
         "Hit rate by divergence",
-        "All measured steps, grouped by how far the two models' next-token distributions are apart.",
+        "All measured steps past the warm-up, grouped by how far the two models' next-token distributions are apart.",
         f"In the highest of {len(bins)} divergence bins: {said}.",
         plots.hit_by_divergence(bins, plots.LIGHT),
         plots.hit_by_divergence(bins, plots.DARK),
