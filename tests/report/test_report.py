@@ -398,6 +398,31 @@ def test_pair_and_scales_follow_the_run(run: Path) -> None:
     assert load_traces(run / "missing.jsonl", {}) is None
 
 
+@pytest.mark.parametrize("setting", ["auto", "entropy"])
+def test_the_trigger_behind_the_at_sign_names_the_reading(tmp_path: Path, setting: str) -> None:
+    names = ("s2t@divergence", "s2t@entropy", "takeover@random")
+    traces = [make_trace(name, 0, "so 3 boxes hold 42 pears", {}, True) for name in names]
+    write_run(tmp_path, "eval", {"traces.jsonl": traces})
+    data = load_traces(tmp_path / "traces.jsonl", {"trigger": setting})
+    assert data is not None
+    assert {name: measure["unit"] for name, measure in data.index["measures"].items()} == {
+        "divergence": "nats",
+        "entropy": "nats",
+        "random": "",
+    }
+    for name in names:
+        first = read_back(data, name, 0)[0]
+        assert {"divergence", "entropy", "random"} & set(first) == {name.partition("@")[2]}
+
+
+def test_a_strategy_keeps_its_colour_under_another_trigger(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(plots, "_OTHER_STYLE", ("#123456", "X"))
+    monkeypatch.setattr("matplotlib.axes.Axes.errorbar", lambda self, *_, **style: drawn.append(style["color"]))
+    plots.accuracy_cost({name: scores("s2t", 0.8) for name in ("s2t", "s2t@entropy")})
+    assert drawn == [plots._STYLES["s2t"][0]] * 2
+
+
 def read_back(data: Traces, strategy: str, problem: int) -> list[dict[str, Any]]:
     """The steps of one run as the page's script reads them."""
     block, place = divmod(problem, data.index["blockSize"])

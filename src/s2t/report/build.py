@@ -237,7 +237,7 @@ def _facts(summary: dict[str, Any], measured: dict[str, Any] | None) -> list[tup
 
 
 def _strategy_row(name: str, scores: dict[str, Any]) -> dict[str, Any]:
-    needs_llm = name in NEEDS_LLM or bool(scores["llm_forwards"])
+    needs_llm = name.partition("@")[0] in NEEDS_LLM or bool(scores["llm_forwards"])
     counts = ("slm_tokens", "llm_tokens", "slm_forwards", "llm_forwards")
     return {
         "name": name,
