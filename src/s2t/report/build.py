@@ -274,6 +274,7 @@ def _paired_row(name: str, test: dict[str, Any]) -> dict[str, str]:
         "difference": _points(test["difference"]),
         "interval": f"{_points(low)} to {_points(high)}",
         "p": _p_value(test.get("p_value")),
+        "p_holm": _p_value(test.get("p_holm")),
         "wins": _count(test.get("wins")),
         "losses": _count(test.get("losses")),
     }
