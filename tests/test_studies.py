@@ -10,9 +10,10 @@ import pytest
 from s2t.config import StudyConfig
 from s2t.errors import ConfigError
 from s2t.files import read_json
+from s2t.report.chart import draw_charts
 from s2t.studies import STUDIES, adapters, baselines, slips, study, triggers
 from s2t.studies.knowledge import equations, fault
-from s2t.studies.lab import parse_settings
+from s2t.studies.lab import Lab, parse_settings
 from s2t.studies.run import cell
 
 SMALL = {
@@ -107,6 +108,28 @@ def test_the_splits_of_a_run_are_told_apart(base, folder):
     assert len({row[-1] for row in rows.values()}) == 3
     collected = read_json(Path(base) / "collect" / "collect.json")
     assert rows["training"][6] == collected["num_groups"]
+
+
+def test_a_pair_without_divergence_points_has_an_empty_picture_and_says_so(base, tmp_path):
+    found, made = run("sufficiency", base, tmp_path, llm="tiny:slm")
+    assert [row[3] for row in found["rows"]] == [0]
+    assert found["chart"]["series"] == []
+    assert "no divergence point" in found["notes"][-1]
+    assert (made / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_threshold_of_0_is_said_and_not_drawn(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(Lab, "thresholds", lambda lab: {"divergence": 0.0})
+    found, made = run("data", base, tmp_path)
+    assert [one["name"] for one in found["chart"]["series"]] == ["training", "calibration", "test"]
+    assert "threshold is 0 nats" in found["notes"][-1]
+    assert (made / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_point_at_0_is_off_a_logarithmic_axis():
+    series = [{"name": "a", "x": [0.0, 1.0], "y": [0.1, 0.2], "ci95": []}]
+    chart = {"x_label": "x", "y_label": "y", "series": series, "kind": "line", "log_x": True}
+    assert draw_charts([chart]).startswith(b"\x89PNG")
 
 
 def test_no_study_changes_the_shared_runs(base, folder, tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from s2t.collect import collect, read_groups
@@ -18,7 +19,7 @@ from s2t.core.stats import paired_comparison
 from s2t.errors import ConfigError, DataError, ModelError, OverlapError
 from s2t.evaluate import evaluate
 from s2t.files import load_run, read_json, read_jsonl, read_tables
-from s2t.measure import calibrate, measure
+from s2t.measure import calibrate, measure, summarize
 from s2t.model.adapter import AdapterConfig
 from s2t.summary import _by_template, _heldout
 from s2t.tasks.problems import heldout_templates, load_task, question_hash
@@ -148,6 +149,23 @@ def test_hit_rates_grow_with_k(chain):
         assert list(part["hit_rate"].values()) == sorted(part["hit_rate"].values())
     for k, (low, high) in found["hit_rate_ci95"].items():
         assert low <= found["hit_rate"][k] <= high
+
+
+@pytest.mark.parametrize("values", [[0.0] * 60 + [0.01 * i for i in range(1, 41)], [0.5, 0.1, 0.3], [0.2] * 7, []])
+def test_every_step_past_the_warm_up_is_in_one_bin_of_divergence(values: list[float]):
+    warmup = [9.0, 9.0]
+    steps = pa.table(
+        {
+            "problem_id": ["a"] * (len(values) + 2),
+            "divergence": np.array(warmup + values, dtype=np.float32),
+            "rank": np.zeros(len(values) + 2, dtype=np.int32),
+            "is_warmup": [True] * 2 + [False] * len(values),
+        }
+    )
+    bins = summarize(steps, 0.9, 0.25)["hit_rate_by_divergence"]
+    assert sum(part["num_steps"] for part in bins) == len(values)
+    assert all(part["num_steps"] > 0 for part in bins)
+    assert bins == [] or (bins[0]["low"], bins[-1]["high"]) == pytest.approx((min(values), max(values)))
 
 
 def test_measured_steps_are_one_row_a_token(chain):

@@ -125,10 +125,11 @@ def _clustered_intervals(ranks: np.ndarray, problems: np.ndarray) -> dict[int, t
 
 
 def _by_divergence(values: np.ndarray, ranks: np.ndarray) -> list[dict[str, Any]]:
-    edges = np.quantile(values, _EDGES) if values.size else np.zeros(len(_EDGES))
-    rows = []
-    for low, high in pairwise(edges):
-        inside = (values > low) & (values <= high)
+    """Hit rates in bins between quantiles of divergence; the first holds its lower edge, too, so every step is in one."""
+    edges = np.unique(np.quantile(values, _EDGES)) if values.size else np.zeros(1)  # many steps may be at the smallest
+    place, rows = np.searchsorted(edges[1:], values), []
+    for i, (low, high) in enumerate(list(pairwise(edges)) or [(edges[0], edges[0])]):
+        inside = place == i
         if inside.any():
             rates = {str(k): rate for k, rate in hit_rate_curve(ranks[inside], KS).items()}
             rows.append({"low": float(low), "high": float(high), "num_steps": int(inside.sum()), "hit_rate": rates})

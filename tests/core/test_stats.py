@@ -72,6 +72,13 @@ def test_bootstrap_of_a_constant_is_a_point_and_of_nothing_an_error():
         bootstrap_interval(np.array([]))
 
 
+def test_all_wrong_or_all_right_leaves_room_for_other_rates():
+    assert bootstrap_interval(np.zeros(30)) == (0.0, pytest.approx(0.1135, abs=1e-4))
+    assert bootstrap_interval(np.ones(506, dtype=bool)) == (pytest.approx(0.9925, abs=1e-4), 1.0)
+    assert bootstrap_interval(np.ones((3, 506))) == bootstrap_interval(np.ones(506))  # more seeds are not more problems
+    assert bootstrap_interval(np.zeros(30), level=0.5) == wilson_interval(0, 30, 0.5)
+
+
 def test_mcnemar_is_the_two_sided_binomial():
     assert mcnemar_p_value(0, 0) == 1.0
     assert mcnemar_p_value(5, 5) == 1.0
@@ -167,6 +174,16 @@ def test_the_detectable_difference_is_found_four_times_in_five(n: int, discordan
     assert 0.72 < np.mean(found) < 0.86  # the exact test is a little more careful than the formula
 
 
+@pytest.mark.parametrize("n", [100, 1000])
+def test_two_systems_that_hardly_differ_find_no_less_than_has_the_power(n: int):
+    difference = detectable_difference(n, 0.0)
+    rng = np.random.default_rng(1)
+    wins = rng.binomial(n, difference, size=20_000)  # the most favourable case: no loss at all
+    found = np.array([mcnemar_p_value(w, 0) < 0.05 for w in range(n + 1)])[wins]
+    assert 0.78 <= found.mean() < 0.82
+    assert detectable_difference(n, 3 / n) == difference < detectable_difference(n, 10 / n)
+
+
 def test_detectable_difference_refuses_what_is_no_share():
     with pytest.raises(ValueError, match=r"within 0\.\.1"):
         detectable_difference(10, 1.5)
@@ -235,3 +252,9 @@ def test_rates_of_dependent_items_are_less_certain():
     wide, narrow = (clustered_rate_interval(hits, owners) for hits in (together, apart))
     assert wide[1] - wide[0] > 2 * (narrow[1] - narrow[0])
     assert all(math.isnan(bound) for bound in clustered_rate_interval([], []))
+
+
+def test_a_rate_of_0_or_1_is_as_certain_as_its_owners_are_many():
+    owners = np.repeat(np.arange(40), 5)
+    assert clustered_rate_interval(np.ones(200, dtype=bool), owners) == wilson_interval(40, 40)
+    assert clustered_rate_interval(np.zeros(200, dtype=bool), owners) == wilson_interval(0, 40)

@@ -55,7 +55,7 @@ def scores(name: str, accuracy: float, n: int = 500) -> dict[str, Any]:
 
 def make_summary(names: tuple[str, ...] = NAMES) -> dict[str, Any]:
     accuracy: dict[str, float] = dict(zip(NAMES, (0.412, 0.386, 0.518, 0.874, 0.846, 0.838, 0.592), strict=True))
-    test = {"difference": 0.18, "ci95": [0.134, 0.226], "p_value": 3e-12, "wins": 121, "losses": 31}
+    test = {"difference": 0.18, "ci95": [0.134, 0.226], "p_value": 3e-12, "p_holm": 0.0125, "wins": 121, "losses": 31}
     close = {"difference": -0.008, "ci95": [-0.026, 0.01], "p_value": 0.424, "wins": 9, "losses": 13}
     paired = {"s2t-local vs greedy": test, "s2t vs takeover": close}
 
@@ -213,6 +213,10 @@ def test_page_names_every_strategy_with_its_numbers(run: Path, measure: Path) ->
         "+18.0",
         "< 0.001",
         "121 / 31",
+        "p (Holm)",
+        "0.013",
+        "those of one seed on average",
+        "solves more often",
         "42 % of greedy to s2t",
         "32.9 %, 95.8 %",
     ):
@@ -396,6 +400,31 @@ def test_pair_and_scales_follow_the_run(run: Path) -> None:
     assert data.index["measures"]["criticality"] == {"unit": "", "top": 1.0}
     assert data.index["measures"]["divergence"]["unit"] == "nats" and data.index["measures"]["divergence"]["top"] > 0.7
     assert load_traces(run / "missing.jsonl", {}) is None
+
+
+@pytest.mark.parametrize("setting", ["auto", "entropy"])
+def test_the_trigger_behind_the_at_sign_names_the_reading(tmp_path: Path, setting: str) -> None:
+    names = ("s2t@divergence", "s2t@entropy", "takeover@random")
+    traces = [make_trace(name, 0, "so 3 boxes hold 42 pears", {}, True) for name in names]
+    write_run(tmp_path, "eval", {"traces.jsonl": traces})
+    data = load_traces(tmp_path / "traces.jsonl", {"trigger": setting})
+    assert data is not None
+    assert {name: measure["unit"] for name, measure in data.index["measures"].items()} == {
+        "divergence": "nats",
+        "entropy": "nats",
+        "random": "",
+    }
+    for name in names:
+        first = read_back(data, name, 0)[0]
+        assert {"divergence", "entropy", "random"} & set(first) == {name.partition("@")[2]}
+
+
+def test_a_strategy_keeps_its_colour_under_another_trigger(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(plots, "_OTHER_STYLE", ("#123456", "X"))
+    monkeypatch.setattr("matplotlib.axes.Axes.errorbar", lambda self, *_, **style: drawn.append(style["color"]))
+    plots.accuracy_cost({name: scores("s2t", 0.8) for name in ("s2t", "s2t@entropy")})
+    assert drawn == [plots._STYLES["s2t"][0]] * 2
 
 
 def read_back(data: Traces, strategy: str, problem: int) -> list[dict[str, Any]]:

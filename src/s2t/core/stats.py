@@ -38,10 +38,15 @@ def bootstrap_interval(
     """Percentile bootstrap interval of the mean; [N] or [S, N] -> (low, high).
 
     One row of N problems is resampled by problem. S rows are S seeds of the same problems: problems and seeds are both
-    resampled, so that the interval covers other problems and other seeds. ValueError when there are no values.
+    resampled, so that the interval covers other problems and other seeds. Values that are all 0 or all 1 are read as marks of
+    an accuracy of 0 or 1, where resampling shows no spread: theirs is Wilson's of N. ValueError when there are no values.
     """
+    array = _by_seed(values)  # [S, N]
+    if (array == array[0, 0]).all() and array[0, 0] in (0, 1):
+        n = array.shape[1]
+        return wilson_interval(n * int(array[0, 0]), n, level)
     rng = np.random.default_rng(seed)
-    means = _resampled_means(_by_seed(values), num_resamples, rng)
+    means = _resampled_means(array, num_resamples, rng)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
@@ -100,14 +105,15 @@ def holm_p_values(p_values: Sequence[float]) -> list[float]:
 def detectable_difference(n: int, discordance: float, power: float = 0.8, level: float = 0.05) -> float:
     """The smallest difference of two accuracies that a paired test on n problems finds with this power.
 
-    `discordance` is psi, the share of problems on which the two differ (the mean squared gain), at least 6 of them: fewer can
-    never be significant. Source: Connor 1987, the sample size of McNemar's test, n d^2 = (z_a sqrt(psi) + z_b sqrt(psi - d^2))^2,
-    solved for d; at most psi. ValueError when n < 1 or psi is no share.
+    `discordance` is psi, the share of problems on which the two differ (the mean squared gain). A smaller psi than
+    (z_a + z_b)^2 / n counts as that: with fewer differences the power is not reached even if all are on one side. A normal
+    approximation, too hopeful below some 30 problems. Source: Connor 1987, the sample size of McNemar's test,
+    n d^2 = (z_a sqrt(psi) + z_b sqrt(psi - d^2))^2, solved for d; at most psi. ValueError when n < 1 or psi is no share.
     """
     if n < 1 or not 0 <= discordance <= 1:
         raise ValueError(f"need n >= 1 and a discordance within 0..1; got {n} and {discordance}.")
     z_level, z_power = NormalDist().inv_cdf(1 - level / 2), NormalDist().inv_cdf(power)
-    discordance = min(1.0, max(discordance, 6 / n))
+    discordance = min(1.0, max(discordance, (z_level + z_power) ** 2 / n))
     low, high = 0.0, discordance  # psi >= |d|, since it counts every problem that d counts
     for _ in range(60):
         middle = (low + high) / 2
@@ -147,13 +153,16 @@ def clustered_rate_interval(
 ) -> tuple[float, float]:
     """95 % interval of a rate over items that belong to owners, who are resampled whole; bool [N], labels [N] -> (low, high).
 
-    For divergence points, which of one problem are not independent. (nan, nan) when there are no items.
+    For divergence points, which of one problem are not independent. A rate of 0 or 1, where resampling shows no spread, has
+    Wilson's interval of that many owners. (nan, nan) when there are no items.
     """
     marks = np.asarray(hits, dtype=np.float64)
     if marks.size == 0:
         return math.nan, math.nan
     _, owner = np.unique(np.asarray(owners), return_inverse=True)
     count, sums = np.bincount(owner).astype(float), np.bincount(owner, weights=marks)
+    if marks.all() or not marks.any():
+        return wilson_interval(len(count) if marks.all() else 0, len(count))
     weights = np.random.default_rng(seed).multinomial(
         len(count), np.full(len(count), 1 / len(count)), size=num_resamples
     )

@@ -202,7 +202,7 @@ def _bins_picture(bins: list[dict[str, Any]]) -> Picture:
     return Picture(
         "hit_by_divergence",
         "Hit rate by divergence",
-        "All measured steps, grouped by how far the two models' next-token distributions are apart.",
+        "All measured steps past the warm-up, grouped by how far the two models' next-token distributions are apart.",
         f"In the highest of {len(bins)} divergence bins: {said}.",
         plots.hit_by_divergence(bins, plots.LIGHT),
         plots.hit_by_divergence(bins, plots.DARK),
@@ -237,7 +237,7 @@ def _facts(summary: dict[str, Any], measured: dict[str, Any] | None) -> list[tup
 
 
 def _strategy_row(name: str, scores: dict[str, Any]) -> dict[str, Any]:
-    needs_llm = name in NEEDS_LLM or bool(scores["llm_forwards"])
+    needs_llm = name.partition("@")[0] in NEEDS_LLM or bool(scores["llm_forwards"])
     counts = ("slm_tokens", "llm_tokens", "slm_forwards", "llm_forwards")
     return {
         "name": name,
@@ -274,6 +274,7 @@ def _paired_row(name: str, test: dict[str, Any]) -> dict[str, str]:
         "difference": _points(test["difference"]),
         "interval": f"{_points(low)} to {_points(high)}",
         "p": _p_value(test.get("p_value")),
+        "p_holm": _p_value(test.get("p_holm")),
         "wins": _count(test.get("wins")),
         "losses": _count(test.get("losses")),
     }

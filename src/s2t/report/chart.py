@@ -37,7 +37,7 @@ def draw_charts(charts: Sequence[dict[str, Any]], theme: Theme = LIGHT) -> bytes
 
 
 def _lines(chart: dict[str, Any], axes: Axes, theme: Theme, columns: int) -> None:
-    """Lines with intervals, the legend above them."""
+    """Lines with intervals, the legend above them; a word in the middle where there is no line."""
     for place, series in enumerate(chart["series"]):
         style: dict[str, Any] = {"color": _COLORS[place % len(_COLORS)], "marker": _MARKERS[place % len(_MARKERS)]}
         y = [100 * value for value in series["y"]]
@@ -50,7 +50,10 @@ def _lines(chart: dict[str, Any], axes: Axes, theme: Theme, columns: int) -> Non
         _log_axis(axes, [x for series in chart["series"] for x in series["x"]])
     axes.set_xlabel(chart["x_label"])
     axes.set_ylabel(chart["y_label"])
-    if 0 < len(chart["series"]) <= 2 and columns > 1:
+    if not chart["series"]:
+        axes.text(0.5, 0.5, "nothing to show", transform=axes.transAxes, ha="center", va="center", color=theme.muted)
+        return
+    if len(chart["series"]) <= 2 and columns > 1:
         columns = len(chart["series"])
     figure = axes.get_figure(root=True)
     assert figure is not None
@@ -96,11 +99,12 @@ def _error_bars(values: Sequence[float], intervals: Sequence[Any]) -> list[list[
 
 
 def _log_axis(axes: Axes, values: Sequence[float]) -> None:
-    """A log axis whose ticks are the values themselves where they are few, thinned where they crowd."""
+    """A log axis whose ticks are the values themselves where they are few, thinned where they crowd; 0 has no place on it."""
     axes.set_xscale("log")
     ticks: list[float] = []
-    span = math.log(max(values) / min(values)) if min(values) > 0 else 1.0
-    for value in sorted(set(values)):
+    shown = sorted({value for value in values if value > 0})
+    span = math.log(shown[-1] / shown[0]) if shown else 1.0
+    for value in shown:
         if not ticks or math.log(value / ticks[-1]) > 0.09 * span:
             ticks.append(value)
     axes.set_xticks(ticks, [_short(value) for value in ticks])

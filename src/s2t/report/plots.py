@@ -166,7 +166,7 @@ def accuracy_cost(strategies: dict[str, dict[str, Any]], theme: Theme = LIGHT) -
     costs, label = _costs(strategies)
     points = []
     for name, scores in strategies.items():
-        color, marker = _STYLES.get(name, _OTHER_STYLE)
+        color, marker = _STYLES.get(name.partition("@")[0], _OTHER_STYLE)  # s2t@entropy is an s2t
         accuracy = 100 * scores["accuracy"]
         axes.errorbar(
             [costs[name]],

@@ -207,8 +207,10 @@ def _columns(rows: Sequence[dict[str, Any] | None]) -> dict[str, list[Any]]:
 
 
 def _trigger(strategy: str, config: dict[str, Any]) -> str:
-    trigger = str(config.get("trigger", "auto"))
-    return _AUTO.get(strategy, "trigger value") if trigger == "auto" else trigger
+    """What the values of a strategy are readings of: the trigger behind its `@`, else the run's."""
+    base, _, own = strategy.partition("@")
+    trigger = own or str(config.get("trigger", "auto"))
+    return _AUTO.get(base, "trigger value") if trigger == "auto" else trigger
 
 
 def _measures(readings: dict[str, Counter[int]]) -> list[str]:

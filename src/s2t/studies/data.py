@@ -48,7 +48,8 @@ def data(lab: Lab) -> Findings:
         *("steps", "divergence points", "share of steps %", "points a problem", "digest of the questions"),
     )
     series = [Series(name, *_above(steps)) for name, steps in values.items()]
-    series.append(Series("threshold", [threshold, threshold], [0.0, max(max(one.y) for one in series)]))
+    if threshold > 0:
+        series.append(Series("threshold", [threshold, threshold], [0.0, max(max(one.y) for one in series)]))
     chart = Chart("divergence, nats", "steps above it (%)", series, log_x=True)
     config = load_run(lab.measured(), "measure")["config"]
     notes = [
@@ -58,6 +59,7 @@ def data(lab: Lab) -> Findings:
         "A training example is a point of a training trajectory: its prefix, the SLM's 16 likeliest tokens, and p_L of each. "
         "Criticality is trained on all steps of these trajectories. No question is in two splits (checked), and templates held "
         "out are in none of the training trajectories.",
+        *(["The threshold is 0 nats, which a logarithmic axis cannot show."] if threshold <= 0 else []),
     ]
     return Findings("Divergence points and training data of this run", columns, rows, chart, notes)
 

@@ -45,7 +45,12 @@ def sufficiency(lab: Lab) -> Findings:
     chart = Chart("K, candidates of the SLM", "hit@K at divergence points (%)", series, log_x=True)
     notes = [
         f"Divergence points: steps above the {100 * lab.config.quantile:g} % quantile of the pair's own divergences on the "
-        f"{lab.config.split} split; the first tokens of an answer never count. Intervals resample problems."
+        f"{lab.config.split} split; the first tokens of an answer never count. Intervals resample problems.",
+        *(
+            f"{slm} on {task}: no divergence point, so no hit rate and no curve."
+            for slm, task, _, n, *_ in rows
+            if not n
+        ),
     ]
     return Findings("Local sufficiency by SLM and task", columns, rows, chart, notes)
 

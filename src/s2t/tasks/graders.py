@@ -48,6 +48,7 @@ _SPACES = re.compile(r"\\[!,;: ]|~")
 _POWER = r"(?:\^|\*\*)[\s{(]*-?"
 _EXPLOSIVE = re.compile(rf"{_POWER}[0-9.]+[\s}})]*(?:\^|\*\*)|{_POWER}[0-9]{{6,}}|[0-9]{{5,}}\s*!")
 _STRICT = ("<", ">", "\\lt", "\\gt")
+_EXACT_MARKS = ("/", "frac", "overline")
 _MAX_NUMERAL = 200
 _MAX_BOXED_LINE = 2000
 _MAX_EXPRESSION = 400
@@ -92,7 +93,7 @@ def is_same_answer(gold: str, answer: str, tolerance: float | None = None) -> bo
     """Whether two answers have the same value: by rational arithmetic for plain numbers, else as math-verify has it."""
     left, right = parse_number(gold), parse_number(answer)
     if left is not None and right is not None:
-        return _is_number_equal(left, right, gold + answer, Fraction(tolerance or 0))
+        return _is_number_equal(gold, answer, left, right, Fraction(tolerance or 0))
     if canonical_answer(gold) == canonical_answer(answer):
         return True
     for form in (_IN_BASE, _LETTER):
@@ -101,14 +102,27 @@ def is_same_answer(gold: str, answer: str, tolerance: float | None = None) -> bo
     return not _is_words(gold) and _is_math_equal(gold, answer)
 
 
-def _is_number_equal(left: Fraction, right: Fraction, marks: str, tolerance: Fraction) -> bool:
-    """Exactly or within the tolerance; a percentage is its hundredth, too, and a fraction its six decimals."""
+def _is_number_equal(gold: str, answer: str, left: Fraction, right: Fraction, tolerance: Fraction) -> bool:
+    """Exactly or within the tolerance; where one side alone has a percent sign, that side is its hundredth, too."""
     if abs(left - right) <= tolerance:
         return True
-    if "%" in marks and left in (100 * right, right / 100):
-        return True
-    is_fraction = any(mark in marks for mark in ("/", "frac", "overline"))
-    return is_fraction and round(left, 6) == round(right, 6)
+    readings = [(left, right)]
+    if ("%" in gold) != ("%" in answer):
+        readings.append((left / 100, right) if "%" in gold else (left, right / 100))
+    is_rounded = _is_rounded(gold, answer)
+    return any(one == other or (is_rounded and _agrees_rounded(one, other)) for one, other in readings)
+
+
+def _is_rounded(gold: str, answer: str) -> bool:
+    """Whether one side is a decimal and the other something that may have no end as one: two exact sides are never rounded."""
+    is_exact = [any(mark in side for mark in _EXACT_MARKS) for side in (gold, answer)]
+    return is_exact[0] != is_exact[1] and "." in (answer if is_exact[0] else gold)
+
+
+def _agrees_rounded(left: Fraction, right: Fraction) -> bool:
+    """Equal in six decimals, and to one part in ten thousand: of a small number six decimals say too little."""
+    is_near = abs(left - right) * 10_000 <= max(abs(left), abs(right))
+    return is_near and round(left, 6) == round(right, 6)
 
 
 def is_readable(answer: str) -> bool:
