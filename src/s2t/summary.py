@@ -67,7 +67,8 @@ def summarize(
 
 def _heldout(config: EvalConfig, task: Task, adapter: AdapterConfig | None) -> set[str]:
     """The templates that neither the selector nor the distillation of the SLM has seen; where neither says, the setting's."""
-    lists = [set(adapter.heldout_templates)] if adapter is not None and adapter.heldout_templates else []
+    known = adapter.heldout_of(config.task) if adapter is not None else None
+    lists = [set(known)] if known is not None else []
     if (distilled := distilled_from(config.slm)) is not None:
         lists.append(set(distilled["heldout_templates"]))
     return set.intersection(*lists) if lists else set(heldout_templates(task.templates(), config.heldout_templates))

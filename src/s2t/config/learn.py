@@ -137,7 +137,7 @@ class TrainConfig(FitConfig, ModelConfig):
     """`s2t train`: selection groups become an adapter."""
 
     groups: str = "runs/collect"
-    """Folders written by `s2t collect`, comma-separated."""
+    """Folders written by `s2t collect`, comma-separated; of one pair and threshold, their tasks may differ."""
     out: str = "runs/train"
     """Folder of this run; the adapter goes into its `adapter` folder, and rerunning resumes."""
     adapter_scope: str = "candidates"
