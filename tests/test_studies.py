@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from s2t.config import StudyConfig
+from s2t import workflows
+from s2t.config import ModelConfig, StudyConfig
 from s2t.errors import ConfigError
 from s2t.files import read_json
 from s2t.studies import STUDIES, adapters, baselines, slips, study, triggers
 from s2t.studies.knowledge import equations, fault
-from s2t.studies.lab import parse_settings
+from s2t.studies.lab import Lab, parse_settings
 from s2t.studies.run import cell
 
 SMALL = {
@@ -128,6 +129,18 @@ def test_a_base_of_another_pair_is_refused(base, folder, tmp_path):
     run("candidates", base, folder)
     with pytest.raises(ConfigError, match=r"has slm tiny:slm, not tiny:slm-small"):
         run("candidates", base, tmp_path / "other", slm="tiny:slm-small")
+
+
+def test_the_pair_is_loaded_as_every_command_loads_it(monkeypatch, tmp_path):
+    config = StudyConfig(slm="a/b", revision="v1", llm_revision="v2", device_map="auto", out=str(tmp_path))
+    assert set(Lab(config).models) == set(ModelConfig.__dataclass_fields__)
+    assert all(value == getattr(config, name) for name, value in Lab(config).models.items())
+    passed = []
+    monkeypatch.setattr(workflows, "measure", lambda **settings: passed.append(settings))
+    Lab(config).measured("own")
+    Lab(config).measured("other", slm="c/d")
+    assert [settings["revision"] for settings in passed] == ["v1", None]  # v1 is a revision of a/b
+    assert [config.for_slm(slm).revision for slm in ("a/b", "c/d")] == ["v1", None]
 
 
 def test_an_unknown_study_is_refused(tmp_path):

@@ -83,8 +83,8 @@ class StudyConfig(TaskConfig, ModelConfig):
     def for_slm(self, slm: str) -> StudyConfig:
         """The same study of another SLM, with runs of its own."""
         folder = "".join(c if c.isalnum() else "-" for c in slm).strip("-")
-        is_own = slm == self.slm
-        return replace(self, slm=slm, slms=None, out=f"{self.out}/{folder}", base=self.base if is_own else None)
+        others = {} if slm == self.slm else {"base": None, "revision": None}
+        return replace(self, slm=slm, slms=None, out=f"{self.out}/{folder}", **others)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from s2t import workflows
-from s2t.config import PLACES, StudyConfig
+from s2t.config import PLACES, ModelConfig, StudyConfig
 from s2t.demo import TRAIN_SETTINGS
 from s2t.errors import ConfigError
 from s2t.files import RunFolder, load_run, read_json, write_json
@@ -66,9 +66,7 @@ class Lab:
     @property
     def models(self) -> dict[str, Any]:
         """Settings that load the pair."""
-        config = self.config
-        names = ("slm", "llm", "dtype", "device", "trust_remote_code", "execution", "quantization", "llm_quantization")
-        return {name: getattr(config, name) for name in names}
+        return {name: getattr(self.config, name) for name in ModelConfig.__dataclass_fields__}
 
     @property
     def problems(self) -> dict[str, Any]:
@@ -77,10 +75,15 @@ class Lab:
         names = ("task", "prompt", "seed", *PLACES, "max_new_tokens", "batch_size")
         return {name: getattr(config, name) for name in names}
 
+    def _settings(self, own: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings of a run over problems, `own` before the study's; the revision is that of the study's SLM alone."""
+        is_other = own.get("slm", self.config.slm) != self.config.slm
+        return {**self.models, **self.problems, **({"revision": None} if is_other else {}), **own}
+
     def measured(self, name: str = "measure", **settings: Any) -> Path:
         """A measured run; by default of the calibration split, in the base folder."""
         own = {"limit": self.config.calibration_limit, "quantile": self.config.quantile}
-        return self._run("measure", self._place(name, "measure"), self.models | self.problems | own | settings)
+        return self._run("measure", self._place(name, "measure"), self._settings(own | settings))
 
     def calibrated(self) -> Path:
         """Thresholds of the pair."""
@@ -96,7 +99,7 @@ class Lab:
     def collected(self, name: str = "collect", **settings: Any) -> Path:
         """Selection groups of training problems."""
         own = {"limit": self.config.train_limit, "calibration": self.calibrated(), "policy": "s2t"}
-        return self._run("collect", self._place(name, "collect"), self.models | self.problems | own | settings)
+        return self._run("collect", self._place(name, "collect"), self._settings(own | settings))
 
     def trained(self, name: str = "train", groups: Path | None = None, **settings: Any) -> Path:
         """An adapter's folder."""
@@ -110,7 +113,7 @@ class Lab:
     def distilled(self, name: str, **settings: Any) -> Path:
         """A distilled SLM's folder."""
         own = {"limit": self.config.train_limit}
-        return self._run("distill", self.folder / name, self.models | self.problems | own | settings) / "adapter"
+        return self._run("distill", self.folder / name, self._settings(own | settings)) / "adapter"
 
     @property
     def training(self) -> dict[str, Any]:
@@ -122,7 +125,7 @@ class Lab:
     def evaluated(self, name: str, strategies: str, **settings: Any) -> dict[str, Any]:
         """summary.json of an evaluation, with the results as `results`."""
         own = {"limit": self.config.limit, "strategies": strategies, "split": self.config.split, "num_traces": 0}
-        folder = self._run("evaluate", self.folder / name, self.models | self.problems | own | settings)
+        folder = self._run("evaluate", self.folder / name, self._settings(own | settings))
         return read_json(folder / "summary.json")
 
     def thresholds_file(self, name: str, thresholds: Mapping[str, float]) -> Path:
