@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from s2t import workflows
-from s2t.config import ModelConfig, StudyConfig
+from s2t import demo, workflows
+from s2t.config import CalibrateConfig, CollectConfig, MeasureConfig, ModelConfig, StudyConfig, TrainConfig
 from s2t.errors import ConfigError
-from s2t.files import read_json
+from s2t.files import RunFolder, read_json
 from s2t.studies import STUDIES, adapters, baselines, slips, study, triggers
 from s2t.studies.knowledge import equations, fault
 from s2t.studies.lab import Lab, parse_settings
@@ -129,6 +131,76 @@ def test_a_base_of_another_pair_is_refused(base, folder, tmp_path):
     run("candidates", base, folder)
     with pytest.raises(ConfigError, match=r"has slm tiny:slm, not tiny:slm-small"):
         run("candidates", base, tmp_path / "other", slm="tiny:slm-small")
+
+
+def write_demo(folder, **changes):
+    """The manifests that `s2t demo` leaves; `changes` by name of a run."""
+    common = {"slm": demo.SLM, "llm": demo.LLM, "task": demo.TASK, "seed": 0, "workers": 2}
+    calibration = str(folder / "calibrate" / "calibration.json")
+    configs = {
+        "measure": MeasureConfig(**common, limit=demo.NUM_CALIBRATION, quantile=demo.QUANTILE),
+        "calibrate": CalibrateConfig(run=str(folder / "measure"), quantile=demo.QUANTILE),
+        "collect": CollectConfig(**common, limit=demo.NUM_TRAIN, calibration=calibration, policy=demo.POLICY),
+        "train": TrainConfig(slm=demo.SLM, groups=str(folder / "collect"), seed=0, **demo.TRAIN_SETTINGS),
+    }
+    for name, config in configs.items():
+        RunFolder.open(folder / name, name, replace(config, **changes.get(name, {}))).finish()
+
+
+def open_base(base, folder, **settings):
+    """Every run of the base that a study takes."""
+    lab = Lab(StudyConfig(base=str(base), out=str(folder), **settings))
+    return [lab.measured(), lab.calibrated(), lab.collected(), lab.trained()]
+
+
+def test_the_runs_of_the_demo_serve_every_study_with_default_settings(tmp_path):
+    write_demo(tmp_path / "made")
+    (tmp_path / "made").rename(tmp_path / "demo")  # wherever it is by now
+    found = open_base(tmp_path / "demo", tmp_path / "study", batch_size=8, device="cpu")
+    names = ("measure", "calibrate", "collect", "train/adapter")
+    assert found == [tmp_path / "demo" / name for name in names]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"llm": "tiny:llm-other"}, "has llm tiny:llm, not tiny:llm-other, in its measure; pass --llm tiny:llm"),
+        ({"seed": 1}, "has seed 0, not 1, in its measure; pass --seed 0, another --base or none"),
+        ({"calibration_limit": 9}, "has limit 1000, not 9, in its measure; pass --calibration-limit 1000"),
+        ({"train_limit": 9}, "has limit 6000, not 9, in its collect; pass --train-limit 6000"),
+        ({"quantile": 0.5}, "has quantile 0.97, not 0.5, in its measure; pass --quantile 0.97"),
+        ({"max_new_tokens": 9}, "has max_new_tokens 256, not 9, in its measure"),
+        ({"training": "epochs=6"}, "has lora_dropout 0.1, not 0.05, in its train; pass --training lora_dropout=0.1"),
+    ],
+)
+def test_a_base_with_another_setting_is_refused(settings, message, tmp_path):
+    write_demo(tmp_path / "demo")
+    with pytest.raises(ConfigError, match=message):
+        open_base(tmp_path / "demo", tmp_path / "study", **settings)
+
+
+@pytest.mark.parametrize(
+    ("run", "changes", "message"),
+    [
+        ("train", {"epochs": 1.0}, r"has epochs 1\.0, not 6\.0, in its train; pass --training epochs=1\.0"),
+        ("train", {"seed": 4}, "has seed 4, not 0, in its train; pass --seed 4"),
+        ("train", {"num_bins": 2}, "has num_bins 2, not 16, in its train"),
+        ("train", {"groups": "runs/other"}, "has groups runs/other, not .*/collect, in its train; pass another --base"),
+        ("collect", {"policy": "greedy"}, "has policy greedy, not s2t, in its collect; pass another --base or none"),
+    ],
+)
+def test_every_run_of_a_base_is_compared(run, changes, message, tmp_path):
+    write_demo(tmp_path / "demo", **{run: changes})
+    with pytest.raises(ConfigError, match=message):
+        open_base(tmp_path / "demo", tmp_path / "study")
+
+
+def test_a_base_that_has_an_adapter_alone_is_enough_for_it(tmp_path):
+    write_demo(tmp_path / "demo")
+    for name in ("measure", "calibrate", "collect"):
+        shutil.rmtree(tmp_path / "demo" / name)
+    lab = Lab(StudyConfig(base=str(tmp_path / "demo"), out=str(tmp_path / "study")))
+    assert lab.trained() == tmp_path / "demo" / "train" / "adapter"
 
 
 def test_the_pair_is_loaded_as_every_command_loads_it(monkeypatch, tmp_path):

@@ -1,6 +1,7 @@
 """The runs that studies are made of: measured, calibrated, collected, trained and evaluated once, and shared.
 
-A folder that holds finished runs of the same pair (such as `runs/demo`) serves as the base; what it lacks is made.
+A folder that holds finished runs of the same pair (such as `runs/demo`) serves as the base where its settings are those of
+the study; what it lacks is made.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from s2t import workflows
 from s2t.config import PLACES, ModelConfig, StudyConfig
 from s2t.demo import TRAIN_SETTINGS
 from s2t.errors import ConfigError
-from s2t.files import RunFolder, load_run, read_json, write_json
+from s2t.files import RunFolder, read_json, write_json
 from s2t.model.merged import base_model
 from s2t.model.tiny import is_embedded
+from s2t.studies.base import check_base
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +106,11 @@ class Lab:
     def trained(self, name: str = "train", groups: Path | None = None, **settings: Any) -> Path:
         """An adapter's folder."""
         place = self._place(name, "train")
-        if not _is_finished(place, "train"):
+        is_finished = _is_finished(place, "train")
+        if not is_finished or place.parent == self.base:
             models = {key: value for key, value in self.models.items() if not key.startswith("llm")}
-            own = {"groups": groups or self.collected(), "seed": self.config.seed}
+            known = self._place("collect", "collect") if is_finished else None  # of a base that has an adapter alone
+            own = {"groups": groups or known or self.collected(), "seed": self.config.seed}
             self._run("train", place, models | own | self.training | settings)
         return place / "adapter"
 
@@ -141,25 +145,12 @@ class Lab:
 
     def _run(self, command: str, folder: Path, settings: Mapping[str, Any]) -> Path:
         kind = "eval" if command == "evaluate" else command
-        if folder.parent == self.base and _is_finished(folder, kind):
-            self._check_pair(folder, kind)
-            return folder
         plain = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
-        if command == "calibrate":
-            workflows.calibrate(**plain, out=str(folder))
+        if folder.parent == self.base and _is_finished(folder, kind):
+            check_base(folder, kind, plain)
         else:
             getattr(workflows, command)(**plain, out=str(folder))
         return folder
-
-    def _check_pair(self, folder: Path, command: str) -> None:
-        """Raise ConfigError where a base folder belongs to another SLM, LLM or task."""
-        found = load_run(folder, command)["config"]
-        for name in ("slm", "llm", "task"):
-            wanted = getattr(self.config, name)
-            if name in found and found[name] != wanted and not (command == "train" and name == "llm"):
-                raise ConfigError(
-                    f"--base {self.base} has {name} {found[name]}, not {wanted}; pass another --base or none."
-                )
 
 
 def parse_settings(text: str) -> dict[str, Any]:
