@@ -185,7 +185,7 @@ class TrainConfig(FitConfig, ModelConfig):
         check_at_least(1, num_candidates=self.num_candidates, head_size=self.head_size, batch_groups=self.batch_groups)
         check_positive(score_temperature=self.score_temperature)
         check_at_least(0, **{name: value for name, value in vars(self).items() if name.endswith("_weight")})
-        check_at_least(0, pairwise_margin=self.pairwise_margin, prefix_cache_gib=self.prefix_cache_gib)
+        check_at_least(0, pairwise_margin=self.pairwise_margin, prefix_cache_gib=self.prefix_cache_gib, seed=self.seed)
         check_range("criticality_threshold", self.criticality_threshold, 0, 1)
 
 

@@ -146,6 +146,7 @@ class BenchConfig(ModelConfig):
         )
         for name in ("batch_size", "prompt_tokens", "max_new_tokens", "num_candidates", "groups", "limit", "repeats"):
             check_range(name, getattr(self, name), low=1)
+        check_at_least(0, seed=self.seed)
         for rate in self.rates:
             check_range("trigger_rates", rate, low=0, high=1)
 
