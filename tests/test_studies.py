@@ -12,9 +12,9 @@ import pytest
 from s2t import demo, workflows
 from s2t.config import CalibrateConfig, CollectConfig, MeasureConfig, ModelConfig, StudyConfig, TrainConfig
 from s2t.errors import ConfigError
-from s2t.files import RunFolder, read_json
+from s2t.files import RunFolder, read_json, write_json
 from s2t.studies import STUDIES, adapters, baselines, slips, study, triggers
-from s2t.studies.knowledge import equations, fault
+from s2t.studies.knowledge import equations, fault, knowledge
 from s2t.studies.lab import Lab, parse_settings
 from s2t.studies.run import cell
 
@@ -95,11 +95,40 @@ def test_distilled_models_are_compared_with_selection(base, folder):
     assert {arms[name][2] for name in ("s2t-local", "sft", "kd", "on-policy-kd")} == {steps}
     config = read_json(made / "sft" / "manifest.json")["config"]
     assert (config["max_steps"], config["learning_rate"], config["limit"]) == (steps, 5e-3, SMALL["train_limit"])
-    knowledge, _ = run("knowledge", base, folder / "distilled", distilled=str(made / "sft" / "adapter"))
-    rows = {row[0]: row for row in knowledge["rows"]}
+    compared, _ = run("knowledge", base, folder / "distilled", distilled=str(made / "sft" / "adapter"))
+    rows = {row[0]: row for row in compared["rows"]}
     assert set(rows) == {"greedy", "s2t-local", "s2t", "llm", "sft"}
     assert rows["greedy"][6:] == (0.0, 0.0, 0.0) or rows["greedy"][6:] == [0.0, 0.0, 0.0]
-    assert any(note.startswith("s2t-local and sft: of ") for note in knowledge["notes"])
+    assert any(note.startswith("s2t-local and sft: of ") for note in compared["notes"])
+
+
+def test_distilled_models_of_one_method_have_rows_of_their_own(tmp_path, monkeypatch):
+    slms = []
+    for folder, method in (("one", "kd"), ("two", "kd"), ("three", "sft")):
+        slms.append(str(tmp_path / folder))
+        write_json(tmp_path / folder / "s2t_distill.json", {"method": method})
+    lab = Lab(StudyConfig(name="knowledge", distilled=",".join(slms), out=str(tmp_path / "study")))
+    evaluated = {}
+
+    def evaluate(name, strategies, **settings):
+        assert name not in evaluated
+        evaluated[name] = settings.get("slm")
+        for place, strategy in enumerate(strategies.split(",")):
+            answer = {"problem_id": "p", "strategy": strategy, "text": "3 + 4 = 7", "is_correct": place == 0}
+            with (tmp_path / "study" / name / "results.jsonl").open("a") as file:
+                file.write(json.dumps(answer) + "\n")
+
+    for name in ("eval", "eval-kd-1", "eval-kd-2", "eval-sft"):
+        (tmp_path / "study" / name).mkdir(parents=True)
+    monkeypatch.setattr(
+        Lab, "evaluated", lambda _, name, strategies, **settings: evaluate(name, strategies, **settings)
+    )
+    monkeypatch.setattr(Lab, "trained", lambda _: "adapter")
+    monkeypatch.setattr(Lab, "calibrated", lambda _: "calibration")
+    found = knowledge(lab)
+    assert [row[0] for row in found.rows] == ["greedy", "s2t-local", "s2t", "llm", "kd-1", "kd-2", "sft"]
+    assert evaluated == {"eval": None, "eval-kd-1": slms[0], "eval-kd-2": slms[1], "eval-sft": slms[2]}
+    assert f"kd-2 is {slms[1]}." in found.notes
 
 
 def test_the_splits_of_a_run_are_told_apart(base, folder):
