@@ -10,12 +10,20 @@ from pathlib import Path
 import pytest
 
 from s2t import demo, workflows
-from s2t.config import CalibrateConfig, CollectConfig, MeasureConfig, ModelConfig, StudyConfig, TrainConfig
+from s2t.config import (
+    CalibrateConfig,
+    CollectConfig,
+    MeasureConfig,
+    ModelConfig,
+    StudyConfig,
+    TrainConfig,
+    parse_settings,
+)
 from s2t.errors import ConfigError
 from s2t.files import RunFolder, read_json, write_json
 from s2t.studies import STUDIES, adapters, baselines, slips, study, triggers
 from s2t.studies.knowledge import equations, fault, knowledge
-from s2t.studies.lab import Lab, parse_settings
+from s2t.studies.lab import Lab
 from s2t.studies.run import cell
 
 SMALL = {
@@ -338,6 +346,22 @@ def test_training_settings_as_text():
     }
     with pytest.raises(ConfigError, match="name=value"):
         parse_settings("fast")
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ("epoch=2", "training: unknown setting epoch; known: "),
+        ("epochs=two", "training: epochs must be a number; got 'two'"),
+        ("learning_rate=0", "training: learning_rate must be above 0"),
+        ("fast", "training must be name=value"),
+        ("epochs=2,out=runs/mine", "training takes no out, which the study gives"),
+    ],
+)
+def test_a_mistake_in_training_is_said_before_anything_runs(training, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        StudyConfig(training=training, out=str(tmp_path))
+    assert StudyConfig(training="epochs=2,adapter_scope=always").training == "epochs=2,adapter_scope=always"
 
 
 def test_cells_as_text():

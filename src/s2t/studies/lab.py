@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from s2t import workflows
-from s2t.config import PLACES, ModelConfig, StudyConfig
+from s2t.config import PLACES, ModelConfig, StudyConfig, parse_settings
 from s2t.demo import TRAIN_SETTINGS
-from s2t.errors import ConfigError
 from s2t.files import RunFolder, read_json, write_json
 from s2t.model.merged import base_model
 from s2t.model.tiny import is_embedded
@@ -151,26 +150,6 @@ class Lab:
         else:
             getattr(workflows, command)(**plain, out=str(folder))
         return folder
-
-
-def parse_settings(text: str) -> dict[str, Any]:
-    """`name=value,name=value` as a dict of numbers, booleans and texts; ConfigError for a part without `=`."""
-    settings: dict[str, Any] = {}
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        name, mark, value = part.partition("=")
-        if not mark:
-            raise ConfigError(f"training must be name=value, comma-separated; got {part!r}.")
-        settings[name.strip()] = _value(value.strip())
-    return settings
-
-
-def _value(text: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return {"true": True, "false": False}.get(text.lower(), text)
 
 
 def _is_finished(folder: Path, command: str) -> bool:
