@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 
 import pytest
 
+from s2t import config as all_configs
 from s2t.cli.options import field_docs
 from s2t.config import (
     CalibrateConfig,
@@ -22,6 +23,13 @@ from s2t.config import (
 from s2t.errors import ConfigError, S2TError
 
 CONFIGS = [CalibrateConfig, CollectConfig, EvalConfig, GenerateConfig, MeasureConfig, ServeConfig, TrainConfig]
+
+SHARED = ("TaskConfig",)  # of no command by itself
+SEEDED = [
+    cls
+    for name, cls in vars(all_configs).items()
+    if "seed" in getattr(cls, "__dataclass_fields__", {}) and name not in SHARED
+]
 
 
 def write(path, value) -> str:
@@ -53,6 +61,12 @@ def test_a_saved_config_is_accepted_back(cls, tmp_path):
         ("manifest", {"command": "x", "config": config_dict(config)}),
     ):
         assert build_config(cls, write(tmp_path / f"{name}.json", saved)) == config
+
+
+@pytest.mark.parametrize("cls", SEEDED)
+def test_a_negative_seed_is_refused_before_anything_runs(cls):
+    with pytest.raises(ConfigError, match="seed must be at least 0; got -1"):
+        build_config(cls, flags={"seed": -1})
 
 
 @pytest.mark.parametrize("key", ["num_candidate", "slm_path"])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +18,10 @@ from s2t.config import EvalConfig
 from s2t.decode.strategies import choose_sample
 from s2t.errors import ConfigError
 from s2t.evaluate import evaluate
+from s2t.model.adapter import AdapterConfig, adapter_config
 from s2t.model.load import load_model
 from s2t.records import Candidates, Step
+from s2t.summary import _heldout
 from s2t.traces import TokenTexts, trace_steps
 
 NAMES = "greedy,sample,self-consistency,self-certainty,s2t@divergence,s2t@entropy,takeover@random"
@@ -213,3 +217,15 @@ def test_candidates_of_a_trace_finish_the_character_that_was_begun():
     assert [step["text"] for step in traced] == ["\\xe6", "\\x9d", "東"]
     assert [candidate["text"] for candidate in traced[2]["candidates"]] == ["東", "杝"]
     assert traced[2]["greedy_text"] == "杝"
+
+
+@pytest.mark.parametrize(
+    ("task", "held"), [("one.jsonl", {"a", "b"}), ("two.jsonl", {"c"}), ("none.jsonl", set()), ("other.jsonl", {"a"})]
+)
+def test_an_adapter_of_several_tasks_has_unseen_templates_of_its_own_in_each(task, held):
+    by_task = {"one.jsonl": ("a", "b"), "two.jsonl": ("c",), "none.jsonl": ()}
+    saved = json.loads(
+        json.dumps(asdict(AdapterConfig("base", "0", heldout_templates=("a",), heldout_by_task=by_task)))
+    )
+    named: Any = SimpleNamespace(templates=lambda: ("a", "b", "c"))
+    assert _heldout(EvalConfig(task=task), named, adapter_config(saved)) == held

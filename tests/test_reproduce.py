@@ -11,6 +11,7 @@ import pytest
 from s2t.cli.main import main
 from s2t.config import ReproduceConfig
 from s2t.errors import ConfigError
+from s2t.model.adapter import read_adapter_config
 from s2t.reproduce import read_recipe, reproduce
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
@@ -36,6 +37,30 @@ strategies = "greedy,s2t"
 llm = "tiny:llm"
 calibration = "@thresholds/calibration.json"
 published = { greedy = 40.0 }
+"""
+TWO_TASKS = """
+title = "two tasks"
+[settings]
+slm = "tiny:slm"
+max_new_tokens = 48
+limit = 6
+[[stage]]
+name = "collect-gsm"
+command = "collect"
+llm = "tiny:llm"
+threshold = 0.05
+task = "rg:gsm_symbolic,max_number=100"
+[[stage]]
+name = "collect-sums"
+command = "collect"
+llm = "tiny:llm"
+threshold = 0.05
+task = "rg:chain_sum"
+[[stage]]
+name = "train"
+command = "train"
+groups = "@collect-gsm,@collect-sums"
+epochs = 0.1
 """
 
 
@@ -79,6 +104,14 @@ def test_a_recipe_runs_resumes_and_shows_both_numbers(tmp_path):
     shards = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*-00000.*")}
     assert reproduce(config)["rows"] == found["rows"]
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*-00000.*")} == shards
+
+
+def test_a_recipe_trains_on_groups_of_several_tasks(tmp_path):
+    reproduce(ReproduceConfig(recipe=written(tmp_path, TWO_TASKS), out=str(tmp_path / "out")))
+    adapter = read_adapter_config(tmp_path / "out" / "train" / "adapter")
+    assert adapter.task == "rg:gsm_symbolic,max_number=100;rg:chain_sum"
+    assert adapter.heldout_of("rg:gsm_symbolic,max_number=100") == adapter.heldout_templates != ()
+    assert adapter.heldout_of("rg:chain_sum") == ()
 
 
 def test_the_printed_commands_are_commands(tmp_path, capsys):

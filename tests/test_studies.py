@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from s2t.config import StudyConfig
+from s2t import demo, workflows
+from s2t.config import (
+    CalibrateConfig,
+    CollectConfig,
+    MeasureConfig,
+    ModelConfig,
+    StudyConfig,
+    TrainConfig,
+    parse_settings,
+)
 from s2t.errors import ConfigError
-from s2t.files import read_json
+from s2t.files import RunFolder, read_json, write_json
 from s2t.report.chart import draw_charts
 from s2t.studies import STUDIES, adapters, baselines, slips, study, triggers
-from s2t.studies.knowledge import equations, fault
-from s2t.studies.lab import Lab, parse_settings
+from s2t.studies.knowledge import equations, fault, knowledge
+from s2t.studies.lab import Lab
 from s2t.studies.run import cell
 
 SMALL = {
@@ -93,11 +104,40 @@ def test_distilled_models_are_compared_with_selection(base, folder):
     assert {arms[name][2] for name in ("s2t-local", "sft", "kd", "on-policy-kd")} == {steps}
     config = read_json(made / "sft" / "manifest.json")["config"]
     assert (config["max_steps"], config["learning_rate"], config["limit"]) == (steps, 5e-3, SMALL["train_limit"])
-    knowledge, _ = run("knowledge", base, folder / "distilled", distilled=str(made / "sft" / "adapter"))
-    rows = {row[0]: row for row in knowledge["rows"]}
+    compared, _ = run("knowledge", base, folder / "distilled", distilled=str(made / "sft" / "adapter"))
+    rows = {row[0]: row for row in compared["rows"]}
     assert set(rows) == {"greedy", "s2t-local", "s2t", "llm", "sft"}
     assert rows["greedy"][6:] == (0.0, 0.0, 0.0) or rows["greedy"][6:] == [0.0, 0.0, 0.0]
-    assert any(note.startswith("s2t-local and sft: of ") for note in knowledge["notes"])
+    assert any(note.startswith("s2t-local and sft: of ") for note in compared["notes"])
+
+
+def test_distilled_models_of_one_method_have_rows_of_their_own(tmp_path, monkeypatch):
+    slms = []
+    for folder, method in (("one", "kd"), ("two", "kd"), ("three", "sft")):
+        slms.append(str(tmp_path / folder))
+        write_json(tmp_path / folder / "s2t_distill.json", {"method": method})
+    lab = Lab(StudyConfig(name="knowledge", distilled=",".join(slms), out=str(tmp_path / "study")))
+    evaluated = {}
+
+    def evaluate(name, strategies, **settings):
+        assert name not in evaluated
+        evaluated[name] = settings.get("slm")
+        for place, strategy in enumerate(strategies.split(",")):
+            answer = {"problem_id": "p", "strategy": strategy, "text": "3 + 4 = 7", "is_correct": place == 0}
+            with (tmp_path / "study" / name / "results.jsonl").open("a") as file:
+                file.write(json.dumps(answer) + "\n")
+
+    for name in ("eval", "eval-kd-1", "eval-kd-2", "eval-sft"):
+        (tmp_path / "study" / name).mkdir(parents=True)
+    monkeypatch.setattr(
+        Lab, "evaluated", lambda _, name, strategies, **settings: evaluate(name, strategies, **settings)
+    )
+    monkeypatch.setattr(Lab, "trained", lambda _: "adapter")
+    monkeypatch.setattr(Lab, "calibrated", lambda _: "calibration")
+    found = knowledge(lab)
+    assert [row[0] for row in found.rows] == ["greedy", "s2t-local", "s2t", "llm", "kd-1", "kd-2", "sft"]
+    assert evaluated == {"eval": None, "eval-kd-1": slms[0], "eval-kd-2": slms[1], "eval-sft": slms[2]}
+    assert f"kd-2 is {slms[1]}." in found.notes
 
 
 def test_the_splits_of_a_run_are_told_apart(base, folder):
@@ -151,6 +191,88 @@ def test_a_base_of_another_pair_is_refused(base, folder, tmp_path):
     run("candidates", base, folder)
     with pytest.raises(ConfigError, match=r"has slm tiny:slm, not tiny:slm-small"):
         run("candidates", base, tmp_path / "other", slm="tiny:slm-small")
+
+
+def write_demo(folder, **changes):
+    """The manifests that `s2t demo` leaves; `changes` by name of a run."""
+    common = {"slm": demo.SLM, "llm": demo.LLM, "task": demo.TASK, "seed": 0, "workers": 2}
+    calibration = str(folder / "calibrate" / "calibration.json")
+    configs = {
+        "measure": MeasureConfig(**common, limit=demo.NUM_CALIBRATION, quantile=demo.QUANTILE),
+        "calibrate": CalibrateConfig(run=str(folder / "measure"), quantile=demo.QUANTILE),
+        "collect": CollectConfig(**common, limit=demo.NUM_TRAIN, calibration=calibration, policy=demo.POLICY),
+        "train": TrainConfig(slm=demo.SLM, groups=str(folder / "collect"), seed=0, **demo.TRAIN_SETTINGS),
+    }
+    for name, config in configs.items():
+        RunFolder.open(folder / name, name, replace(config, **changes.get(name, {}))).finish()
+
+
+def open_base(base, folder, **settings):
+    """Every run of the base that a study takes."""
+    lab = Lab(StudyConfig(base=str(base), out=str(folder), **settings))
+    return [lab.measured(), lab.calibrated(), lab.collected(), lab.trained()]
+
+
+def test_the_runs_of_the_demo_serve_every_study_with_default_settings(tmp_path):
+    write_demo(tmp_path / "made")
+    (tmp_path / "made").rename(tmp_path / "demo")  # wherever it is by now
+    found = open_base(tmp_path / "demo", tmp_path / "study", batch_size=8, device="cpu")
+    names = ("measure", "calibrate", "collect", "train/adapter")
+    assert found == [tmp_path / "demo" / name for name in names]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"llm": "tiny:llm-other"}, "has llm tiny:llm, not tiny:llm-other, in its measure; pass --llm tiny:llm"),
+        ({"seed": 1}, "has seed 0, not 1, in its measure; pass --seed 0, another --base or none"),
+        ({"calibration_limit": 9}, "has limit 1000, not 9, in its measure; pass --calibration-limit 1000"),
+        ({"train_limit": 9}, "has limit 6000, not 9, in its collect; pass --train-limit 6000"),
+        ({"quantile": 0.5}, "has quantile 0.97, not 0.5, in its measure; pass --quantile 0.97"),
+        ({"max_new_tokens": 9}, "has max_new_tokens 256, not 9, in its measure"),
+        ({"training": "epochs=6"}, "has lora_dropout 0.1, not 0.05, in its train; pass --training lora_dropout=0.1"),
+    ],
+)
+def test_a_base_with_another_setting_is_refused(settings, message, tmp_path):
+    write_demo(tmp_path / "demo")
+    with pytest.raises(ConfigError, match=message):
+        open_base(tmp_path / "demo", tmp_path / "study", **settings)
+
+
+@pytest.mark.parametrize(
+    ("run", "changes", "message"),
+    [
+        ("train", {"epochs": 1.0}, r"has epochs 1\.0, not 6\.0, in its train; pass --training epochs=1\.0"),
+        ("train", {"seed": 4}, "has seed 4, not 0, in its train; pass --seed 4"),
+        ("train", {"num_bins": 2}, "has num_bins 2, not 16, in its train"),
+        ("train", {"groups": "runs/other"}, "has groups runs/other, not .*/collect, in its train; pass another --base"),
+        ("collect", {"policy": "greedy"}, "has policy greedy, not s2t, in its collect; pass another --base or none"),
+    ],
+)
+def test_every_run_of_a_base_is_compared(run, changes, message, tmp_path):
+    write_demo(tmp_path / "demo", **{run: changes})
+    with pytest.raises(ConfigError, match=message):
+        open_base(tmp_path / "demo", tmp_path / "study")
+
+
+def test_a_base_that_has_an_adapter_alone_is_enough_for_it(tmp_path):
+    write_demo(tmp_path / "demo")
+    for name in ("measure", "calibrate", "collect"):
+        shutil.rmtree(tmp_path / "demo" / name)
+    lab = Lab(StudyConfig(base=str(tmp_path / "demo"), out=str(tmp_path / "study")))
+    assert lab.trained() == tmp_path / "demo" / "train" / "adapter"
+
+
+def test_the_pair_is_loaded_as_every_command_loads_it(monkeypatch, tmp_path):
+    config = StudyConfig(slm="a/b", revision="v1", llm_revision="v2", device_map="auto", out=str(tmp_path))
+    assert set(Lab(config).models) == set(ModelConfig.__dataclass_fields__)
+    assert all(value == getattr(config, name) for name, value in Lab(config).models.items())
+    passed = []
+    monkeypatch.setattr(workflows, "measure", lambda **settings: passed.append(settings))
+    Lab(config).measured("own")
+    Lab(config).measured("other", slm="c/d")
+    assert [settings["revision"] for settings in passed] == ["v1", None]  # v1 is a revision of a/b
+    assert [config.for_slm(slm).revision for slm in ("a/b", "c/d")] == ["v1", None]
 
 
 def test_an_unknown_study_is_refused(tmp_path):
@@ -247,6 +369,22 @@ def test_training_settings_as_text():
     }
     with pytest.raises(ConfigError, match="name=value"):
         parse_settings("fast")
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ("epoch=2", "training: unknown setting epoch; known: "),
+        ("epochs=two", "training: epochs must be a number; got 'two'"),
+        ("learning_rate=0", "training: learning_rate must be above 0"),
+        ("fast", "training must be name=value"),
+        ("epochs=2,out=runs/mine", "training takes no out, which the study gives"),
+    ],
+)
+def test_a_mistake_in_training_is_said_before_anything_runs(training, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        StudyConfig(training=training, out=str(tmp_path))
+    assert StudyConfig(training="epochs=2,adapter_scope=always").training == "epochs=2,adapter_scope=always"
 
 
 def test_cells_as_text():

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 
 from s2t.collect import collect, read_groups
-from s2t.config import CalibrateConfig, CollectConfig, EvalConfig, MeasureConfig, TrainConfig
+from s2t.config import CalibrateConfig, CollectConfig, DistillConfig, EvalConfig, MeasureConfig, TrainConfig
 from s2t.core.stats import paired_comparison
 from s2t.errors import ConfigError, DataError, ModelError, OverlapError
 from s2t.evaluate import evaluate
@@ -23,6 +23,7 @@ from s2t.measure import calibrate, measure, summarize
 from s2t.model.adapter import AdapterConfig
 from s2t.summary import _by_template, _heldout
 from s2t.tasks.problems import heldout_templates, load_task, question_hash
+from s2t.train.distill import distill
 from s2t.train.trainer import train
 
 NAMES = ("greedy", "self-consistency", "takeover", "s2t", "s2t-local", "llm")
@@ -496,3 +497,38 @@ def test_a_lost_shard_alone_is_made_again(chain, tmp_path):
     assert collect(config) == chain.results["collect"]
     assert kept.stat().st_mtime_ns == stamp
     assert list(read_groups(tmp_path / "collect")) == list(read_groups(chain.path("collect")))
+
+
+RESUMED = {
+    "measure": (measure, MeasureConfig, {}),
+    "collect": (collect, CollectConfig, {"threshold": 0.05}),
+    "eval": (evaluate, EvalConfig, {"strategies": "greedy"}),
+    "distill": (distill, DistillConfig, {"method": "sft", "max_steps": 1}),
+}
+
+
+@pytest.mark.parametrize("command", RESUMED)
+def test_shards_of_problems_that_have_changed_since_are_refused(command, tmp_path, monkeypatch):
+    run, kind, own = RESUMED[command]
+    task = write_problems(tmp_path / "problems.jsonl").partition(",")[0]
+    lines = Path(task).read_text().splitlines(keepends=True)
+    out = tmp_path / "run"
+    config = kind(**SHORT | {"max_new_tokens": 8}, task=task, split="train", shard_size=4, out=str(out), **own)
+
+    def resume(count):
+        """Go on as after a kill, with so many lines in the task's file."""
+        Path(task).write_text("".join(lines[:count]))
+        if (out / "manifest.json").exists():
+            manifest = read_json(out / "manifest.json")
+            (out / "manifest.json").write_text(json.dumps(manifest | {"status": "running"}))
+        return run(config)
+
+    resume(9)
+    assert resume(9)["num_test" if command == "eval" else "num_problems"] <= 9
+    with monkeypatch.context() as patch:
+        patch.setattr("s2t.workers.Workers.map", lambda *_: pytest.fail("a shard was worked"))
+        for count in (4, 20):
+            with pytest.raises(
+                DataError, match=r"shard .*0000\d\.\w+ holds other problems .*; remove the folder or use"
+            ):
+                resume(count)

@@ -20,6 +20,7 @@ from s2t.decode.session import Session, open_llm
 from s2t.decode.strategies import Strategy, build_strategy
 from s2t.decode.workload import (
     ServerReport,
+    check_shards,
     open_task,
     problems_outside,
     read_thresholds,
@@ -60,7 +61,9 @@ def collect(config: CollectConfig) -> dict[str, Any]:
     task = open_task(config, config.slm)
     heldout = heldout_templates(task.templates(), config.heldout_templates)
     problems = problems_outside(task, config.split, config.limit, config.seed, heldout)
-    shards = to_files(shards_of(problems, config.shard_size), lambda i: run.shard("groups", i, "parquet"))
+    parts = shards_of(problems, config.shard_size)
+    check_shards(run, "groups", "parquet", parts)
+    shards = to_files(parts, lambda i: run.shard("groups", i, "parquet"))
     servers = ServerReport(run)
     with shard_workers(partial(_Collector, config, task_for_workers(task, config), threshold), config) as workers:
         write_missing(workers, _Collector.shard, shards, servers.beside(write_table), "collect")

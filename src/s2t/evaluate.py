@@ -23,6 +23,7 @@ from s2t.decode.session import Generated, Session, check_needs
 from s2t.decode.strategies import Strategy, build_strategy, choose_sample
 from s2t.decode.workload import (
     ServerReport,
+    check_shards,
     open_task,
     read_thresholds,
     requests_for,
@@ -137,6 +138,8 @@ def _run_missing(
 
     servers = ServerReport(run, _servers(config))
     parts = shards_of(problems, config.shard_size)
+    for one in contestants:
+        check_shards(run, one.shards, "json", parts)
     judged_twice = set(MANY_SAMPLES) <= set(config.strategy_names)
     with shard_workers(partial(_Evaluator, config, task_for_workers(task, config)), config) as workers:
         for one in contestants:

@@ -273,16 +273,15 @@ def _read_table(path: Path, columns: Sequence[str] | None) -> pyarrow.Table:
     from pyarrow import parquet
 
     try:
-        table = parquet.ParquetFile(path).read()
+        with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            absent = [name for name in columns or () if name not in names]
+            if not absent:
+                return file.read(None if columns is None else list(columns))
     except (OSError, pyarrow.ArrowException) as error:
         reason = _one_line(error)
         raise DataError(f"{path} cannot be read as parquet: {reason}; remove it and rerun.") from error
-    if columns is None:
-        return table
-    absent = [name for name in columns if name not in table.column_names]
-    if absent:
-        raise DataError(f"{path} has no column {', '.join(absent)}; it has {', '.join(table.column_names)}.")
-    return table.select(list(columns))
+    raise DataError(f"{path} has no column {', '.join(absent)}; it has {', '.join(names)}.")
 
 
 def _plain(value: Any) -> Any:

@@ -20,7 +20,15 @@ from s2t.core.stats import clustered_rate_interval, hit_rate_curve
 from s2t.decode.label import Labels
 from s2t.decode.session import Generated, Session, open_llm
 from s2t.decode.strategies import build_strategy
-from s2t.decode.workload import ServerReport, open_task, requests_for, shard_workers, shards_of, task_for_workers
+from s2t.decode.workload import (
+    ServerReport,
+    check_shards,
+    open_task,
+    requests_for,
+    shard_workers,
+    shards_of,
+    task_for_workers,
+)
 from s2t.errors import DataError
 from s2t.files import RunFolder, load_run, read_tables, write_json, write_table
 from s2t.model.load import load_model
@@ -38,7 +46,9 @@ def measure(config: MeasureConfig) -> dict[str, Any]:
     run = RunFolder.open(config.out, "measure", config, ignore=HOW_IT_RUNS)
     task = open_task(config, config.slm)
     problems = task.problems(config.split, config.limit, config.seed)
-    shards = to_files(shards_of(problems, config.shard_size), lambda i: run.shard("steps", i, "parquet"))
+    parts = shards_of(problems, config.shard_size)
+    check_shards(run, "steps", "parquet", parts)
+    shards = to_files(parts, lambda i: run.shard("steps", i, "parquet"))
     servers = ServerReport(run)
     with shard_workers(partial(_Measurer, config, task_for_workers(task, config)), config) as workers:
         write_missing(workers, _Measurer.shard, shards, servers.beside(write_table), "measure")

@@ -34,10 +34,10 @@ from s2t.config import (
     ReproduceConfig,
     TrainConfig,
     build_config,
+    parse_settings,
 )
 from s2t.errors import ConfigError
 from s2t.files import RunFolder, write_json, write_text
-from s2t.studies.lab import parse_settings
 
 CONFIGS: dict[str, type[Any]] = {
     "measure": MeasureConfig,

@@ -67,7 +67,10 @@ def summarize(
 
 def _heldout(config: EvalConfig, task: Task, adapter: AdapterConfig | None) -> set[str]:
     """The templates that neither the selector nor the distillation of the SLM has seen; where there is neither, the setting's."""
-    lists = [set(adapter.heldout_templates)] if adapter is not None else []
+    lists = []
+    if adapter is not None:
+        known = adapter.heldout_of(config.task)
+        lists.append(set(adapter.heldout_templates if known is None else known))
     if (distilled := distilled_from(config.slm)) is not None:
         lists.append(set(distilled["heldout_templates"]))
     return set.intersection(*lists) if lists else set(heldout_templates(task.templates(), config.heldout_templates))

@@ -41,7 +41,7 @@ def out(tmp_path):
     folder = tmp_path / "out"
     folder.mkdir()
     (folder / "notes.txt").write_text("yesterday's results")
-    (folder / "groups-00007.parquet").write_bytes(b"kept as it is")
+    (folder / "table-00007.parquet").write_bytes(b"kept as it is")
     return folder
 
 

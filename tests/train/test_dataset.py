@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -126,16 +127,31 @@ def test_several_runs_of_one_kind_are_read_together(tmp_path, trajectories):
     data = read_group_data(" , ".join(folders), 4)
     assert [t.problem_id for t in data.trajectories] == [t.problem_id for t in trajectories]
     assert data.heldout_templates == ("b",)  # held out by both
+    assert data.heldout_by_task == {}
 
 
-@pytest.mark.parametrize("changes", [{"pair": "a/c"}, {"task": "rg:chain_sum"}, {"split": "calibration"}])
-def test_runs_of_different_pairs_tasks_or_splits_do_not_mix(changes, tmp_path, trajectories):
+@pytest.mark.parametrize("changes", [{"pair": "a/c"}, {"split": "calibration"}])
+def test_runs_of_different_pairs_or_splits_do_not_mix(changes, tmp_path, trajectories):
     folders = [
         write_run(tmp_path / "one", trajectories),
         write_run(tmp_path / "two", trajectories, **changes),
     ]
-    with pytest.raises(DataError, match="differ in pair, task or split"):
+    with pytest.raises(DataError, match="differ in pair or split: expected a/b, train, got"):
         read_group_data(",".join(folders), 4)
+
+
+def test_runs_of_several_tasks_keep_the_heldout_templates_of_each(tmp_path, trajectories):
+    seen = [replace(t, template="b") for t in trajectories[2:]]
+    folders = [
+        write_run(tmp_path / "one", trajectories[:2], held=["a", "b"], task="gsm8k"),
+        write_run(tmp_path / "two", seen, held=["c", "d"], task="more.jsonl"),
+        write_run(tmp_path / "three", seen[:1], held=["d", "e"], task="more.jsonl"),
+    ]
+    data = read_group_data(",".join(folders), 4)
+    assert data.task == "gsm8k;more.jsonl"
+    assert data.heldout_by_task == {"gsm8k": ("a", "b"), "more.jsonl": ("d",)}
+    assert data.heldout_templates == ("a", "d")  # the other task was trained on a template called b
+    assert len(data.trajectories) == len(trajectories) + 1
 
 
 def test_runs_of_different_thresholds_do_not_mix(tmp_path, trajectories):

@@ -5,7 +5,7 @@ and the same command accepts it back. Knows no model and reads no problem.
 """
 
 from s2t.config.answer import EvalConfig, GenerateConfig, ServeConfig
-from s2t.config.build import build_config, config_dict
+from s2t.config.build import build_config, config_dict, parse_settings
 from s2t.config.checks import check_range
 from s2t.config.learn import (
     CalibrateConfig,
@@ -79,4 +79,5 @@ __all__ = [
     "build_config",
     "check_range",
     "config_dict",
+    "parse_settings",
 ]

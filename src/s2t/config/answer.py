@@ -32,6 +32,7 @@ class GenerateConfig(DecodeConfig, ServedConfig, ModelConfig):
         self.check_model()
         self.check_remote()
         self.check_decode()
+        check_at_least(0, seed=self.seed)
         if self.strategy is not None:
             check_choice("strategy", self.strategy, STRATEGIES)
 

@@ -36,6 +36,26 @@ def config_dict(config: Any) -> dict[str, Any]:
     return asdict(config)
 
 
+def parse_settings(text: str) -> dict[str, Any]:
+    """`name=value,name=value` as a dict of numbers, booleans and texts; ConfigError for a part without `=`."""
+    settings: dict[str, Any] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, mark, value = part.partition("=")
+        if not mark:
+            raise ConfigError(f"training must be name=value, comma-separated; got {part!r}.")
+        settings[name.strip()] = _literal(value.strip())
+    return settings
+
+
+def _literal(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
 def _typed(name: str, value: Any, hint: Any) -> Any:
     """The value as its field has it (a whole number may stand for a float); ConfigError for another kind."""
     if get_origin(hint) is list:

@@ -137,7 +137,7 @@ class TrainConfig(FitConfig, ModelConfig):
     """`s2t train`: selection groups become an adapter."""
 
     groups: str = "runs/collect"
-    """Folders written by `s2t collect`, comma-separated."""
+    """Folders written by `s2t collect`, comma-separated; of one pair and threshold, their tasks may differ."""
     out: str = "runs/train"
     """Folder of this run; the adapter goes into its `adapter` folder, and rerunning resumes."""
     adapter_scope: str = "candidates"
@@ -185,7 +185,7 @@ class TrainConfig(FitConfig, ModelConfig):
         check_at_least(1, num_candidates=self.num_candidates, head_size=self.head_size, batch_groups=self.batch_groups)
         check_positive(score_temperature=self.score_temperature)
         check_at_least(0, **{name: value for name, value in vars(self).items() if name.endswith("_weight")})
-        check_at_least(0, pairwise_margin=self.pairwise_margin, prefix_cache_gib=self.prefix_cache_gib)
+        check_at_least(0, pairwise_margin=self.pairwise_margin, prefix_cache_gib=self.prefix_cache_gib, seed=self.seed)
         check_range("criticality_threshold", self.criticality_threshold, 0, 1)
 
 

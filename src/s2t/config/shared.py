@@ -173,7 +173,7 @@ class TaskConfig:
         )
         if self.ray_actors is not None:
             check_at_least(1, ray_actors=self.ray_actors)
-        check_at_least(0, ray_gpus=self.ray_gpus)
+        check_at_least(0, ray_gpus=self.ray_gpus, seed=self.seed)
         check_choice("prompt", self.prompt, ("auto", "plain", "cot"))
 
 

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from s2t.config.build import build_config, parse_settings
 from s2t.config.checks import check_at_least, check_choice, check_range, require
+from s2t.config.learn import TrainConfig
 from s2t.config.shared import DISTILLATIONS, SCOPES, ModelConfig, TaskConfig
+from s2t.errors import ConfigError
+
+_GIVEN_BY_STUDY = ("slm", "groups", "out")  # of what `s2t train` takes
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,7 @@ class StudyConfig(TaskConfig, ModelConfig):
     base: str | None = None
     """Folder with the runs measure, calibrate, collect and train of this pair, such as runs/demo; None makes them below --out."""
     split: str = "test"
-    """train, calibration or test: the problems that accuracies and hit rates are of."""
+    """calibration or test: the problems that accuracies and hit rates are of."""
     limit: int = 1000
     """Number of problems."""
     calibration_limit: int = 1000
@@ -59,9 +64,20 @@ class StudyConfig(TaskConfig, ModelConfig):
         check_at_least(1, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size)
         require(self.llm is not None, "a study needs the LLM; pass --llm MODEL.")
         require(self.split in ("calibration", "test"), f"split must be calibration or test; got {self.split!r}.")
+        self._check_training()
         known = ("s2t-local", *DISTILLATIONS, *(f"{name}+s2t-local" for name in DISTILLATIONS))
         unknown = [name for name in self.arm_names if name not in known]
         require(not unknown, f"arms must be of {', '.join(known)}; got {', '.join(unknown)}.")
+
+    def _check_training(self) -> None:
+        """Raise ConfigError where `s2t train` would refuse the settings, or they are the study's own to give."""
+        given = parse_settings(self.training or "")
+        own = [name for name in _GIVEN_BY_STUDY if name in given]
+        require(not own, f"training takes no {', '.join(own)}, which the study gives; leave it out.")
+        try:
+            build_config(TrainConfig, flags=given)
+        except ConfigError as error:
+            raise ConfigError(f"training: {error}") from error
 
     @property
     def arm_names(self) -> tuple[str, ...]:
@@ -83,8 +99,8 @@ class StudyConfig(TaskConfig, ModelConfig):
     def for_slm(self, slm: str) -> StudyConfig:
         """The same study of another SLM, with runs of its own."""
         folder = "".join(c if c.isalnum() else "-" for c in slm).strip("-")
-        is_own = slm == self.slm
-        return replace(self, slm=slm, slms=None, out=f"{self.out}/{folder}", base=self.base if is_own else None)
+        others = {} if slm == self.slm else {"base": None, "revision": None}
+        return replace(self, slm=slm, slms=None, out=f"{self.out}/{folder}", **others)
 
 
 @dataclass(frozen=True)
@@ -146,6 +162,7 @@ class BenchConfig(ModelConfig):
         )
         for name in ("batch_size", "prompt_tokens", "max_new_tokens", "num_candidates", "groups", "limit", "repeats"):
             check_range(name, getattr(self, name), low=1)
+        check_at_least(0, seed=self.seed)
         for rate in self.rates:
             check_range("trigger_rates", rate, low=0, high=1)
 

@@ -12,7 +12,7 @@ from s2t.decode.loop import Request
 from s2t.decode.remote.counts import merge_reports
 from s2t.decode.session import Session
 from s2t.errors import DataError
-from s2t.files import RunFolder, read_json, write_json
+from s2t.files import RunFolder, read_json, read_tables, write_json
 from s2t.model.merged import base_model
 from s2t.model.tiny import is_embedded
 from s2t.records import Problem
@@ -114,3 +114,20 @@ def read_thresholds(calibration: str | Path | None) -> dict[str, float]:
 def shards_of(problems: Sequence[Problem], size: int) -> list[Sequence[Problem]]:
     """Consecutive chunks of at most `size` problems; a shard's content never depends on the others."""
     return [problems[i : i + size] for i in range(0, len(problems), size)]
+
+
+def check_shards(run: RunFolder, prefix: str, suffix: str, parts: Sequence[Sequence[Problem]]) -> None:
+    """Raise DataError where a shard on disk is of other problems than it would be of now: the task's file has changed since."""
+    for path in run.shards(prefix, suffix):
+        index = int(path.stem.rpartition("-")[2])
+        if index >= len(parts) or _problem_ids(path) != [problem.problem_id for problem in parts[index]]:
+            raise DataError(
+                f"shard {path} holds other problems than the task has there now; remove the folder or use another --out."
+            )
+
+
+def _problem_ids(path: Path) -> list[str]:
+    """The problems of a shard in order: of eval's JSON, or of the id column alone of a table."""
+    if path.suffix == ".json":
+        return [result["problem_id"] for result in read_json(path)["results"]]
+    return read_tables([path], ["problem_id"])["problem_id"].unique().to_pylist()

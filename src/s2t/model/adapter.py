@@ -55,6 +55,7 @@ class AdapterConfig:
     base_fingerprint: str
     llm: str | None = None
     task: str | None = None
+    """Several are separated by semicolons."""
     scope: str = "candidates"
     num_candidates: int = 8
     num_bins: int = 16
@@ -72,12 +73,18 @@ class AdapterConfig:
     split_hashes: dict[str, str] = field(default_factory=dict)
     """Digest of the sorted problem hashes of each split that was used."""
     heldout_templates: tuple[str, ...] = ()
+    heldout_by_task: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Where it was trained on several tasks: the templates held out of each; those above are in none of them."""
     reserved_ids: tuple[int, ...] = ()
     """Ids of the R bins in order, then of yes and no; never generated. Set when it is saved."""
     weights: dict[str, str] = field(default_factory=dict)
     """sha256 of the folder's weights files, by name."""
     versions: dict[str, str] = field(default_factory=dict)
     s2t_version: str = __version__
+
+    def heldout_of(self, task: str) -> tuple[str, ...] | None:
+        """The templates of a task that the selector has not seen; None where that is not known."""
+        return self.heldout_by_task.get(task, self.heldout_templates or None)
 
 
 class SelectorReader:
@@ -303,6 +310,7 @@ def read_adapter_config(folder: str | Path) -> AdapterConfig:
 def adapter_config(data: dict[str, Any]) -> AdapterConfig:
     """The metadata from what was written."""
     values: dict[str, Any] = {**data, **{name: tuple(data.get(name, ())) for name in _TUPLES}}
+    values["heldout_by_task"] = {task: tuple(held) for task, held in data.get("heldout_by_task", {}).items()}
     return AdapterConfig(**values)
 
 

@@ -88,7 +88,8 @@ def _arms_of_seed(lab: Lab, seed: int) -> dict[str, dict[str, Any]]:
 
 def _on_top(lab: Lab, method: str, slm: Path, steps: int) -> dict[str, Any]:
     """The whole chain once more on a distilled SLM, whose divergence points are its own."""
-    own = Lab(replace(lab.config, slm=str(slm), out=str(lab.folder / f"on-top-{method}"), base=None))
+    config = replace(lab.config, slm=str(slm), revision=None, out=str(lab.folder / f"on-top-{method}"), base=None)
+    own = Lab(config)
     adapter = own.trained()
     summary = own.evaluated("eval", "s2t-local", adapter=str(adapter))
     total = steps + read_json(adapter.parent / "train.json")["num_steps"]

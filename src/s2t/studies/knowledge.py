@@ -29,10 +29,11 @@ def knowledge(lab: Lab) -> Findings:
     lab.evaluated("eval", "greedy,s2t-local,s2t,llm", adapter=adapter, calibration=calibration)
     by_name = _by_strategy(lab, "eval")
     distilled = {}
-    for slm in lab.config.distilled_names:
-        method = (distilled_from(slm) or {}).get("method", slm)
-        lab.evaluated(f"eval-{method}", "greedy", slm=slm)
-        distilled[method] = _by_strategy(lab, f"eval-{method}")["greedy"]
+    names = distilled_rows(lab.config.distilled_names)
+    for slm, name in names:
+        folder = f"eval-{''.join(c if c.isalnum() else '-' for c in name)}"
+        lab.evaluated(folder, "greedy", slm=slm)
+        distilled[name] = _by_strategy(lab, folder)["greedy"]
     by_name |= distilled
     rows, bars = [], []
     for name, answers in by_name.items():
@@ -60,7 +61,18 @@ def knowledge(lab: Lab) -> Findings:
     kinds = [fault(answer) for answer in by_name["greedy"].values()]
     notes = [f"Of greedy's answers {kinds.count('slip')} are wrong with a slip and {kinds.count('other')} without one."]
     notes += [_overlap(by_name, "s2t-local", name) for name in distilled]
+    notes += [f"{name} is {slm}." for slm, name in names]
     return Findings("Slips and other faults", columns, rows, Chart("", "answers (%)", bars, "bar"), notes)
+
+
+def distilled_rows(slms: Sequence[str]) -> list[tuple[str, str]]:
+    """Every distilled SLM and the name of its row: its method, numbered in the given order where several have the same."""
+    methods = [str((distilled_from(slm) or {}).get("method", slm)) for slm in slms]
+    counts = [methods[: place + 1].count(method) for place, method in enumerate(methods)]
+    return [
+        (slm, f"{method}-{number}" if methods.count(method) > 1 else method)
+        for slm, method, number in zip(slms, methods, counts, strict=True)
+    ]
 
 
 def equations(text: str) -> list[bool]:

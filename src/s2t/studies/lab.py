@@ -1,6 +1,7 @@
 """The runs that studies are made of: measured, calibrated, collected, trained and evaluated once, and shared.
 
-A folder that holds finished runs of the same pair (such as `runs/demo`) serves as the base; what it lacks is made.
+A folder that holds finished runs of the same pair (such as `runs/demo`) serves as the base where its settings are those of
+the study; what it lacks is made.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from s2t import workflows
-from s2t.config import PLACES, StudyConfig
+from s2t.config import PLACES, ModelConfig, StudyConfig, parse_settings
 from s2t.demo import TRAIN_SETTINGS
-from s2t.errors import ConfigError
-from s2t.files import RunFolder, load_run, read_json, write_json
+from s2t.files import RunFolder, read_json, write_json
 from s2t.model.merged import base_model
 from s2t.model.tiny import is_embedded
+from s2t.studies.base import check_base
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +67,7 @@ class Lab:
     @property
     def models(self) -> dict[str, Any]:
         """Settings that load the pair."""
-        config = self.config
-        names = ("slm", "llm", "dtype", "device", "trust_remote_code", "execution", "quantization", "llm_quantization")
-        return {name: getattr(config, name) for name in names}
+        return {name: getattr(self.config, name) for name in ModelConfig.__dataclass_fields__}
 
     @property
     def problems(self) -> dict[str, Any]:
@@ -77,10 +76,15 @@ class Lab:
         names = ("task", "prompt", "seed", *PLACES, "max_new_tokens", "batch_size")
         return {name: getattr(config, name) for name in names}
 
+    def _settings(self, own: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings of a run over problems, `own` before the study's; the revision is that of the study's SLM alone."""
+        is_other = own.get("slm", self.config.slm) != self.config.slm
+        return {**self.models, **self.problems, **({"revision": None} if is_other else {}), **own}
+
     def measured(self, name: str = "measure", **settings: Any) -> Path:
         """A measured run; by default of the calibration split, in the base folder."""
         own = {"limit": self.config.calibration_limit, "quantile": self.config.quantile}
-        return self._run("measure", self._place(name, "measure"), self.models | self.problems | own | settings)
+        return self._run("measure", self._place(name, "measure"), self._settings(own | settings))
 
     def calibrated(self) -> Path:
         """Thresholds of the pair."""
@@ -96,21 +100,23 @@ class Lab:
     def collected(self, name: str = "collect", **settings: Any) -> Path:
         """Selection groups of training problems."""
         own = {"limit": self.config.train_limit, "calibration": self.calibrated(), "policy": "s2t"}
-        return self._run("collect", self._place(name, "collect"), self.models | self.problems | own | settings)
+        return self._run("collect", self._place(name, "collect"), self._settings(own | settings))
 
     def trained(self, name: str = "train", groups: Path | None = None, **settings: Any) -> Path:
         """An adapter's folder."""
         place = self._place(name, "train")
-        if not _is_finished(place, "train"):
+        is_finished = _is_finished(place, "train")
+        if not is_finished or place.parent == self.base:
             models = {key: value for key, value in self.models.items() if not key.startswith("llm")}
-            own = {"groups": groups or self.collected(), "seed": self.config.seed}
+            known = self._place("collect", "collect") if is_finished else None  # of a base that has an adapter alone
+            own = {"groups": groups or known or self.collected(), "seed": self.config.seed}
             self._run("train", place, models | own | self.training | settings)
         return place / "adapter"
 
     def distilled(self, name: str, **settings: Any) -> Path:
         """A distilled SLM's folder."""
         own = {"limit": self.config.train_limit}
-        return self._run("distill", self.folder / name, self.models | self.problems | own | settings) / "adapter"
+        return self._run("distill", self.folder / name, self._settings(own | settings)) / "adapter"
 
     @property
     def training(self) -> dict[str, Any]:
@@ -122,7 +128,7 @@ class Lab:
     def evaluated(self, name: str, strategies: str, **settings: Any) -> dict[str, Any]:
         """summary.json of an evaluation, with the results as `results`."""
         own = {"limit": self.config.limit, "strategies": strategies, "split": self.config.split, "num_traces": 0}
-        folder = self._run("evaluate", self.folder / name, self.models | self.problems | own | settings)
+        folder = self._run("evaluate", self.folder / name, self._settings(own | settings))
         return read_json(folder / "summary.json")
 
     def thresholds_file(self, name: str, thresholds: Mapping[str, float]) -> Path:
@@ -138,45 +144,12 @@ class Lab:
 
     def _run(self, command: str, folder: Path, settings: Mapping[str, Any]) -> Path:
         kind = "eval" if command == "evaluate" else command
-        if folder.parent == self.base and _is_finished(folder, kind):
-            self._check_pair(folder, kind)
-            return folder
         plain = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
-        if command == "calibrate":
-            workflows.calibrate(**plain, out=str(folder))
+        if folder.parent == self.base and _is_finished(folder, kind):
+            check_base(folder, kind, plain)
         else:
             getattr(workflows, command)(**plain, out=str(folder))
         return folder
-
-    def _check_pair(self, folder: Path, command: str) -> None:
-        """Raise ConfigError where a base folder belongs to another SLM, LLM or task."""
-        found = load_run(folder, command)["config"]
-        for name in ("slm", "llm", "task"):
-            wanted = getattr(self.config, name)
-            if name in found and found[name] != wanted and not (command == "train" and name == "llm"):
-                raise ConfigError(
-                    f"--base {self.base} has {name} {found[name]}, not {wanted}; pass another --base or none."
-                )
-
-
-def parse_settings(text: str) -> dict[str, Any]:
-    """`name=value,name=value` as a dict of numbers, booleans and texts; ConfigError for a part without `=`."""
-    settings: dict[str, Any] = {}
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        name, mark, value = part.partition("=")
-        if not mark:
-            raise ConfigError(f"training must be name=value, comma-separated; got {part!r}.")
-        settings[name.strip()] = _value(value.strip())
-    return settings
-
-
-def _value(text: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return {"true": True, "false": False}.get(text.lower(), text)
 
 
 def _is_finished(folder: Path, command: str) -> bool:

@@ -22,7 +22,7 @@ from s2t.decode.label import Targets, llm_targets
 from s2t.decode.loop import Request
 from s2t.decode.session import Generated, Session
 from s2t.decode.strategies import build_strategy
-from s2t.decode.workload import open_task, requests_for, shards_of, task_for_workers
+from s2t.decode.workload import check_shards, open_task, requests_for, shards_of, task_for_workers
 from s2t.errors import ConfigError, DataError, ModelError
 from s2t.files import RunFolder, read_tables, write_table
 from s2t.model.load import load_model
@@ -68,7 +68,9 @@ def write_answers(
 
     Of several processes each writes every n-th shard, and waits for those of the others.
     """
-    shards = to_files(shards_of(problems, config.shard_size), lambda i: run.shard("answers", i, "parquet"))
+    parts = shards_of(problems, config.shard_size)
+    check_shards(run, "answers", "parquet", parts)
+    shards = to_files(parts, lambda i: run.shard("answers", i, "parquet"))
     if processes.count > 1 and (config.workers > 1 or config.ray is not None):
         raise ConfigError("the processes of the launcher write the answers; leave --workers and --ray out.")
     with open_workers(partial(_Writer, config, task_for_workers(task, config)), config) as workers:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -48,6 +48,9 @@ class GroupData:
     llm: str
     pair: str
     heldout_templates: tuple[str, ...]
+    """Templates that no trajectory has, whatever its task."""
+    heldout_by_task: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Of several tasks: the templates held out of each, since tasks may call theirs alike."""
 
     @property
     def num_groups(self) -> int:
@@ -69,7 +72,7 @@ class Batch:
 
 
 def read_group_data(folders: str, num_candidates: int) -> GroupData:
-    """Load collected runs (comma-separated folders); later runs must come from the same pair, task and split.
+    """Load collected runs (comma-separated folders) of one pair and split; their tasks may differ.
 
     Raises DataError for a run that is not complete or does not fit, ConfigError when fewer than
     `num_candidates` candidates were stored.
@@ -79,27 +82,44 @@ def read_group_data(folders: str, num_candidates: int) -> GroupData:
         raise ConfigError("train needs --groups, one or more folders written by `s2t collect`.")
     first = parts[0]
     for part in parts[1:]:
-        if (part.pair, part.task, part.split) != (first.pair, first.task, first.split):
-            raise DataError("the collected runs differ in pair, task or split; train on runs of one kind.")
-        if (part.threshold, part.warmup_steps) != (first.threshold, first.warmup_steps):
-            raise DataError(
-                "the collected runs differ in what counts as a divergence point: expected threshold "
-                f"{first.threshold} past {first.warmup_steps} steps, got {part.threshold} past {part.warmup_steps}; "
-                "collect them with one calibration."
-            )
-    held = set(first.heldout_templates).intersection(*(part.heldout_templates for part in parts[1:]))
-    everything = [t for part in parts for t in part.trajectories]
-    return GroupData(
-        everything,
-        first.threshold,
-        first.warmup_steps,
-        first.task,
-        first.split,
-        first.slm,
-        first.llm,
-        first.pair,
-        tuple(sorted(held)),
+        _check_fits(first, part)
+    by_task = _heldout_by_task(parts)
+    return replace(
+        first,
+        trajectories=[t for part in parts for t in part.trajectories],
+        task=";".join(by_task),
+        heldout_templates=_heldout_everywhere(parts, by_task),
+        heldout_by_task=by_task if len(by_task) > 1 else {},
     )
+
+
+def _check_fits(first: GroupData, part: GroupData) -> None:
+    """Raise DataError where two runs are of different pairs or splits, or differ in what counts as a divergence point."""
+    if (part.pair, part.split) != (first.pair, first.split):
+        raise DataError(
+            f"the collected runs differ in pair or split: expected {first.pair}, {first.split}, got {part.pair}, "
+            f"{part.split}; train on runs of one pair and split."
+        )
+    if (part.threshold, part.warmup_steps) != (first.threshold, first.warmup_steps):
+        raise DataError(
+            "the collected runs differ in what counts as a divergence point: expected threshold "
+            f"{first.threshold} past {first.warmup_steps} steps, got {part.threshold} past {part.warmup_steps}; "
+            "collect them with one calibration."
+        )
+
+
+def _heldout_by_task(parts: Sequence[GroupData]) -> dict[str, tuple[str, ...]]:
+    """The templates that every run of a task held out, task by task."""
+    found: dict[str, set[str]] = {}
+    for part in parts:
+        found[part.task] = found.get(part.task, set(part.heldout_templates)) & set(part.heldout_templates)
+    return {task: tuple(sorted(held)) for task, held in found.items()}
+
+
+def _heldout_everywhere(parts: Sequence[GroupData], by_task: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """The templates held out of a task that no trajectory of another one has either."""
+    trained = {t.template for part in parts for t in part.trajectories} if len(by_task) > 1 else set()
+    return tuple(sorted({name for held in by_task.values() for name in held} - trained))
 
 
 def _read_run(folder: Path, num_candidates: int) -> GroupData:

@@ -86,6 +86,7 @@ def _adapter_config(config: TrainConfig, data: GroupData, loaded: LoadedModel) -
         warmup_steps=data.warmup_steps,
         split_hashes={data.split: digest.hexdigest()},
         heldout_templates=data.heldout_templates,
+        heldout_by_task=data.heldout_by_task,
         versions={name: version for name, version in versions().items() if version is not None},
     )
 
