@@ -67,10 +67,7 @@ def summarize(
 
 def _heldout(config: EvalConfig, task: Task, adapter: AdapterConfig | None) -> set[str]:
     """The templates that neither the selector nor the distillation of the SLM has seen; where there is neither, the setting's."""
-    lists = []
-    if adapter is not None:
-        known = adapter.heldout_of(config.task)
-        lists.append(set(adapter.heldout_templates if known is None else known))
+    lists = [set(adapter.heldout_of(config.task))] if adapter is not None else []
     if (distilled := distilled_from(config.slm)) is not None:
         lists.append(set(distilled["heldout_templates"]))
     return set.intersection(*lists) if lists else set(heldout_templates(task.templates(), config.heldout_templates))

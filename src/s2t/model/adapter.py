@@ -82,9 +82,9 @@ class AdapterConfig:
     versions: dict[str, str] = field(default_factory=dict)
     s2t_version: str = __version__
 
-    def heldout_of(self, task: str) -> tuple[str, ...] | None:
-        """The templates of a task that the selector has not seen; None where that is not known."""
-        return self.heldout_by_task.get(task, self.heldout_templates or None)
+    def heldout_of(self, task: str) -> tuple[str, ...]:
+        """The templates of a task that were held out of the selector's training."""
+        return self.heldout_by_task.get(task, self.heldout_templates)
 
 
 class SelectorReader:

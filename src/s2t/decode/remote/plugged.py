@@ -1,7 +1,7 @@
 """S2T-LOCAL on a server that runs `s2t`'s logits processor: what is asked of it, and whether it is there.
 
 A request then writes until a trigger where another candidate might win, with nothing listed on the way; one more request
-holds a row for each candidate that might, and goes on from the winner. See `core.onserver` for what the server does.
+holds a row for each candidate that might, and goes on from the winner. See `core.insampler` for what the server does.
 """
 
 from __future__ import annotations

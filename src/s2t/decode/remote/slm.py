@@ -49,6 +49,7 @@ class Writing:
     request: Request
     ids: list[int]  # prompt and accepted tokens
     draws: np.ndarray
+    limit: int  # tokens to write
     steps: int = 0
     is_finished: bool = False
     read: int = 0  # tokens of `ids` whose keys and values the server has made, if its prefix cache never misses
@@ -135,7 +136,7 @@ class RemoteDecoder:
                 group.create_task(write(request))
 
     async def _write(self, client: Client, request: Request, emit: Emit) -> None:
-        sequence = Writing(request, list(request.prompt_ids), self._draws(request))
+        sequence = Writing(request, list(request.prompt_ids), self._draws(request), self._limit(request))
         while not sequence.is_finished:
             plugged = self._plugged if sequence.losses < _MOST_LOSSES else None
             if plugged is not None and await self._write_told(client, plugged, sequence, emit):
@@ -158,7 +159,7 @@ class RemoteDecoder:
         num_rows = 1
         while True:
             length = len(sequence.ids)
-            room = plugged.room(length, self._limit(sequence.request) - sequence.steps)
+            room = plugged.room(length, sequence.limit - sequence.steps)
             if room < 1:
                 return False
             warmup, at = max(0, self.strategy.warmup_steps - sequence.steps), self._fired_at(sequence, room)
@@ -225,7 +226,7 @@ class RemoteDecoder:
         return self.served.yes_no or self.served.bins[:1]
 
     def _chunk_length(self, sequence: Writing) -> int:
-        room = self._limit(sequence.request) - sequence.steps
+        room = sequence.limit - sequence.steps
         return max(1, min(room, self._length.at(self._steps, self._flips)))
 
     async def _chunk(self, client: Client, sequence: Writing) -> Completion:
@@ -314,7 +315,7 @@ class RemoteDecoder:
     def _reason(self, sequence: Writing, token: int) -> str | None:
         if token in self.loaded.stop_ids or (self.ends is not None and self.ends(sequence.request.index, token)):
             return "stop"
-        return "length" if sequence.steps >= self._limit(sequence.request) else None
+        return "length" if sequence.steps >= sequence.limit else None
 
     async def _choose(self, client: Client, sequence: Writing, greedy: int, logprob: float) -> Chosen:
         assert self._chooser is not None and self.served is not None
