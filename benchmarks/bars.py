@@ -199,6 +199,7 @@ def _train_bench() -> TrainBench:
             slm=f"{SHAPE},layers=4",
             prompt_tokens=512,
             num_candidates=16,
+            readout="bins",
             adapter_scope="always",
         )
     )

@@ -114,7 +114,13 @@ def test_a_training_step_is_timed():
 
 def test_the_naive_training_step_has_the_loss_of_ours(naive):
     config = BenchConfig(
-        work="train", slm="tiny:slm-small", dtype="float32", prompt_tokens=40, num_candidates=4, adapter_scope="always"
+        work="train",
+        slm="tiny:slm-small",
+        dtype="float32",
+        prompt_tokens=40,
+        num_candidates=4,
+        readout="bins",
+        adapter_scope="always",
     )
     ours, slow = TrainBench(config), TrainBench(config)
     for _ in range(3):
@@ -128,7 +134,7 @@ def test_naive_scores_are_those_of_a_tree_step(naive):
     prompt = list(range(20, 50))
     engine = Engine(loaded, 1, adapter)
     logprobs, ids = engine.logits(engine.extend([0], [prompt])).log_softmax(-1).topk(5)
-    tree = adapter.scores(engine.branch([0], ids), logprobs)[0]
+    tree = adapter.scores(engine.branch([0], ids), ids, logprobs)[0]
     torch.testing.assert_close(
         tree, naive.score_candidates(adapter, prompt, ids[0].tolist(), logprobs[0]), rtol=1e-4, atol=1e-4
     )

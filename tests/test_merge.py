@@ -115,7 +115,11 @@ def readings(reasoner):
     with torch.inference_mode():
         logits = engine.logits(hidden)
         top = logits.log_softmax(-1).topk(4)
-        return logits, adapter.scores(engine.branch(rows, top.indices), top.values), adapter.criticality(hidden)
+        return (
+            logits,
+            adapter.scores(engine.branch(rows, top.indices), top.indices, top.values),
+            adapter.criticality(hidden),
+        )
 
 
 @every_shape

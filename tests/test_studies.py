@@ -384,7 +384,10 @@ def test_training_settings_as_text():
 def test_a_mistake_in_training_is_said_before_anything_runs(training, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         StudyConfig(training=training, out=str(tmp_path))
-    assert StudyConfig(training="epochs=2,adapter_scope=always").training == "epochs=2,adapter_scope=always"
+    assert (
+        StudyConfig(training="epochs=2,readout=bins,adapter_scope=always").training
+        == "epochs=2,readout=bins,adapter_scope=always"
+    )
 
 
 def test_cells_as_text():

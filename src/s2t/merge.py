@@ -24,7 +24,7 @@ from s2t.errors import ConfigError, DataError, ModelError
 from s2t.files import load_run, read_json, versions, write_bytes, write_json, write_text
 from s2t.model.adapter import LORA_FILE, AdapterConfig, SelectorAdapter, load_adapter, read_adapter_config
 from s2t.model.card import EVAL_FILE, accuracy_section, measured
-from s2t.model.engine import Head
+from s2t.model.head import Head
 from s2t.model.load import LoadedModel, load_model, quiet
 from s2t.model.merged import (
     ADAPTER_FOLDER,

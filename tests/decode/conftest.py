@@ -57,14 +57,19 @@ def make_model(seed: int, num_rows: int = VOCAB + 6, width: int = 32) -> LoadedM
 
 
 def make_adapter(loaded: LoadedModel, scope: str = "candidates", **changes: Any) -> SelectorAdapter:
-    """A random adapter that acts strongly: LoRA, bins and criticality head all far from zero."""
+    """A random adapter that acts strongly: LoRA, bins and criticality head all far from zero.
+
+    `step` and `rank-stream` are scopes of readout rank, the others of bins.
+    """
     settings: dict[str, Any] = {
         "head_size": 8,
         "lora_rank": 4,
         "lora_dropout": 0.0,
         "num_candidates": 4,
     } | changes
-    config = AdapterConfig(loaded.name, loaded.fingerprint, scope=scope, **settings)
+    readout = "rank" if scope in ("step", "rank-stream") else "bins"
+    scope = scope.removeprefix("rank-")
+    config = AdapterConfig(loaded.name, loaded.fingerprint, readout=readout, scope=scope, **settings)
     torch.manual_seed(7)
     adapter = SelectorAdapter(loaded, config)
     with torch.no_grad():
@@ -86,10 +91,13 @@ def llm() -> LoadedModel:
     return make_model(1, num_rows=VOCAB + 14, width=48)
 
 
+SCOPES = ("step", "rank-stream", "candidates", "always", "stream")
+
+
 @pytest.fixture(scope="session")
 def adapters() -> dict[str, SelectorAdapter]:
     """A random adapter of each scope on its own copy of the SLM."""
-    return {scope: make_adapter(make_model(0), scope) for scope in ("candidates", "always", "stream")}
+    return {scope: make_adapter(make_model(0), scope) for scope in SCOPES}
 
 
 @pytest.fixture(scope="session")

@@ -33,9 +33,27 @@ def test_the_loop_equals_uncached_forwards_of_base_and_adapter(adapters, write, 
             assert step.greedy_id == ids[0, 0]
             if step.fired:
                 states = torch.stack([state_uncached(adapter, [*prefix, c], True) for c in ids[0].tolist()])
-                scores = adapter.scores(states, logprobs[0])
+                [scores] = adapter.scores(states[None], ids, logprobs)
                 torch.testing.assert_close(torch.tensor(step.scores), scores, rtol=1e-3, atol=1e-3)
                 assert step.token_id == ids[0, scores.argmax()]
+                checked, flips = checked + 1, flips + step.flip
+            prefix.append(step.token_id)
+    assert checked > 20 and flips > 5
+
+
+def test_rank_reads_the_prefix_in_the_adapters_own_stream(adapters, write, strategy, prompts):
+    adapter = adapters["rank-stream"]
+    engine = Engine(adapter.loaded, 1)
+    done = write(strategy("s2t-local", **HALF), scope="rank-stream")
+    checked = flips = 0
+    for prompt, sequence in zip(prompts, done, strict=True):
+        prefix = list(prompt)
+        for step in sequence.steps:
+            if step.fired:
+                logits = engine.head(state_uncached(adapter, prefix, True))
+                expected = logits[list(step.candidates.ids)].log_softmax(-1)
+                torch.testing.assert_close(torch.tensor(step.scores), expected, rtol=1e-3, atol=1e-3)
+                assert step.token_id == step.candidates.ids[expected.argmax()]
                 checked, flips = checked + 1, flips + step.flip
             prefix.append(step.token_id)
     assert checked > 20 and flips > 5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from s2t.decode.draft import DraftLength
 from s2t.decode.loop import Decoder, Request
@@ -25,8 +26,9 @@ RUNS = {
     "s2t-local-random": ("s2t-local", HALF),
 }
 every_run = pytest.mark.parametrize("run", RUNS)
-OTHER_SCOPES = [(run, scope) for scope in ("always", "stream") for run in ("s2t-local", "s2t-local-random")]
-every_scope = pytest.mark.parametrize("scope", ["candidates", "always", "stream"])
+SCOPES = ("step", "rank-stream", "always", "stream")
+OTHER_SCOPES = [(run, scope) for scope in SCOPES for run in ("s2t-local", "s2t-local-random")]
+every_scope = pytest.mark.parametrize("scope", ["candidates", *SCOPES])
 
 
 def fired(sequence):
@@ -125,7 +127,7 @@ def test_steps_come_in_order_and_end_once(write, strategy):
 
 
 @pytest.mark.parametrize(
-    ("name", "scope"), [("s2t", "candidates"), *(("s2t-local", scope) for scope in ("candidates", "always", "stream"))]
+    ("name", "scope"), [("s2t", "candidates"), *(("s2t-local", scope) for scope in ("candidates", *SCOPES))]
 )
 @pytest.mark.parametrize("trigger", [EVERY_STEP, HALF], ids=["every step", "half"])
 def test_one_candidate_is_greedy(name, scope, trigger, write, strategy, tokens):
@@ -177,7 +179,12 @@ def test_warmup_steps_never_trigger(name, write, strategy):
 @every_scope
 def test_a_selector_that_learned_nothing_ranks_as_the_slm_does(scope, new_model, new_adapter, strategy, prompts):
     adapter = new_adapter(new_model(0), scope)
-    torch.nn.init.zeros_(adapter.selector.bins)
+    learned = {
+        name: p for name, p in adapter.trainable().items() if "bins" in name or (adapter.ranks and "lora_B" in name)
+    }
+    assert learned
+    for parameter in learned.values():
+        torch.nn.init.zeros_(parameter)
     session = Session(adapter.loaded, adapter=adapter, batch_size=8)
     requests = [Request(i, prompt) for i, prompt in enumerate(prompts)]
     greedy = session.run(strategy("s2t-local", trigger="never"), requests, 24)
@@ -186,8 +193,59 @@ def test_a_selector_that_learned_nothing_ranks_as_the_slm_does(scope, new_model,
     assert sum(s.num_triggered for s in found) > 0
 
 
-def test_an_adapter_of_scope_candidates_that_selects_does_flip(write, strategy):
-    assert sum(s.num_flips for s in write(strategy("s2t-local", **EVERY_STEP))) > 0
+@every_scope
+def test_an_adapter_that_selects_does_flip(scope, write, strategy):
+    assert sum(s.num_flips for s in write(strategy("s2t-local", **EVERY_STEP), scope=scope)) > 0
+
+
+@every_scope
+def test_an_adapter_of_weight_0_is_greedy(scope, new_model, new_adapter, strategy, prompts):
+    adapter = new_adapter(new_model(0), scope, adapter_weight=0.0)
+    session = Session(adapter.loaded, adapter=adapter, batch_size=8)
+    requests = [Request(i, prompt) for i, prompt in enumerate(prompts)]
+    greedy = session.run(strategy("s2t-local", trigger="never"), requests, 24)
+    found = session.run(strategy("s2t-local", **EVERY_STEP), requests, 24)
+    assert [s.token_ids for s in found] == [s.token_ids for s in greedy]
+
+
+def state_of_the_last_token(adapter, ids):
+    """Its state when the LoRA acts on it alone, behind a cache of the base model; [H]."""
+    decoder, cache = adapter.base_model.get_decoder(), DynamicCache()
+    with torch.inference_mode():
+        adapter.act(False)
+        if ids[:-1]:
+            decoder(input_ids=torch.tensor([ids[:-1]]), past_key_values=cache, use_cache=True)
+        adapter.act(True)
+        output = decoder(input_ids=torch.tensor([ids[-1:]]), past_key_values=cache, use_cache=True)
+        adapter.act(False)
+    return output.last_hidden_state[0, -1]
+
+
+def test_rank_reads_the_prefixs_last_token_once_more_under_the_lora_alone(adapters, write, strategy, prompts):
+    adapter = adapters["step"]
+    engine = Engine(adapter.loaded, 1)
+    checked = flips = 0
+    for prompt, sequence in zip(prompts, write(strategy("s2t-local", **HALF), scope="step"), strict=True):
+        prefix = list(prompt)
+        for step in sequence.steps:
+            if step.fired:
+                logits = engine.head(state_of_the_last_token(adapter, prefix))  # [V]
+                expected = logits[list(step.candidates.ids)].log_softmax(-1)
+                torch.testing.assert_close(torch.tensor(step.scores), expected, rtol=1e-3, atol=1e-3)
+                assert step.token_id == step.candidates.ids[expected.argmax()]
+                checked, flips = checked + 1, flips + step.flip
+            prefix.append(step.token_id)
+    assert checked > 20 and flips > 5
+
+
+def test_rank_costs_one_token_a_trigger_and_one_forward_a_flip(write, strategy, prompts):
+    done = write(strategy("s2t-local", **HALF), scope="step")
+    for sequence, prompt in zip(done, prompts, strict=True):
+        cost, last = sequence.cost, sequence.steps[-1]
+        flips = sum(step.flip for step in sequence.steps[:-1])
+        assert cost.slm_forwards == cost.generated + flips + last.fired
+        assert cost.slm_processed == len(prompt) + cost.generated - 1 + flips + last.fired + sequence.num_triggered
+    assert sum(s.num_flips for s in done) > 0
 
 
 def test_scope_candidates_leaves_the_base_model_bit_for_bit(slm, adapters, prompts):

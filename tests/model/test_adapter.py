@@ -71,7 +71,7 @@ def readings(adapter):
     hidden = engine.extend(rows, PROMPTS)
     with torch.inference_mode():
         top = engine.logits(hidden).log_softmax(-1).topk(5)
-        scores = adapter.scores(engine.branch(rows, top.indices), top.values)
+        scores = adapter.scores(engine.branch(rows, top.indices), top.indices, top.values)
         return scores, adapter.criticality(hidden)
 
 

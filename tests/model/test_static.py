@@ -73,7 +73,7 @@ def test_static_steps_equal_eager_ones(random_model, family):
 @pytest.mark.parametrize("scope", ["candidates", "always"])
 def test_static_steps_under_an_adapter_equal_eager_ones(random_model, scope):
     loaded = random_model("qwen2")
-    adapter = untrained_adapter(loaded, scope)
+    adapter = untrained_adapter(loaded, "rank" if scope == "step" else "bins", scope)
     for name, parameter in adapter.base_model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -83,7 +83,7 @@ def test_static_steps_under_an_adapter_equal_eager_ones(random_model, scope):
 def test_compiled_steps_equal_eager_ones(random_model, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     loaded = random_model("qwen2")
-    check_steps(*pair(loaded, "compile", untrained_adapter(loaded, "candidates")), num_shapes)
+    check_steps(*pair(loaded, "compile", untrained_adapter(loaded, "bins", "candidates")), num_shapes)
 
 
 def test_rows_longer_than_what_was_reserved_are_recorded_anew(random_model):
@@ -102,10 +102,10 @@ def test_an_engine_on_a_cpu_runs_eagerly_unless_told_otherwise(random_model):
     assert Engine(loaded, 1, execution="static")._static is not None
 
 
-@pytest.mark.parametrize("scope", ["candidates", "always"])
+@pytest.mark.parametrize("scope", ["step", "candidates", "always"])
 def test_the_loop_writes_the_same_in_fixed_shapes(random_model, scope):
     loaded = random_model("qwen2")
-    adapter = untrained_adapter(loaded, scope)
+    adapter = untrained_adapter(loaded, "rank" if scope == "step" else "bins", scope)
     strategy = Strategy("s2t-local", Random(), 0.2, LocalSelector(), K)
 
     def write(execution):
@@ -127,7 +127,7 @@ def test_shapes_are_rounded_up_to_few_sizes():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler itself
 def test_steps_through_the_real_compiler_equal_eager_ones(random_model):
     loaded = random_model("gemma")
-    check_steps(*pair(loaded, "compile", untrained_adapter(loaded, "candidates")), num_shapes)
+    check_steps(*pair(loaded, "compile", untrained_adapter(loaded, "bins", "candidates")), num_shapes)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -136,4 +136,6 @@ def test_steps_through_the_real_compiler_equal_eager_ones(random_model):
 def test_graphs_on_a_gpu_equal_eager_steps(random_model, scope, execution):
     loaded = random_model("qwen2")
     loaded.model.to("cuda")
-    check_steps(*pair(loaded, execution, untrained_adapter(loaded, scope)), num_shapes)
+    check_steps(
+        *pair(loaded, execution, untrained_adapter(loaded, "rank" if scope == "step" else "bins", scope)), num_shapes
+    )

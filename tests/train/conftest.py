@@ -102,9 +102,10 @@ def new_adapter() -> Callable[..., SelectorAdapter]:
             "num_candidates": NUM_CANDIDATES,
         }
         torch.manual_seed(5)
-        adapter = SelectorAdapter(
-            loaded, AdapterConfig("random", loaded.fingerprint, scope=scope, **(settings | changes))
-        )
+        readout = "rank" if scope in ("step", "rank-stream") else "bins"
+        scope = scope.removeprefix("rank-")
+        config = AdapterConfig("random", loaded.fingerprint, readout=readout, scope=scope, **(settings | changes))
+        adapter = SelectorAdapter(loaded, config)
         with torch.no_grad():
             for name, parameter in adapter.trainable().items():
                 if "lora_B" in name and not is_fresh:
@@ -117,8 +118,13 @@ def new_adapter() -> Callable[..., SelectorAdapter]:
 @pytest.fixture
 def new_trainer(data: GroupData, tmp_path) -> Callable[..., Trainer]:
     def make(adapter: SelectorAdapter, name: str = "run", **settings: Any) -> Trainer:
+        settings = {"heldout_problems": 0.0} | settings
         config = TrainConfig(
-            adapter_scope=adapter.scope, num_candidates=NUM_CANDIDATES, out=str(tmp_path / name), **settings
+            readout=adapter.config.readout,
+            adapter_scope=adapter.scope,
+            num_candidates=NUM_CANDIDATES,
+            out=str(tmp_path / name),
+            **settings,
         )
         return Trainer(config, data, adapter, RunFolder.open(config.out, "train", config))
 

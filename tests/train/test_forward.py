@@ -9,7 +9,7 @@ from transformers import DynamicCache
 from s2t.train.dataset import make_batch
 from s2t.train.forward import FrozenPrefixes, States, forward, lm_kl
 
-every_scope = pytest.mark.parametrize("scope", ["candidates", "always", "stream"])
+every_scope = pytest.mark.parametrize("scope", ["step", "rank-stream", "candidates", "always", "stream"])
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def last_hidden(adapter, ids, cache=None):
 
 def candidate_alone(adapter, prefix, candidate):
     """The state of one candidate after one prefix, everything recomputed."""
-    if adapter.scope != "candidates":
+    if adapter.scope not in ("candidates", "step"):
         adapter.act(True)
         return last_hidden(adapter, [*prefix, candidate])[-1]
     cache = DynamicCache()
@@ -51,7 +51,10 @@ def naive_states(adapter, trajectories, warmup_steps):
         steps.append(last_hidden(adapter, ids)[live] if adapter.scope == "always" else base)
         for step, group in zip(t.group_steps.tolist(), t.candidate_ids.tolist(), strict=True):
             prefix = ids[: len(t.prompt_ids) + step]
-            candidates.append(torch.stack([candidate_alone(adapter, prefix, c) for c in group]))
+            if adapter.ranks:  # the prefix's last token once more, behind those before it
+                candidates.append(candidate_alone(adapter, prefix[:-1], prefix[-1])[None])
+            else:
+                candidates.append(torch.stack([candidate_alone(adapter, prefix, c) for c in group]))
     is_always = adapter.scope == "always"
     return States(torch.stack(candidates), torch.cat(steps), torch.cat(base_steps) if is_always else None)
 
@@ -98,11 +101,13 @@ def test_gradients_equal_those_of_one_uncached_forward_per_candidate(
     assert all(
         float(left.abs().max()) > 0 for name, left in zip(trainer.parameters, shared, strict=True) if "bins" in name
     )
+    assert any("bins" in name for name in trainer.parameters) != adapter.ranks
     assert sum(float(left.abs().max()) > 0 for left in shared) >= len(shared) - 2
 
 
-def test_scope_candidates_gives_the_prefix_no_gradient(new_adapter, batch):
-    adapter = new_adapter("candidates")
+@pytest.mark.parametrize("scope", ["step", "candidates"])
+def test_a_frozen_prefix_gets_no_gradient(scope, new_adapter, batch):
+    adapter = new_adapter(scope)
     states = forward(adapter, batch)
     assert not states.steps.requires_grad
     assert states.candidates.requires_grad
@@ -161,10 +166,13 @@ def test_training_leaves_the_base_models_weights(scope, new_adapter, new_trainer
     assert all(torch.equal(p, before[name]) for name, p in adapter.base_model.named_parameters() if name in before)
 
 
+@pytest.mark.parametrize("scope", ["step", "candidates"])
 @pytest.mark.parametrize("tokens_at_once", [1, 30, 4096])
-def test_prefixes_read_once_are_those_read_at_every_step(tokens_at_once, new_adapter, data, trajectories, monkeypatch):
+def test_prefixes_read_once_are_those_read_at_every_step(
+    tokens_at_once, scope, new_adapter, data, trajectories, monkeypatch
+):
     monkeypatch.setattr("s2t.train.forward._TOKENS_AT_ONCE", tokens_at_once)
-    adapter = new_adapter("candidates")
+    adapter = new_adapter(scope)
     frozen = FrozenPrefixes(adapter, trajectories)
     order = list(range(len(trajectories)))[::-1]
     batch = make_batch([trajectories[i] for i in order], data.threshold, data.warmup_steps, torch.device("cpu"))

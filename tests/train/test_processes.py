@@ -166,9 +166,9 @@ def assert_same_run(one: Path, many: Path, tolerance: float = 1e-4) -> None:
             torch.testing.assert_close(right[key], left[key], rtol=20 * tolerance, atol=20 * tolerance)
 
 
-CANDIDATES = {"adapter_scope": "candidates"}
-UNFROZEN = {"adapter_scope": "candidates", "prefix_cache_gib": 0.0, "criticality": "reserved"}
-ALWAYS = {"adapter_scope": "always"}
+CANDIDATES = {"readout": "bins", "adapter_scope": "candidates"}
+UNFROZEN = {"readout": "bins", "adapter_scope": "candidates", "prefix_cache_gib": 0.0, "criticality": "reserved"}
+ALWAYS = {"readout": "bins", "adapter_scope": "always"}
 ALONE = ALWAYS | {"batch_groups": 1, "epochs": 0.5}  # a batch of one trajectory leaves a process without a share
 
 
@@ -224,8 +224,8 @@ def test_two_processes_distil_as_one_does(launcher, method, group, problems, tmp
 @pytest.mark.slow
 @pytest.mark.parametrize("goes_on", ["two", "one"])
 def test_a_sharded_run_resumes_from_its_checkpoint_with_two_processes_or_one(goes_on, group, groups, tmp_path):
-    config = train_config(groups, tmp_path / "run", adapter_scope="always")
-    train(train_config(groups, tmp_path / "calm", adapter_scope="always"))
+    config = train_config(groups, tmp_path / "run", readout="bins", adapter_scope="always")
+    train(train_config(groups, tmp_path / "calm", readout="bins", adapter_scope="always"))
     stopped = group.run("train", config, FSDP, is_stopped=True)
     assert [answer["code"] for answer in stopped] == [130, 130]
     assert (tmp_path / "run" / "checkpoint.safetensors").exists()
@@ -240,7 +240,7 @@ def test_a_sharded_run_resumes_from_its_checkpoint_with_two_processes_or_one(goe
 
 @pytest.mark.slow
 def test_a_sharded_base_of_half_precision_trains_a_float32_adapter(group, groups, tmp_path):
-    changes = {"dtype": "bfloat16", "adapter_scope": "always"}
+    changes = {"dtype": "bfloat16", "readout": "bins", "adapter_scope": "always"}
     train(train_config(groups, tmp_path / "one", **changes))
     answers = group.run("train", train_config(groups, tmp_path / "two", **changes), FSDP)
     assert [answer["code"] for answer in answers] == [0, 0], answers[0]["stderr"][-2000:]

@@ -141,7 +141,12 @@ def merged(groups: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
             settings = {"learning_rate": 5e-3, "batch_groups": 16, "lm_weight": 1.0}
             train(
                 TrainConfig(
-                    groups=groups, out=str(out / "train"), adapter_scope=scope, criticality="reserved", **settings
+                    groups=groups,
+                    out=str(out / "train"),
+                    readout="bins",
+                    adapter_scope=scope,
+                    criticality="reserved",
+                    **settings,
                 )
             )
             made[scope] = merge(MergeConfig(adapter=str(out / "train" / "adapter"), out=str(out / "merged")))["folder"]

@@ -35,7 +35,7 @@ class DecodeBench:
     def __init__(self, config: BenchConfig) -> None:
         self.config = config
         self.base = self._open(config.slm)  # never sees an adapter
-        self.adapter = untrained_adapter(self._open(config.slm), config.adapter_scope)
+        self.adapter = untrained_adapter(self._open(config.slm), config.readout, config.scope)
         self.llm = self._open(config.llm, config.llm_load_options) if config.llm is not None else None
         generator = torch.Generator().manual_seed(config.seed)
         shape = (config.batch_size, config.prompt_tokens)
@@ -118,10 +118,10 @@ def local_name(rate: float) -> str:
     return f"s2t-local {100 * rate:g} %"
 
 
-def untrained_adapter(loaded: LoadedModel, scope: str) -> SelectorAdapter:
+def untrained_adapter(loaded: LoadedModel, readout: str, scope: str) -> SelectorAdapter:
     """A new adapter on a model, ready for inference, always of the same weights: it costs what a trained one costs."""
     torch.manual_seed(0)
-    adapter = SelectorAdapter(loaded, AdapterConfig(loaded.name, loaded.fingerprint, scope=scope))
+    adapter = SelectorAdapter(loaded, AdapterConfig(loaded.name, loaded.fingerprint, readout=readout, scope=scope))
     adapter.selector.eval().requires_grad_(False)
     return adapter
 

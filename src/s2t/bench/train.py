@@ -46,8 +46,9 @@ class TrainBench:
         self.config = config
         loaded = open_model(config.slm, **config.load_options, seed=config.seed)
         self.data = random_groups(loaded, config.prompt_tokens, config.num_candidates, config.groups, config.seed)
-        adapter = untrained_adapter(loaded, config.adapter_scope)
+        adapter = untrained_adapter(loaded, config.readout, config.scope)
         settings = TrainConfig(
+            readout=config.readout,
             adapter_scope=config.adapter_scope,
             num_candidates=config.num_candidates,
             lora_dropout=0.0,

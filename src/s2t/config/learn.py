@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from s2t.config.checks import check_at_least, check_choice, check_positive, check_range
+from s2t.config.checks import check_at_least, check_choice, check_positive, check_range, require
 from s2t.config.shared import (
     CRITICALITY_READINGS,
     DISTILLATIONS,
     DTYPES,
-    SCOPES,
     ModelConfig,
+    ReadoutConfig,
     ShardConfig,
     StepConfig,
     TaskConfig,
@@ -133,16 +133,13 @@ class FitConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig(FitConfig, ModelConfig):
+class TrainConfig(ReadoutConfig, FitConfig, ModelConfig):
     """`s2t train`: selection groups become an adapter."""
 
     groups: str = "runs/collect"
     """Folders written by `s2t collect`, comma-separated; of one pair and threshold, their tasks may differ."""
     out: str = "runs/train"
     """Folder of this run; the adapter goes into its `adapter` folder, and rerunning resumes."""
-    adapter_scope: str = "candidates"
-    """candidates (the LoRA acts on candidate tokens alone), always (on every token, as in the paper) or stream (on the
-    candidates and on a reading of the prefix of their own, beside the base model's; for vLLM)."""
     criticality: str = "head"
     """head (a small MLP) or reserved (two reserved tokens): how criticality is read."""
     head_size: int = 64
@@ -155,38 +152,64 @@ class TrainConfig(FitConfig, ModelConfig):
     """The expected bin is divided by this in the score; above 0."""
     prior_weight: float = 1.0
     """Lambda: the weight of log p_S in the score."""
-    criticality_threshold: float = 0.7
-    """Criticality above which a step triggers; stored in the adapter."""
+    criticality_threshold: float | None = None
+    """Criticality above which a step triggers; stored in the adapter. None fires as often as the held-out groups' trajectories
+    have divergence points."""
+    heldout_problems: float = 0.1
+    """Share of the problems whose groups are not trained on: they say when to stop, how much weight the adapter gets and where
+    criticality triggers."""
+    validation_steps: int = 100
+    """Optimizer steps between two looks at the held-out groups; the best weights seen are kept."""
+    patience: int = 8
+    """Training ends after so many looks without a better one; 0 runs all steps."""
     batch_groups: int = 4
     """Selection groups per step, at least; whole trajectories are kept together."""
-    ce_weight: float = 1.0
-    """Weight of the cross-entropy against the LLM's choice among the candidates."""
-    pairwise_weight: float = 1.0
-    """Weight of the pairwise margin loss."""
+    ce_weight: float | None = None
+    """Weight of the cross-entropy against the LLM's choice among the candidates; None is 1 for bins and 0 for rank."""
+    pairwise_weight: float | None = None
+    """Weight of the pairwise margin loss of bins; None is 1."""
     pairwise_margin: float = 0.1
     """By how much the LLM's choice must lead in expected bin."""
-    listwise_weight: float = 0.1
-    """Weight of KL(LLM on the candidates || softmax of the scores)."""
+    listwise_weight: float | None = None
+    """Weight of KL(LLM on the candidates || softmax of the scores); None is 1 for rank and 0.1 for bins."""
     lm_weight: float = 0.1
     """Weight of KL(base LM || adapted LM) on prefix tokens; only scope `always` has use for it."""
     criticality_weight: float = 1.0
     """Weight of the criticality loss."""
     prefix_cache_gib: float = 4.0
-    """Memory for the frozen prefixes of scope candidates, read once if all fit; 0 reads them at every step."""
+    """Memory for the base model's prefixes, read once if all fit; 0 reads them at every step. Scope always has none."""
     seed: int = 0
     """Seed of the order of groups, of dropout and of new weights."""
 
     def __post_init__(self) -> None:
         self.check_model()
         self.check_fit()
-        check_choice("adapter_scope", self.adapter_scope, SCOPES)
+        self.check_readout()
+        require(
+            self.readout == "bins" or not self.pairwise_weight,
+            f"pairwise_weight is of readout bins; got {self.pairwise_weight} with readout {self.readout}.",
+        )
         check_choice("criticality", self.criticality, CRITICALITY_READINGS)
         check_at_least(2, num_bins=self.num_bins)
         check_at_least(1, num_candidates=self.num_candidates, head_size=self.head_size, batch_groups=self.batch_groups)
         check_positive(score_temperature=self.score_temperature)
-        check_at_least(0, **{name: value for name, value in vars(self).items() if name.endswith("_weight")})
+        weights = {name: value for name, value in vars(self).items() if name.endswith("_weight")}
+        check_at_least(0, **{name: value for name, value in weights.items() if value is not None})
         check_at_least(0, pairwise_margin=self.pairwise_margin, prefix_cache_gib=self.prefix_cache_gib, seed=self.seed)
-        check_range("criticality_threshold", self.criticality_threshold, 0, 1)
+        check_at_least(0, patience=self.patience)
+        check_at_least(1, validation_steps=self.validation_steps)
+        check_range("heldout_problems", self.heldout_problems, 0, 0.9)
+        if self.criticality_threshold is not None:
+            check_range("criticality_threshold", self.criticality_threshold, 0, 1)
+
+    @property
+    def selection_weights(self) -> dict[str, float]:
+        """Weights of the losses over candidates, by name."""
+        given = {"ce": self.ce_weight, "pairwise": self.pairwise_weight, "listwise": self.listwise_weight}
+        default = (
+            {"ce": 0.0, "listwise": 1.0} if self.readout == "rank" else {"ce": 1.0, "pairwise": 1.0, "listwise": 0.1}
+        )
+        return {name: value if given[name] is None else given[name] for name, value in default.items()}  # type: ignore[misc]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,9 @@ from s2t.config.checks import check_at_least, check_choice, check_positive, chec
 STRATEGIES = ("greedy", "sample", "self-consistency", "self-certainty", "llm", "takeover", "s2t", "s2t-local")
 MANY_SAMPLES = ("self-consistency", "self-certainty")
 TRIGGERS = ("never", "random", "entropy", "divergence", "criticality")
-SCOPES = ("candidates", "always", "stream")
+READOUTS = {"rank": ("step", "stream"), "bins": ("candidates", "always", "stream")}
+"""How the selector reads candidates -> the scopes its LoRA may have, the default first."""
+SCOPES = ("auto", "step", "candidates", "always", "stream")
 CRITICALITY_READINGS = ("head", "reserved")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 EXECUTIONS = ("auto", "eager", "static", "compile")
@@ -64,6 +66,32 @@ class ModelConfig:
     def llm_load_options(self) -> dict[str, Any]:
         """What `load_model` takes beside the LLM's name."""
         return self.load_options | {"revision": self.llm_revision, "quantization": self.llm_quantization}
+
+
+@dataclass(frozen=True)
+class ReadoutConfig:
+    """What the selector reads of a prefix and its candidates; shared by train and bench."""
+
+    readout: str = "rank"
+    """rank (the SLM's own next-token logits under the LoRA rank the candidates) or bins (the paper's: every candidate is read,
+    and reserved tokens behind it give its score)."""
+    adapter_scope: str = "auto"
+    """Where the LoRA acts: step (readout rank: on one more reading of the prefix's last token), candidates (bins: on
+    the candidate tokens), always (bins: on every token, as in the paper), stream (on a reading of the whole prefix of its own,
+    beside the base model's; for vLLM), or auto: step, and candidates for bins."""
+
+    def check_readout(self) -> None:
+        check_choice("readout", self.readout, READOUTS)
+        check_choice("adapter_scope", self.adapter_scope, SCOPES)
+        require(
+            self.adapter_scope in ("auto", *READOUTS[self.readout]),
+            f"readout {self.readout} has scope {' or '.join(READOUTS[self.readout])}; got {self.adapter_scope!r}.",
+        )
+
+    @property
+    def scope(self) -> str:
+        """The scope that `auto` stands for."""
+        return READOUTS[self.readout][0] if self.adapter_scope == "auto" else self.adapter_scope
 
 
 @dataclass(frozen=True)
@@ -154,7 +182,8 @@ class TaskConfig:
     limit: int = 500
     """Number of problems."""
     prompt: str = "auto"
-    """plain, cot (step by step, boxed answer) or auto (plain for the embedded pair, else cot)."""
+    """plain, cot (step by step, boxed answer), auto (plain for the embedded pair, else cot), or a text of your own in which
+    {question} stands for the question."""
     seed: int = 0
     """Seed of problems, sampling and training."""
     workers: int = 1
@@ -174,7 +203,10 @@ class TaskConfig:
         if self.ray_actors is not None:
             check_at_least(1, ray_actors=self.ray_actors)
         check_at_least(0, ray_gpus=self.ray_gpus, seed=self.seed)
-        check_choice("prompt", self.prompt, ("auto", "plain", "cot"))
+        require(
+            self.prompt in ("auto", "plain", "cot") or "{question}" in self.prompt,
+            f"prompt must be one of auto, plain, cot, or a text that holds {{question}}; got {self.prompt!r}.",
+        )
 
 
 @dataclass(frozen=True)

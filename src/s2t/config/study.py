@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from s2t.config.build import build_config, parse_settings
 from s2t.config.checks import check_at_least, check_choice, check_range, require
 from s2t.config.learn import TrainConfig
-from s2t.config.shared import DISTILLATIONS, SCOPES, ModelConfig, TaskConfig
+from s2t.config.shared import DISTILLATIONS, ModelConfig, ReadoutConfig, TaskConfig
 from s2t.errors import ConfigError
 
 _GIVEN_BY_STUDY = ("slm", "groups", "out")  # of what `s2t train` takes
@@ -122,7 +122,7 @@ class ReproduceConfig:
 
 
 @dataclass(frozen=True)
-class BenchConfig(ModelConfig):
+class BenchConfig(ReadoutConfig, ModelConfig):
     """`s2t bench`; a model may also be `random:` and a shape, such as random:qwen2.5-0.5b or random:qwen2.5-1.5b,layers=4."""
 
     work: str = "decode"
@@ -138,8 +138,6 @@ class BenchConfig(ModelConfig):
     """Shares of steps at which s2t-local selects, comma-separated; the last one is that of collect and of s2t, too."""
     num_candidates: int = 8
     """K."""
-    adapter_scope: str = "candidates"
-    """candidates or always."""
     with_transformers: bool = True
     """Time greedy generate of transformers as well."""
     groups: int = 1
@@ -156,7 +154,7 @@ class BenchConfig(ModelConfig):
     def __post_init__(self) -> None:
         self.check_model()
         check_choice("work", self.work, ("decode", "collect", "train"))
-        check_choice("adapter_scope", self.adapter_scope, SCOPES)
+        self.check_readout()
         require(
             self.work != "collect" or self.llm is not None, "bench of collect compares two models; pass --llm MODEL."
         )

@@ -1,6 +1,6 @@
-"""The expected-bin score of a candidate, and the target bins of an LLM probability.
+"""The score of a candidate: from the adapter's own next-token logits (readout `rank`), or from bins behind it (`bins`).
 
-A candidate's R bin logits become one number in [0, 1]; the prior log p_S joins with weight lambda.
+Under `bins` a candidate's R bin logits become one number in [0, 1]; the prior log p_S joins with weight lambda.
 """
 
 from __future__ import annotations
@@ -24,10 +24,17 @@ def candidate_score(bin_logits: Tensor, slm_logprobs: Tensor, temperature: float
 
     With `prior_weight` 1 and constant e the order is the SLM's own; the paper has 0.
     """
-    scores = expected_bin(bin_logits) / temperature
-    if prior_weight == 0:
-        return scores
-    return scores + prior_weight * slm_logprobs.float()
+    return combine(expected_bin(bin_logits) / temperature, slm_logprobs, 1.0, prior_weight)
+
+
+def combine(readings: Tensor, slm_logprobs: Tensor, adapter_weight: float, prior_weight: float) -> Tensor:
+    """score = w r + lambda log p_S of candidates, r the adapter's reading; [..., K], [..., K] -> [..., K], float32.
+
+    Under readout `rank` r = log p_A, the SLM's own next-token distribution under the adapter, and lambda = 1 - w, so that w = 0,
+    or an adapter that changes nothing, ranks as the SLM does; under `bins` r = e / temperature.
+    """
+    scores = adapter_weight * readings.float()
+    return scores if prior_weight == 0 else scores + prior_weight * slm_logprobs.float()
 
 
 def target_bins(llm_probs: Tensor, num_bins: int) -> Tensor:

@@ -32,6 +32,12 @@ def listwise_kl(scores: Tensor, llm_probs: Tensor) -> Tensor:
     return F.kl_div(scores.log_softmax(-1), target, reduction="batchmean")
 
 
+def listwise_cross_entropy(scores: Tensor, llm_probs: Tensor) -> Tensor:
+    """Cross-entropy of softmax(scores) under p_L renormalised on the candidates, nats, mean; [G, K], [G, K] -> []."""
+    target = llm_probs / llm_probs.sum(-1, keepdim=True).clamp_min(1e-12)
+    return -(target * scores.log_softmax(-1)).sum(-1).mean()
+
+
 def lm_preserving_kl(base_logits: Tensor, adapted_logits: Tensor) -> Tensor:
     """KL(base LM || adapted LM) in nats, mean over positions; [T, V], [T, V] -> []."""
     return F.kl_div(

@@ -1,13 +1,15 @@
 """Scope `stream`: the adapter's own reading of every row, beside the base model's, for the candidates alone.
 
 A row's tokens wait in a list until the row triggers for the first time; then, and at later triggers, what is new is read
-in one forward and the candidates in another. A row that never triggers costs nothing here.
+in one forward, whose last state ranks the candidates (readout `rank`), or behind which another reads them (`bins`). A row
+that never triggers costs nothing here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from s2t.model.engine import Engine, Work
@@ -34,20 +36,30 @@ class AdapterStream:
 
     def read(self, rows: Sequence[int], candidate_ids: Tensor) -> Tensor:
         """States of candidates behind all tokens of their rows, under the adapter; [f, K] -> [f, K, H]."""
-        late: list[int] = []
-        for row in [row for row in rows if self.pending[row]]:
-            if late and sum(len(self.pending[i]) for i in (*late, row)) > _TOKENS_AT_ONCE:
-                self._catch_up(late)
-                late = []
-            late.append(row)
-        if late:
-            self._catch_up(late)
+        for part in self._parts([row for row in rows if self.pending[row]]):
+            self._catch_up(part)
         return self.engine.branch(rows, candidate_ids)
 
-    def _catch_up(self, rows: Sequence[int]) -> None:
-        self.engine.extend(rows, [self.pending[row] for row in rows])
+    def read_last(self, rows: Sequence[int]) -> Tensor:
+        """State of the last token of rows that have accepted one since they were read, under the adapter; [f, 1, H]."""
+        return torch.cat([self._catch_up(part) for part in self._parts(rows)])[:, None]
+
+    def _parts(self, rows: Sequence[int]) -> Iterator[list[int]]:
+        """Rows cut, in order, where their tokens would be too many for one forward."""
+        part: list[int] = []
+        for row in rows:
+            if part and sum(len(self.pending[i]) for i in (*part, row)) > _TOKENS_AT_ONCE:
+                yield part
+                part = []
+            part.append(row)
+        if part:
+            yield part
+
+    def _catch_up(self, rows: Sequence[int]) -> Tensor:
+        states = self.engine.extend(rows, [self.pending[row] for row in rows])
         for row in rows:
             self.pending[row] = []
+        return states
 
     def move(self, source: int, target: int) -> None:
         """Let the sequence of slot `source` live in slot `target`."""

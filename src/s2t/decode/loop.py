@@ -300,7 +300,7 @@ class Decoder:
     def _step(self, row: Row, place: int, places: Places, choice: Choice, steps: list[Step]) -> int:
         """Emit one step of a row; returns its token."""
         token = choice.chosen.get(place, places.tokens[place])
-        row.steps += 1
+        row.steps, row.last = row.steps + 1, token
         row.flips += place in choice.chosen and token != places.greedy[place]
         reason = None
         if token in self.engine.loaded.stop_ids or (self.ends is not None and self.ends(row.request.index, token)):
@@ -355,7 +355,8 @@ class Decoder:
             request = waiting.popleft()
             prompt = tuple(request.prompt_ids)
             limit = request.max_new_tokens or self.max_new_tokens
-            row = Row(request, len(self.rows), list(prompt), self._draws(request), limit, twin=first.get(prompt))
+            draws = self._draws(request)
+            row = Row(request, len(self.rows), list(prompt), draws, limit, last=prompt[-1], twin=first.get(prompt))
             if row.twin is None:
                 first[prompt] = row
                 num_tokens += len(prompt)
@@ -375,12 +376,16 @@ class Decoder:
 
     # Moving on
 
-    def _forward(self, rows: Sequence[int] = (), candidate_ids: Tensor | None = None) -> Tensor:
-        """One forward over what every row has to feed, and over candidates of some rows [f, K]; their states [f, K, H]."""
+    def _forward(self, rows: Sequence[int] = (), candidate_ids: Tensor | None = None, back: int = 0) -> Tensor:
+        """One forward over what every row has to feed, and over candidates of some rows [f, K]; their states [f, K, H].
+
+        With `back` 1 they stand in the place of the row's last token; see `Engine.step`.
+        """
         fed = [row for row in self.rows if row.feed and row.twin is None]
         if not fed:
             return torch.empty(0)
-        states, branch = self.engine.step([row.slot for row in fed], [row.feed for row in fed], rows, candidate_ids)
+        slots, feeds = [row.slot for row in fed], [row.feed for row in fed]
+        states, branch = self.engine.step(slots, feeds, rows, candidate_ids, back)
         if self.hidden is None:
             self.hidden = states.new_zeros(self.engine.max_rows, states.shape[-1])
         self.hidden[[row.slot for row in fed]] = states
@@ -399,8 +404,8 @@ class Decoder:
         """The forward in which the SLM scores its own candidates, beside the ordinary tokens of all rows.
 
         A row that selects feeds its greedy token meanwhile: nine times in ten that is the winner, and its ordinary step
-        is done. If another wins, its branch is kept (scope `always`), or it is fed by the next forward (`candidates` and
-        `stream`, where the branch is the adapter's and the cache has to be the base model's).
+        is done. If another wins, its branch is kept (scope `always`), or it is fed by the next forward (`step`, `candidates`
+        and `stream`, where what was read is the adapter's and the cache has to be the base model's).
         """
         engine, selector = self.engine, self.strategy.selector
         assert engine.adapter is not None and isinstance(selector, LocalSelector)
@@ -410,7 +415,7 @@ class Decoder:
         order = [choice.fired.index(place) for _, place in undecided]
         choice.fired = [place for _, place in undecided]
         choice.candidate_ids, choice.logprobs = choice.candidate_ids[order], choice.logprobs[order]
-        keeps_branch = engine.scope == "always"
+        keeps_branch, ranks = engine.scope == "always", engine.adapter.ranks
         if keeps_branch:  # the greedy token that the rows feed is candidate 0 itself
             others = choice.candidate_ids[:, 1:]
             branch = self._forward(slots, others) if others.numel() else self._forward()
@@ -419,7 +424,10 @@ class Decoder:
             branch = torch.cat([first, branch], dim=1) if others.numel() else first
         elif self.stream is not None:
             self._forward()
-            branch = self.stream.read(slots, choice.candidate_ids)
+            branch = self.stream.read_last(slots) if ranks else self.stream.read(slots, choice.candidate_ids)
+        elif ranks:
+            last = torch.tensor([[row.last] for row, _ in undecided], device=engine.device)
+            branch = self._forward(slots, last, back=1)
         else:
             branch = self._forward(slots, choice.candidate_ids)
         selection = selector.read(engine.adapter, branch, choice.candidate_ids, choice.logprobs)

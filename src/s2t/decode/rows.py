@@ -37,6 +37,7 @@ class Row:
     flips: int = 0
     is_ready: bool = False
     is_finished: bool = False
+    last: int = -1  # the last token of prompt and answer so far
     twin: Row | None = None  # a row that reads the same prompt in the same forward
 
 

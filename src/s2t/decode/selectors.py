@@ -58,14 +58,14 @@ class TakeoverSelector(Selector):
 
 
 class LocalSelector(Selector):
-    """S2T-LOCAL: the SLM scores its own candidates; no LLM. The loop hands it their states from one tree step."""
+    """S2T-LOCAL: the SLM scores its own candidates; no LLM. The loop hands it what it reads them from, of one forward."""
 
     needs_adapter = True
 
     @torch.inference_mode()
     def read(self, adapter: SelectorReader, hidden: Tensor, ids: Tensor, logprobs: Tensor) -> Selection:
-        """Choose from the candidates' states [f, K, H]; ids and logprobs [f, K]. Source: METHOD section 3."""
-        scores = adapter.scores(hidden, logprobs)
+        """Choose by states [f, 1 or K, H] (see `SelectorReader.scores`); ids and logprobs [f, K], best first."""
+        scores = adapter.scores(hidden, ids, logprobs)
         scores = scores.masked_fill(logprobs == float("-inf"), float("-inf"))  # reserved ids, when K is near V
         index = scores.argmax(-1)
         return Selection(ids.gather(-1, index[:, None])[:, 0], index, scores)

@@ -26,7 +26,7 @@ from s2t.decode.remote.writer import RemoteWriter
 from s2t.decode.strategies import Strategy
 from s2t.decode.text_reference import TextReference
 from s2t.errors import ConfigError, ModelError
-from s2t.model.adapter import AdapterConfig, SelectorReader, load_selector
+from s2t.model.adapter import BRANCH_SCOPES, AdapterConfig, SelectorReader, load_selector
 from s2t.model.chat import decode_ids, prompt_ids
 from s2t.model.engine import Engine
 from s2t.model.load import LoadedModel, load_model, load_without_weights
@@ -200,7 +200,7 @@ class Session:
         """A decoder of `batch_size` rows for requests that come and go; see `decode.continuous`."""
         engine, reference = self._engines(strategy, self.batch_size)
         adapter = self.adapter
-        is_read = adapter is not None and (adapter.scope == "candidates" or engine.adapter is adapter)
+        is_read = adapter is not None and (adapter.scope in BRANCH_SCOPES or engine.adapter is adapter)
         reader = adapter if is_read and strategy.name != "llm" else None
         return ContinuousDecoder(engine, strategy, reference, max_length, ends, reader)
 

@@ -1,4 +1,4 @@
-"""The selector adapter: LoRA weights, reserved output rows, a criticality reading, and the metadata that explains them.
+"""The selector adapter: LoRA weights, its reading of candidates, a criticality reading, and the metadata that explains them.
 
 On disk it is a PEFT adapter folder plus `s2t_selector.safetensors` and `s2t_config.json`; loading refuses
 a base model whose weights are not those it was trained on. A merged folder (`s2t merge`) has the same readings in the
@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from s2t import __version__
-from s2t.core.bins import candidate_score, expected_bin
+from s2t.core.bins import combine, expected_bin
 from s2t.errors import ModelError
 from s2t.files import read_json, write_bytes, write_json, write_text
 from s2t.model.card import EVAL_FILE, adapter_card
+from s2t.model.head import Head
 from s2t.model.load import LoadedModel
 from s2t.model.lora import import_peft, lora_parameters, new_lora, quiet_peft
 from s2t.model.merged import (
@@ -45,6 +46,8 @@ LORA_FILE = "adapter_model.safetensors"  # PEFT's name
 _WEIGHTS = (LORA_FILE, SELECTOR_FILE)
 _TUPLES = ("heldout_templates", "reserved_ids")
 _ATTACHED = "_s2t_adapter"
+BRANCH_SCOPES = ("step", "candidates")
+"""Scopes under which the LoRA acts inside the base model's own forward, on the tokens beside it that are read for the choice."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,15 @@ class AdapterConfig:
     llm: str | None = None
     task: str | None = None
     """Several are separated by semicolons."""
+    readout: str = "bins"
+    """rank (the SLM's own next-token logits under the LoRA) or bins (reserved ids behind every candidate)."""
     scope: str = "candidates"
     num_candidates: int = 8
     num_bins: int = 16
     score_temperature: float = 0.1
     prior_weight: float = 1.0
+    adapter_weight: float = 1.0
+    """The weight of the adapter's reading in the score, in [0, 1], as the held-out groups of training set it; 0 is greedy."""
     criticality: str = "head"
     head_size: int = 64
     lora_rank: int = 16
@@ -92,8 +99,8 @@ class SelectorReader:
 
     def __init__(self, loaded: LoadedModel, config: AdapterConfig, base_model: Any, reserved: ReservedIds) -> None:
         self.config, self.loaded, self.base_model, self.reserved = config, loaded, base_model, reserved
-        head: Any = loaded.model.get_output_embeddings()
-        self.selector = Selector(config, int(head.weight.shape[1])).to(loaded.device)
+        self.head = Head(loaded.model)
+        self.selector = Selector(config, int(self.head.linear.weight.shape[1])).to(loaded.device)
 
     @property
     def scope(self) -> str:
@@ -106,16 +113,32 @@ class SelectorReader:
         """Let the LoRA act on the tokens from place `first` of a flat forward of N on, and on no others."""
         raise NotImplementedError
 
+    @property
+    def ranks(self) -> bool:
+        """Whether the last token of the prefix is read once more (readout `rank`), and no candidate."""
+        return self.config.readout == "rank"
+
     def expected(self, hidden: Tensor) -> Tensor:
         """Expected bin of candidates from their hidden states; [..., H] -> [...], in [0, 1]."""
         return expected_bin(self.selector.bin_logits(hidden))
 
-    def scores(self, hidden: Tensor, slm_logprobs: Tensor) -> Tensor:
-        """Selection scores; [..., K, H], [..., K] -> [..., K]. Source: METHOD section 3."""
-        config = self.config
-        return candidate_score(
-            self.selector.bin_logits(hidden), slm_logprobs, config.score_temperature, config.prior_weight
-        )
+    def scores(self, hidden: Tensor, ids: Tensor, slm_logprobs: Tensor) -> Tensor:
+        """Selection scores of K candidates, [n, K], float32; `ids` and `slm_logprobs` are [n, K].
+
+        `hidden` are the candidates' states [n, K, H], or under readout `rank` that of the prefix's last token, [n, 1, H].
+        """
+        return self.combined(self.readings(hidden, ids), slm_logprobs, self.config.adapter_weight)
+
+    def readings(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """What the adapter alone says of K candidates, from states as in `scores`: log p_A over them, or e / temperature."""
+        if self.ranks:
+            return self.head.at(hidden[:, 0], ids).log_softmax(-1)
+        return self.expected(hidden) / self.config.score_temperature
+
+    def combined(self, readings: Tensor, slm_logprobs: Tensor, adapter_weight: float) -> Tensor:
+        """Scores from readings at a weight of the adapter; see `core.bins.combine`."""
+        prior = 1 - adapter_weight if self.ranks else self.config.prior_weight
+        return combine(readings, slm_logprobs, adapter_weight, prior)
 
     def criticality(self, hidden: Tensor) -> Tensor:
         """Estimate in [0, 1] that the next token is a divergence point, from the state it is read from; [..., H] -> [...]."""
@@ -201,11 +224,12 @@ class SelectorAdapter(SelectorReader):
 
 
 class Selector(nn.Module):
-    """The adapter's parameters outside the LoRA: R bin rows, and two criticality rows or a small MLP; all float32."""
+    """The adapter's parameters outside the LoRA: R bin rows, if it reads any, and two criticality rows or a small MLP."""
 
     def __init__(self, config: AdapterConfig, width: int) -> None:
         super().__init__()
-        self.bins = nn.Parameter(torch.randn(config.num_bins, width) * 0.02)  # [R, H]
+        if config.readout == "bins":
+            self.bins = nn.Parameter(torch.randn(config.num_bins, width) * 0.02)  # [R, H]
         if config.criticality == "head":
             self.head = nn.Sequential(nn.Linear(width, config.head_size), nn.GELU(), nn.Linear(config.head_size, 1))
         else:

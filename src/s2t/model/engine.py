@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s2t.model.adapter import SelectorReader, attached_adapter
+from s2t.model.adapter import BRANCH_SCOPES, SelectorReader, attached_adapter
 from s2t.model.attention import Segment, slot_attention
 from s2t.model.cache import SlotCache
+from s2t.model.head import Head
 from s2t.model.load import LoadedModel, count_params
 from s2t.model.static import StaticSteps
 from s2t.model.tree import causal_mask, tree_mask
@@ -33,31 +34,11 @@ class Work:
     flops: float = 0.0
 
 
-class Head:
-    """Last hidden states to logits exactly as the model's own forward does, for chosen positions only."""
-
-    def __init__(self, model: nn.Module) -> None:
-        config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr]
-        self.linear = model.get_output_embeddings()  # type: ignore[operator]
-        self.softcap = getattr(config, "final_logit_softcapping", None)
-        self.scale = float(getattr(config, "logit_scale", None) or 1.0)
-        self.divisor = float(getattr(config, "logits_scaling", None) or 1.0)
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """[..., H] -> [..., V], float32."""
-        logits = self.linear(hidden).float()
-        if self.scale != self.divisor:
-            logits = logits * (self.scale / self.divisor)
-        if self.softcap:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits
-
-
 class Engine:
     """B rows of one model, each with its own tokens; see the module docstring for the contract.
 
-    `adapter` adds the selector: under scope `always` it acts on every token, under `candidates` on the
-    tokens of `branch` alone, under `stream` on none (an engine of scope `always` beside this one reads the candidates);
+    `adapter` adds the selector: under scope `always` it acts on every token, under `step` and `candidates` on the
+    tokens of `branch` alone, under `stream` on none (an engine of scope `always` beside this one reads for the selector);
     `scope` is the adapter's unless given. `forbidden_ids` (the tokenizer's reserved ids) are never proposed. `execution` says
     how steps run: eager, static (fixed shapes, CUDA graphs on a GPU), compile (torch.compile as well), or auto (static on a
     GPU).
@@ -135,19 +116,21 @@ class Engine:
         tokens: Sequence[Sequence[int]],
         branch_rows: Sequence[int] = (),
         candidate_ids: Tensor | None = None,
+        back: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """`extend` and `branch` in one forward: a row's K candidates stand where its new token (if any) stands.
 
-        Returns the last hidden states of `rows`, [n, H], and those of the candidates, [f, K, H]. Under scope
-        `candidates` the adapter acts on the candidates alone.
+        Returns the last hidden states of `rows`, [n, H], and those of the candidates, [f, K, H]. Under the scopes
+        `step` and `candidates` the adapter acts on the candidates alone. With `back` 1 they stand one position earlier, in
+        the place of the row's last token, which they do not see: so a row's last token is read once more, as K = 1 candidate.
         """
         if self._static is not None and rows and self.cache.is_initialized and all(len(ids) == 1 for ids in tokens):
-            return self._static_step(self._static, rows, [ids[0] for ids in tokens], branch_rows, candidate_ids)
+            return self._static_step(self._static, rows, [ids[0] for ids in tokens], branch_rows, candidate_ids, back)
         layout = _Layout(self.device)
         starts = layout.add_tokens(rows, tokens, self.lengths)
         count = layout.num_tokens
         if candidate_ids is not None:
-            layout.add_branches(branch_rows, candidate_ids, self.lengths)
+            layout.add_branches(branch_rows, candidate_ids, self.lengths, back)
             self._note_branches(branch_rows, candidate_ids.shape[1], frozenset(rows))
         hidden = self._run(layout, branches_from=count)
         self._advance(rows, tokens)
@@ -164,12 +147,13 @@ class Engine:
         tokens: Sequence[int],
         branch_rows: Sequence[int],
         candidate_ids: Tensor | None,
+        back: int,
     ) -> tuple[Tensor, Tensor]:
         """A step of one token a row, as `step`; rows in between that add none run a token that is written again later."""
         ids = [0] * (max(rows) + 1)
         for row, token in zip(rows, tokens, strict=True):
             ids[row] = token
-        hidden, branch = static.run(self.lengths, ids, branch_rows, candidate_ids, self._adapted)
+        hidden, branch = static.run(self.lengths, ids, branch_rows, candidate_ids, self._adapted, back)
         if candidate_ids is not None:
             self._note_branches(branch_rows, candidate_ids.shape[1], frozenset(rows))
         self._advance(rows, [[token] for token in tokens])
@@ -233,13 +217,13 @@ class Engine:
         return output.last_hidden_state[0]
 
     def _adapted(self, branches_from: int | None, num_tokens: int) -> AbstractContextManager[None]:
-        """The adapter on every token, on none, or (scope `candidates`) on the tokens from `branches_from` on."""
+        """The adapter on every token, on none, or (scopes `step`, `candidates`) on the tokens from `branches_from` on."""
         if self.adapter is None:
             if (attached := attached_adapter(self.model)) is not None:
                 attached.act(False)
             return nullcontext()
         first = num_tokens if branches_from is None else branches_from
-        if self.scope == "always" or (self.scope == "candidates" and first == 0):
+        if self.scope == "always" or (self.scope in BRANCH_SCOPES and first == 0):
             self.adapter.act(True)
             return nullcontext()
         self.adapter.act(False)
@@ -340,12 +324,13 @@ class _Layout:
         start = held[0] if min(held) == max(held) else None
         self._add(ids.flatten(), Segment(rows[group[0]], positions, positions, start, extent, visible, is_new))
 
-    def add_branches(self, rows: Sequence[int], candidate_ids: Tensor, lengths: Sequence[int]) -> None:
-        """Candidates [n, K] of rows: at the next position, in the columns behind the one an ordinary token takes."""
+    def add_branches(self, rows: Sequence[int], candidate_ids: Tensor, lengths: Sequence[int], back: int) -> None:
+        """Candidates [n, K] of rows: `back` before the next position, in the columns behind the one an ordinary token takes."""
         width = candidate_ids.shape[1]
         held = [lengths[row] for row in rows]
-        prefix = torch.tensor(held, device=self.device)
-        columns = prefix[:, None] + 1 + torch.arange(width, device=self.device)  # [n, K]
+        end = torch.tensor(held, device=self.device)
+        prefix = end - back
+        columns = end[:, None] + 1 + torch.arange(width, device=self.device)  # [n, K]
         extent = max(held) + 1 + width
         positions = prefix[:, None].expand(-1, width)
         visible = tree_mask(prefix, columns, extent)

@@ -68,9 +68,11 @@ class StaticSteps:
         branch_rows: Sequence[int],
         candidate_ids: Tensor | None,
         adapted: Adapted,
+        back: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """One token for each of the first len(tokens) rows, and K candidates [f, K] of some rows; held: lengths of all rows.
 
+        Candidates stand at the row's next position, or `back` before it, without seeing what stands there.
         Returns hidden states [len(tokens), H] and [f, K, H].
         """
         num_rows, num_branches = len(tokens), len(branch_rows)
@@ -80,7 +82,7 @@ class StaticSteps:
             self._recordings.clear()
             self._capacity = self.cache.capacity
         recording = self._recordings.get(shape) or self._new(shape)
-        self._fill(recording, shape, held, tokens, branch_rows, candidate_ids)
+        self._fill(recording, shape, held, tokens, branch_rows, candidate_ids, back)
         output = self._replay(recording, shape, adapted)
         branch = output[shape.rows :].unflatten(0, (shape.branches, width))[:num_branches] if width else output[:0]
         return output[:num_rows], branch
@@ -107,11 +109,12 @@ class StaticSteps:
         tokens: Sequence[int],
         branch_rows: Sequence[int],
         candidate_ids: Tensor | None,
+        back: int,
     ) -> None:
         """Write a step's inputs in one copy; the candidates, which are on the device already, in another."""
         rows = list(held[: shape.rows])
         branches = [*branch_rows, *([branch_rows[0]] * (shape.branches - len(branch_rows)))] if branch_rows else []
-        positions = [held[row] for row in branches for _ in range(shape.width)]
+        positions = [held[row] - back for row in branches for _ in range(shape.width)]
         columns = [held[row] + 1 + i for row in branches for i in range(shape.width)]
         ids = [*tokens, *([0] * (shape.num_tokens - len(tokens)))]
         recording.places.copy_(torch.tensor([*ids, *rows, *positions, *rows, *columns, *branches]))

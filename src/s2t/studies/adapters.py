@@ -10,17 +10,22 @@ from s2t.core.stats import holm_p_values, paired_comparison
 from s2t.files import read_json, read_jsonl
 from s2t.studies.lab import Chart, Findings, Lab, Series
 
+_BINS: dict[str, Any] = {"readout": "bins"}
 ARMS: dict[str, dict[str, Any]] = {
     "default": {},
-    "scope always": {"adapter_scope": "always"},
-    "lambda 0 (the paper's)": {"prior_weight": 0.0},
-    "lambda 0.5": {"prior_weight": 0.5},
-    "lambda 2": {"prior_weight": 2.0},
-    "cross-entropy only": {"pairwise_weight": 0.0, "listwise_weight": 0.0},
-    "pairwise only": {"ce_weight": 0.0, "listwise_weight": 0.0},
-    "listwise KL only": {"ce_weight": 0.0, "pairwise_weight": 0.0, "listwise_weight": 1.0},
-    "2 bins (a binary label)": {"num_bins": 2},
-    "64 bins": {"num_bins": 64},
+    "scope stream": {"adapter_scope": "stream"},
+    "hard targets": {"ce_weight": 1.0, "listwise_weight": 0.0},
+    "bins": _BINS,
+    "bins, scope always": {**_BINS, "adapter_scope": "always"},
+    "bins, scope stream": {**_BINS, "adapter_scope": "stream"},
+    "bins, lambda 0 (the paper's)": {**_BINS, "prior_weight": 0.0},
+    "bins, lambda 0.5": {**_BINS, "prior_weight": 0.5},
+    "bins, lambda 2": {**_BINS, "prior_weight": 2.0},
+    "bins, cross-entropy only": {**_BINS, "pairwise_weight": 0.0, "listwise_weight": 0.0},
+    "bins, pairwise only": {**_BINS, "ce_weight": 0.0, "listwise_weight": 0.0},
+    "bins, listwise KL only": {**_BINS, "ce_weight": 0.0, "pairwise_weight": 0.0, "listwise_weight": 1.0},
+    "2 bins (a binary label)": {**_BINS, "num_bins": 2},
+    "64 bins": {**_BINS, "num_bins": 64},
     "criticality from reserved tokens": {"criticality": "reserved"},
     "4 candidates": {"num_candidates": 4},
     "rank 4": {"lora_rank": 4, "lora_alpha": 8.0},

@@ -19,6 +19,7 @@ from s2t.tasks.sandbox import check_allowed
 
 SPLITS = ("training", "calibration", "test")
 PROMPTS = ("plain", "cot")
+QUESTION = "{question}"
 
 KINDS = ("math", "choice", "code")
 _COT_SUFFIXES = {
@@ -38,8 +39,8 @@ class Task(ABC):
     """What an answer is: a value (math), the letter of a choice, or code."""
 
     def __init__(self, name: str, prompt_style: str = "plain") -> None:
-        if prompt_style not in PROMPTS:
-            raise ConfigError(f"prompt must be one of {', '.join(PROMPTS)}; got {prompt_style!r}.")
+        if prompt_style not in PROMPTS and QUESTION not in prompt_style:
+            raise ConfigError(f"prompt must be one of {', '.join(PROMPTS)}, or hold {QUESTION}; got {prompt_style!r}.")
         self.name = name
         self.prompt_style = prompt_style
 
@@ -70,7 +71,12 @@ class Task(ABC):
         return ()
 
     def prompt(self, problem: Problem) -> str:
-        """The user message: the question, and under `cot` the request to reason and box the answer, or for code."""
+        """The user message: the question, under `cot` with the request to reason and box the answer, or for code.
+
+        A prompt style that holds `{question}` is the message itself, with the question in its place.
+        """
+        if QUESTION in self.prompt_style:
+            return self.prompt_style.replace(QUESTION, problem.question)
         return problem.question + (_COT_SUFFIXES[self.kind] if self.prompt_style == "cot" else "")
 
     def check_gradable(self) -> None:
@@ -144,7 +150,7 @@ def heldout_templates(templates: Iterable[str], share: float) -> frozenset[str]:
 
 
 def load_task(spec: str, prompt: str = "plain") -> Task:
-    """The task that a spec names, its problems asked in a prompt style (plain or cot).
+    """The task that a spec names, its problems asked in a prompt style (plain, cot, or a text with `{question}` in it).
 
     Specs: `rg:NAME[,key=value]` (a reasoning-gym generator), a named benchmark such as `gsm8k`,
     `hub:OWNER/NAME[,config=,split=,FIELDS]`, `path.jsonl[,FIELDS]`, where FIELDS are question=, answer=, template=,

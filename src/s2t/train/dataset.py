@@ -65,6 +65,7 @@ class Batch:
     candidate_ids: Tensor  # [N, K]
     group_row: Tensor  # [N], the trajectory each group belongs to
     prefix_lengths: Tensor  # [N], tokens before the candidates
+    last_ids: Tensor  # [N], the last of them
     slm_logprobs: Tensor  # [N, K]
     llm_probs: Tensor  # [N, K]
     step_index: Tensor  # [2, M]: (row, column) of the state each trained step is predicted from
@@ -205,6 +206,7 @@ def make_batch(
         trajectories = [_with_a_group(trajectories[0]), *trajectories[1:]]
     rows = [np.full(len(t.group_steps), row) for row, t in enumerate(trajectories)]
     prefixes = [len(t.prompt_ids) + t.group_steps for t in trajectories]
+    last = [t.ids[prefix - 1] for t, prefix in zip(trajectories, prefixes, strict=True)]
     steps, labels = zip(*(_steps(row, t, threshold, warmup_steps) for row, t in enumerate(trajectories)), strict=True)
 
     def tensor(parts: Sequence[np.ndarray], axis: int = 0) -> Tensor:
@@ -215,6 +217,7 @@ def make_batch(
         tensor([t.candidate_ids for t in trajectories]),
         tensor(rows),
         tensor(prefixes),
+        tensor(last),
         tensor([t.slm_logprobs for t in trajectories]),
         tensor([t.llm_probs for t in trajectories]),
         tensor(steps, axis=1),

@@ -24,7 +24,7 @@ from s2t.core.losses import distillation_kl
 from s2t.decode.workload import open_task, problems_outside
 from s2t.errors import ConfigError
 from s2t.files import RunFolder, read_json, versions, write_json
-from s2t.model.engine import Head
+from s2t.model.head import Head
 from s2t.model.load import LoadedModel, load_model
 from s2t.model.lora import DISTILL_CONFIG, find_lora, lora_parameters, new_lora, save_lora
 from s2t.model.merged import PROBLEMS_FILE, base_model

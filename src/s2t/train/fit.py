@@ -97,6 +97,7 @@ class Fit(ABC):
             for chosen in self._batches():
                 self.log.append(self.optimize(self.shared_terms(chosen)))
                 advance(1)
+                self.after_step()
                 if self.step % self.recipe.checkpoint_steps == 0:
                     self._save()
         self._save()
@@ -105,6 +106,16 @@ class Fit(ABC):
     def begin(self) -> None:
         """What is done once before the first step: read the checkpoint, if there is one."""
         self._resume()
+
+    def after_step(self) -> None:  # noqa: B027
+        """What is looked at between two steps; `num_steps` may be lowered to stop here."""
+
+    def extra_state(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Tensors and texts that a checkpoint holds beside parameters and optimizer."""
+        return {}, {}
+
+    def restore_extra(self, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> None:  # noqa: B027
+        """Take over what `extra_state` gave to the checkpoint."""
 
     def train_mode(self) -> None:
         """Dropout inside the LoRA only; the base model stays in eval mode."""
@@ -180,10 +191,11 @@ class Fit(ABC):
         for index, name in enumerate(self.parameters):
             for key, value in self.optimizer.state_dict()["state"].get(index, {}).items():
                 tensors[f"optimizer.{key}.{name}"] = full(value)
+        extra, texts = self.extra_state()
         if not self.processes.is_first:
             return
         write_text(self.run.file(LOG), "".join(json.dumps(line) + "\n" for line in self.log))
-        write_bytes(self.run.file(CHECKPOINT), save(tensors, metadata={"step": str(self.step)}))
+        write_bytes(self.run.file(CHECKPOINT), save(tensors | extra, metadata={"step": str(self.step), **texts}))
 
     def _resume(self) -> None:
         path = self.run.file(CHECKPOINT)
@@ -191,7 +203,8 @@ class Fit(ABC):
             return
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            self.step = int(file.metadata()["step"])
+            texts = file.metadata()
+        self.step = int(texts["step"])
         state: dict[int, dict[str, Tensor]] = {}
         with torch.no_grad():
             for index, (name, parameter) in enumerate(self.parameters.items()):
@@ -206,6 +219,7 @@ class Fit(ABC):
         self.optimizer.load_state_dict({"state": state, **options})
         if self.run.file(LOG).exists():
             self.log = [line for line in read_jsonl(self.run.file(LOG)) if line["step"] <= self.step]
+        self.restore_extra(tensors, texts)
 
     def clear(self) -> None:
         """Remove the checkpoint; last of all, so that a run killed before is finished from it, not begun again."""

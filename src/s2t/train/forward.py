@@ -1,8 +1,9 @@
-"""Forwards of training on shared prefixes: one pass over a prefix, all K candidates of all its groups beside it.
+"""Forwards of training on shared prefixes: one pass over a prefix, and beside it what each of its groups is read from.
 
-Under scope `candidates` the prefix is the frozen base model's and carries no gradient; under `always` and `stream` it is
-the adapter's too, and gradients flow through the shared cache; under `stream` only the candidates see it, and steps are
-read from the base model's. Nothing of the full vocabulary is held for all positions.
+That is the prefix's last token once more (readout `rank`) or all K candidates (`bins`). Under the scopes `step` and
+`candidates` the prefix is the frozen base model's and carries no gradient; under `always` and `stream` it is the adapter's too,
+and gradients flow through the shared cache; under `stream` steps are read from the base model's. Nothing of the full vocabulary
+is held for all positions.
 Frozen prefixes are the same in every epoch: `FrozenPrefixes` reads them once, if they fit in memory.
 """
 
@@ -20,7 +21,7 @@ from transformers import DynamicCache
 
 from s2t.core.losses import lm_preserving_kl
 from s2t.model.adapter import SelectorAdapter
-from s2t.model.engine import Head
+from s2t.model.head import Head
 from s2t.model.tree import causal_mask, layer_masks
 from s2t.progress import progress
 from s2t.train.dataset import Batch, Trajectory, pad_ids
@@ -41,8 +42,12 @@ class Prefixes:
         row, column = batch.step_index
         return self._hidden[self._index[row, column]]
 
+    def last(self, batch: Batch) -> Tensor:
+        """The state of every group's last prefix token, [N, H]."""
+        return self._hidden[self._index[batch.group_row, batch.prefix_lengths - 1]]
+
     def groups(self, batch: Batch) -> DynamicCache:
-        """Cache of N rows; columns past a group's prefix hold whatever, and must be masked."""
+        """Cache of N rows; columns past a group's prefix hold whatever (of scope `step` its last token), and must be masked."""
         index = self._index[batch.group_row, : int(batch.prefix_lengths.max())]
         cache = DynamicCache()
         for number, (keys, values) in enumerate(self._layers):
@@ -54,7 +59,7 @@ class Prefixes:
 class States:
     """Hidden states a batch's losses read."""
 
-    candidates: Tensor  # [N, K, H]
+    candidates: Tensor  # [N, K, H]; under readout `rank` [N, 1, H], of the prefix's last token
     steps: Tensor  # [M, H], the state each trained step is predicted from
     base_steps: Tensor | None = None  # [M, H], the same of the base model; scope `always` only
 
@@ -146,7 +151,7 @@ def _chunks(lengths: np.ndarray) -> list[list[int]]:
 
 
 def forward(adapter: SelectorAdapter, batch: Batch, frozen: Prefixes | None = None) -> States:
-    """Run a batch under the adapter's scope; equals one separate forward per candidate within dtype tolerance.
+    """Run a batch under the adapter's scope; equals one separate forward per reading within dtype tolerance.
 
     `frozen` are the base model's states of the batch's trajectories where they are already known.
     """
@@ -159,7 +164,12 @@ def forward(adapter: SelectorAdapter, batch: Batch, frozen: Prefixes | None = No
     if reads_itself:
         prefixes = _read_prefixes(adapter, batch.ids)
     steps = prefixes.steps(batch) if is_always else base_steps
-    candidates = _read_candidates(adapter, batch, prefixes.groups(batch))
+    if not adapter.ranks:
+        candidates = _read_beside(adapter, batch.candidate_ids, batch.prefix_lengths, prefixes.groups(batch))
+    elif reads_itself:
+        candidates = prefixes.last(batch)[:, None]
+    else:
+        candidates = _read_beside(adapter, batch.last_ids[:, None], batch.prefix_lengths - 1, prefixes.groups(batch))
     return States(candidates, steps, base_steps if is_always else None)
 
 
@@ -178,17 +188,19 @@ def _run_prefixes(adapter: SelectorAdapter, ids: Tensor) -> tuple[Tensor, Dynami
     return _run(adapter, ids, positions, causal_mask(positions, width), positions, cache), cache
 
 
-def _read_candidates(adapter: SelectorAdapter, batch: Batch, cache: DynamicCache) -> Tensor:
-    """Every group's candidates on its own prefix, each seeing the prefix and itself; [N, K, H]."""
-    width = int(batch.prefix_lengths.max())
-    count = batch.candidate_ids.shape[1]
-    columns = torch.arange(width, device=batch.ids.device)
-    prefix = columns < batch.prefix_lengths[:, None]  # [N, width]
-    own = torch.eye(count, dtype=torch.bool, device=batch.ids.device).expand(len(prefix), -1, -1)
+def _read_beside(adapter: SelectorAdapter, ids: Tensor, lengths: Tensor, cache: DynamicCache) -> Tensor:
+    """K tokens of every group at the position behind its prefix, each seeing the prefix and itself; [N, K] -> [N, K, H].
+
+    `lengths` [N] are the tokens of the cache that belong to each prefix.
+    """
+    width, count = cache.get_seq_length(), ids.shape[1]
+    columns = torch.arange(width, device=ids.device)
+    prefix = columns < lengths[:, None]  # [N, width]
+    own = torch.eye(count, dtype=torch.bool, device=ids.device).expand(len(prefix), -1, -1)
     mask = torch.cat([prefix[:, None].expand(-1, count, -1), own], dim=-1).unsqueeze(1)  # [N, 1, K, width + K]
-    positions = batch.prefix_lengths[:, None].expand(-1, count)
+    positions = lengths[:, None].expand(-1, count)
     keys = torch.cat([columns.expand(len(prefix), -1), positions], dim=1)
-    return _run(adapter, batch.candidate_ids, positions, mask, keys, cache)
+    return _run(adapter, ids, positions, mask, keys, cache)
 
 
 def _run(

@@ -7,7 +7,8 @@ where we differ.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,19 +17,24 @@ import torch
 from torch import Tensor
 
 from s2t.config import TrainConfig
-from s2t.core.bins import candidate_score, expected_bin
 from s2t.core.losses import criticality_loss, listwise_kl, pairwise_margin, selection_cross_entropy
 from s2t.errors import ModelError
 from s2t.files import RunFolder, read_json, versions, write_json
-from s2t.model.adapter import AdapterConfig, SelectorAdapter, selector_problems
+from s2t.model.adapter import BRANCH_SCOPES, AdapterConfig, SelectorAdapter, selector_problems
 from s2t.model.load import LoadedModel, load_model
+from s2t.progress import note
 from s2t.train.dataset import Batch, GroupData, make_batch, read_group_data
 from s2t.train.fit import Fit
 from s2t.train.forward import FrozenPrefixes, States, forward, lm_kl
-from s2t.train.processes import Processes, open_processes
+from s2t.train.processes import Processes, like, open_processes
+from s2t.train.validation import HeldOut, split_by_problem
 
 _TRAJECTORIES_TO_CHECK = 64
 _TRAJECTORIES_AT_ONCE = 8
+NO_BETTER = (
+    "on held-out groups the selector is no better than the SLM's own order: it was given weight 0, s2t-local will write what "
+    "greedy writes; collect more problems, or train longer."
+)
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -57,11 +63,13 @@ def _train(config: TrainConfig, processes: Processes) -> dict[str, Any]:
     problems = {t.problem_id.rsplit("-", 1)[-1] for t in data.trajectories} | selector_problems(
         None, config.slm, config.revision
     )
-    adapter.config = replace(adapter.config, trigger_rate=result["trigger_rate"])
+    adapter.config = trainer.adapter_config(result)
     adapter.save(run.file("adapter"), tuple(problems), result, weights)
     write_json(run.file("train.json"), result)
     run.finish()
     trainer.clear()
+    if result["held_out"] is not None and result["held_out"]["adapter_weight"] == 0:
+        note(NO_BETTER)
     return result
 
 
@@ -72,7 +80,8 @@ def _adapter_config(config: TrainConfig, data: GroupData, loaded: LoadedModel) -
         base_fingerprint=loaded.fingerprint,
         llm=data.llm,
         task=data.task,
-        scope=config.adapter_scope,
+        readout=config.readout,
+        scope=config.scope,
         num_candidates=config.num_candidates,
         num_bins=config.num_bins,
         score_temperature=config.score_temperature,
@@ -82,7 +91,6 @@ def _adapter_config(config: TrainConfig, data: GroupData, loaded: LoadedModel) -
         lora_rank=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        thresholds={"criticality": config.criticality_threshold},
         warmup_steps=data.warmup_steps,
         split_hashes={data.split: digest.hexdigest()},
         heldout_templates=data.heldout_templates,
@@ -92,7 +100,10 @@ def _adapter_config(config: TrainConfig, data: GroupData, loaded: LoadedModel) -
 
 
 class Trainer(Fit):
-    """One training run over fixed data; `fit` resumes from the run folder's checkpoint if there is one."""
+    """One training run over fixed data; `fit` resumes from the run folder's checkpoint if there is one.
+
+    The groups of some problems are held out: the weights kept are those that do best on them (`best`, by NLL).
+    """
 
     def __init__(
         self,
@@ -102,21 +113,27 @@ class Trainer(Fit):
         run: RunFolder,
         processes: Processes | None = None,
     ) -> None:
+        self.training, held = split_by_problem(data.trajectories, config.heldout_problems)
+        self.held = [i for i in held if len(data.trajectories[i].group_steps)]
+        trained = [data.trajectories[i] for i in self.training]
         super().__init__(
             config,
             config.seed,
             adapter.base_model,
             adapter.trainable,
-            [len(t.group_steps) for t in data.trajectories],
-            [len(t.ids) for t in data.trajectories],
+            [len(t.group_steps) for t in trained],
+            [len(t.ids) for t in trained],
             config.batch_groups,
             run,
             parts=[adapter.selector],
             processes=processes,
         )
         self.config, self.data, self.adapter = config, data, adapter
+        self.weights = config.selection_weights
         self.positive_weight = self._positive_weight()
         self.frozen: FrozenPrefixes | None = None
+        self.validation: list[dict[str, float]] = []
+        self.best: dict[str, Tensor] = {}
 
     def _positive_weight(self) -> float:
         """Negatives over positives among all trained steps."""
@@ -125,8 +142,11 @@ class Trainer(Fit):
         return (1 - rate) / max(rate, 1e-6)
 
     def fit(self) -> None:
-        """Run all remaining steps."""
+        """Run all remaining steps, and go back to the best weights seen."""
         super().fit()
+        with torch.no_grad():
+            for name, value in self.best.items():
+                self.parameters[name].copy_(like(value, self.parameters[name]))
         self.adapter.act(False)
 
     def begin(self) -> None:
@@ -139,18 +159,23 @@ class Trainer(Fit):
             self.frozen = FrozenPrefixes(self.adapter, self.data.trajectories, self.call, self.processes)
 
     def terms(self, chosen: Sequence[int]) -> dict[str, Tensor]:
-        """Terms of the loss on a batch of those trajectories."""
+        """Terms of the loss on a batch of those training trajectories."""
+        states, batch = self._read([self.training[i] for i in chosen])
+        return self.losses(states, batch)
+
+    def _read(self, places: Sequence[int]) -> tuple[States, Batch]:
+        """The batch of some trajectories of `data`, and its states under the adapter."""
         data = self.data
-        trajectories = [data.trajectories[i] for i in chosen]
-        frozen = self.frozen.take(chosen) if self.frozen is not None else None
+        frozen = self.frozen.take(places) if self.frozen is not None else None
+        reads_prefixes = frozen is None or self.adapter.scope not in BRANCH_SCOPES
+        trajectories = [data.trajectories[i] for i in places]
         device = self.adapter.loaded.device
-        reads_prefixes = frozen is None or self.adapter.scope != "candidates"
         batch = make_batch(trajectories, data.threshold, data.warmup_steps, device, has_ids=reads_prefixes)
-        return self.losses(forward(self.adapter, batch, frozen), batch)
+        return forward(self.adapter, batch, frozen), batch
 
     def counts(self, chosen: Sequence[int]) -> dict[str, int]:
         """Selection terms are means over groups, the others over trained steps."""
-        trajectories = [self.data.trajectories[i] for i in chosen]
+        trajectories = [self.data.trajectories[self.training[i]] for i in chosen]
         groups = sum(len(t.group_steps) for t in trajectories)
         steps = sum(max(0, len(t.token_ids) - self.data.warmup_steps) for t in trajectories)
         return {"ce": groups, "pairwise": groups, "listwise": groups, "criticality": steps, "lm": steps}
@@ -161,54 +186,105 @@ class Trainer(Fit):
         return self.optimize(self.losses(forward(self.adapter, batch), batch))
 
     def losses(self, states: States, batch: Batch) -> dict[str, Tensor]:
-        """Weighted terms of the loss; their sum is minimised. Source: METHOD section 3, arXiv 2604.26940."""
-        config, adapter = self.config, self.adapter
-        bins = adapter.selector.bin_logits(states.candidates)
-        scores = candidate_score(bins, batch.slm_logprobs, config.score_temperature, config.prior_weight)
+        """Weighted terms of the loss; their sum is minimised. Source: arXiv 2604.26940, and docs/method.md for `rank`."""
+        config, adapter, weights = self.config, self.adapter, self.weights
+        readings = adapter.readings(states.candidates, batch.candidate_ids)
+        scores = adapter.combined(readings, batch.slm_logprobs, 1.0)
         terms = {
-            "ce": config.ce_weight * selection_cross_entropy(scores, batch.llm_probs),
-            "pairwise": config.pairwise_weight
-            * pairwise_margin(expected_bin(bins), batch.llm_probs, config.pairwise_margin),
-            "listwise": config.listwise_weight * listwise_kl(scores, batch.llm_probs),
-            "criticality": config.criticality_weight
-            * criticality_loss(
-                adapter.selector.criticality_logits(states.steps), batch.is_critical, self.positive_weight
+            "ce": lambda: selection_cross_entropy(scores, batch.llm_probs),
+            "pairwise": lambda: pairwise_margin(
+                readings * config.score_temperature, batch.llm_probs, config.pairwise_margin
             ),
+            "listwise": lambda: listwise_kl(scores, batch.llm_probs),
         }
+        losses = {name: weight * terms[name]() for name, weight in weights.items() if weight > 0}
+        losses["criticality"] = config.criticality_weight * criticality_loss(
+            adapter.selector.criticality_logits(states.steps), batch.is_critical, self.positive_weight
+        )
         if states.base_steps is not None and config.lm_weight > 0:
-            terms["lm"] = config.lm_weight * lm_kl(adapter, states)
-        return terms
+            losses["lm"] = config.lm_weight * lm_kl(adapter, states)
+        return losses
+
+    # Held-out groups
+
+    def after_step(self) -> None:
+        """Look at the held-out groups now and then; keep the best weights, and stop when they have not got better for long."""
+        if not self.held or (self.step % self.config.validation_steps and self.step < self.num_steps):
+            return
+        quality = self.read_held_out().quality(self.adapter.combined, 1.0)
+        if not self.validation or quality["nll"] < min(line["nll"] for line in self.validation):
+            self.best = self.full_parameters()
+        self.validation.append({"step": self.step, **quality})
+        best = min(range(len(self.validation)), key=lambda i: self.validation[i]["nll"])
+        if self.config.patience and len(self.validation) - 1 - best >= self.config.patience:
+            self.num_steps = self.step
 
     @torch.no_grad()
-    def _triggers(self) -> dict[str, float]:
-        """Share of the steps of some training trajectories that are divergence points, and that the adapter fires at."""
-        count = min(len(self.data.trajectories), _TRAJECTORIES_TO_CHECK)
-        trajectories = self.data.trajectories[:count]
-        fired = critical = steps = 0
-        for start in range(0, count, _TRAJECTORIES_AT_ONCE):
-            chosen = trajectories[start : start + _TRAJECTORIES_AT_ONCE]
-            batch = make_batch(chosen, self.data.threshold, self.data.warmup_steps, self.adapter.loaded.device)
-            values = self.call(self._criticality, batch)
-            fired += int((values > self.config.criticality_threshold).sum())
-            critical += int(batch.is_critical.sum())
-            steps += batch.is_critical.numel()
-        self.adapter.act(False)
-        return {"divergence_rate": critical / steps, "trigger_rate": fired / steps}
+    def read_held_out(self, places: Sequence[int] | None = None) -> HeldOut:
+        """Readings of the held-out trajectories (or others) under the adapter as it is now, dropout off."""
+        self.model.eval()
+        chosen = self.held if places is None else places
+        parts = [
+            self.call(self._held_out, chosen[i : i + _TRAJECTORIES_AT_ONCE])
+            for i in range(0, len(chosen), _TRAJECTORIES_AT_ONCE)
+        ]
+        self.train_mode()
+        return HeldOut.joined(parts)
 
-    def _criticality(self, batch: Batch) -> Tensor:
-        return self.adapter.selector.criticality_logits(forward(self.adapter, batch).steps).sigmoid()
+    def _held_out(self, places: Sequence[int]) -> HeldOut:
+        states, batch = self._read(places)
+        return HeldOut(
+            self.adapter.readings(states.candidates, batch.candidate_ids).cpu(),
+            batch.slm_logprobs.cpu(),
+            batch.llm_probs.cpu(),
+            self.adapter.criticality(states.steps).float().cpu().numpy(),
+            batch.is_critical.cpu().numpy(),
+        )
+
+    def extra_state(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The best weights so far, and what the held-out groups said."""
+        best = {f"best.{name}": value for name, value in self.best.items()}
+        return best, {"validation": json.dumps(self.validation), "num_steps": str(self.num_steps)}
+
+    def restore_extra(self, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> None:
+        """Go on from there."""
+        self.best = {name.removeprefix("best."): value for name, value in tensors.items() if name.startswith("best.")}
+        self.validation, self.num_steps = json.loads(texts["validation"]), int(texts["num_steps"])
+
+    # What came out
+
+    def adapter_config(self, result: Mapping[str, Any]) -> AdapterConfig:
+        """The adapter's settings with what the held-out groups chose."""
+        held_out = result["held_out"]
+        return replace(
+            self.adapter.config,
+            trigger_rate=result["trigger_rate"],
+            thresholds={"criticality": result["criticality_threshold"]},
+            adapter_weight=1.0 if held_out is None else held_out["adapter_weight"],
+        )
 
     def summary(self) -> dict[str, Any]:
-        """Counts, the losses over the first and the last tenth of the run, and how often the adapter triggers."""
+        """Counts, losses at both ends of the run, what the held-out groups say, and how often the adapter triggers."""
         count = max(1, len(self.log) // 10)
         losses = [line["loss"] for line in self.log]
+        found = self.read_held_out() if self.held else None
+        sample = found or self.read_held_out(self.training[:_TRAJECTORIES_TO_CHECK])
+        threshold = self.config.criticality_threshold
+        if threshold is None:
+            threshold = sample.threshold()
+        self.adapter.act(False)
+        combine = self.adapter.combined
         return {
             "num_trajectories": len(self.data.trajectories),
             "num_groups": self.data.num_groups,
-            "num_steps": self.num_steps,
+            "num_steps": self.step,
             "num_trainable": self.num_trainable,
             "first_loss": float(np.mean(losses[:count])),
             "final_loss": float(np.mean(losses[-count:])),
-            **self._triggers(),
+            "criticality_threshold": threshold,
+            "divergence_rate": float(sample.is_critical.mean()),
+            "trigger_rate": float((sample.criticality > threshold).mean()),
+            "held_out": None if found is None else found.report(combine, found.best_weight(combine), threshold),
+            "validation": self.validation,
             "final": self.final(("loss", "ce", "pairwise", "listwise", "lm", "criticality")),
         }
