@@ -37,7 +37,7 @@ SHAPES = {
     "added": ("qwen2", {}, 32),
     "added-tied": ("qwen2", {"tie_word_embeddings": True}, 32),
 }
-SCOPES = ("always", "candidates", "stream")
+SCOPES = ("step", "rank-stream", "always", "candidates", "stream")
 
 
 def base_of(folder, random_model, family="qwen2", changes=None):
@@ -52,15 +52,15 @@ def adapter_of(base, folder, scope="always", criticality="head", num_bins=16, **
     """A random adapter that triggers at most steps and moves away from greedy at many."""
     loaded = load_model(base, "float32")
     settings = {"head_size": 6, "lora_rank": 3, "prior_weight": 0.0, "thresholds": {"criticality": 0.4}} | changes
-    config = AdapterConfig(
-        base, loaded.fingerprint, scope=scope, criticality=criticality, num_bins=num_bins, num_candidates=4, **settings
-    )
+    readout = "rank" if scope in ("step", "rank-stream") else "bins"
+    settings |= {"readout": readout, "scope": scope.removeprefix("rank-"), "num_bins": num_bins, "num_candidates": 4}
+    config = AdapterConfig(base, loaded.fingerprint, criticality=criticality, **settings)
     torch.manual_seed(5)
     adapter = SelectorAdapter(loaded, config)
     with torch.no_grad():
         for name, parameter in adapter.trainable().items():
             if "lora_B" in name:
-                parameter.normal_(0.0, 0.1)
+                parameter.normal_(0.0, 0.3 if adapter.ranks else 0.1)
             elif name in ("selector.bins", "selector.yes_no"):
                 parameter.normal_(0.0, 0.2)
     adapter.save(folder, ("aaaa", "bbbb"))
@@ -117,9 +117,17 @@ def readings(reasoner):
         top = logits.log_softmax(-1).topk(4)
         return (
             logits,
-            adapter.scores(engine.branch(rows, top.indices), top.indices, top.values),
+            adapter.scores(_read(engine, adapter, rows, top.indices), top.indices, top.values),
             adapter.criticality(hidden),
         )
+
+
+def _read(engine, adapter, rows, ids):
+    """What scores are read from: the last tokens once more, or the candidates."""
+    if adapter.ranks:
+        last = torch.tensor([[prompt[-1]] for prompt in IDS])
+        return engine.step((), (), rows, last, back=1)[1]
+    return engine.branch(rows, ids)
 
 
 @every_shape
@@ -219,13 +227,15 @@ def test_the_adapter_and_its_base_are_left_alone(scope, folders):
 def test_what_the_folder_says_of_itself(scope, folders):
     base, adapter, merged = (Path(folder) for folder in folders[scope])
     config = read_merged(merged)
-    assert config.scope == scope and config.adapter == json.loads((adapter / "s2t_config.json").read_text())
+    assert config.scope == scope.removeprefix("rank-") and config.adapter == json.loads(
+        (adapter / "s2t_config.json").read_text()
+    )
     assert {"torch", "transformers", "peft", "s2t"} <= config.versions.keys()
     files = {str(path.relative_to(merged)) for path in merged.rglob("*.safetensors")}
     assert files == set(config.weights)
     card = (merged / "README.md").read_text()
     assert 'pipeline_tag: "text-generation"' in card and f'base_model: "{base}"' in card
-    assert "| criticality | head |" in card and scope in card
+    assert "| criticality | head |" in card and config.scope in card
     assert (merged / "custom_generate" / "generate.py").is_file()
     assert (merged / "custom_generate" / "requirements.txt").read_text().startswith("s2t>=")
 

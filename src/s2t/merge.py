@@ -1,7 +1,7 @@
 """`s2t merge`: an adapter and its base model become one folder that loads like any causal LM and brings its selector.
 
-Scope `always`: LoRA, bins and criticality rows are in the weights. Scope `candidates`: the weights are the base's and the
-adapter lies beside them. Scope `stream`: the same, with bins and criticality rows in the base's weights. The folder is
+Scope `always`: LoRA, bins and criticality rows are in the weights. Scopes `step` and `candidates`: the weights are the base's
+and the adapter lies beside them. Scope `stream`: the same, with the rows it reads in the base's weights. The folder is
 written under another name and renamed when it is whole. Decodes nothing.
 """
 
@@ -22,7 +22,14 @@ from torch import Tensor
 from s2t.config import MergeConfig
 from s2t.errors import ConfigError, DataError, ModelError
 from s2t.files import load_run, read_json, versions, write_bytes, write_json, write_text
-from s2t.model.adapter import LORA_FILE, AdapterConfig, SelectorAdapter, load_adapter, read_adapter_config
+from s2t.model.adapter import (
+    BRANCH_SCOPES,
+    LORA_FILE,
+    AdapterConfig,
+    SelectorAdapter,
+    load_adapter,
+    read_adapter_config,
+)
 from s2t.model.card import EVAL_FILE, accuracy_section, measured
 from s2t.model.head import Head
 from s2t.model.load import LoadedModel, load_model, quiet
@@ -102,7 +109,7 @@ def _write_model(folder: Path, loaded: LoadedModel, adapter: SelectorAdapter, dt
         model = _merged(adapter)
     else:
         adapter.detach()
-    if adapter.scope != "candidates":
+    if adapter.scope not in BRANCH_SCOPES:
         _write_rows(model, adapter)
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(_DTYPES.get(dtype) or kinds[name])
@@ -112,7 +119,7 @@ def _write_model(folder: Path, loaded: LoadedModel, adapter: SelectorAdapter, dt
         loaded.tokenizer.save_pretrained(folder)
     except (ValueError, RuntimeError) as error:
         raise ModelError(f"{loaded.name} cannot be saved: {' '.join(str(error).split())[:200]}") from error
-    if adapter.scope != "candidates":
+    if adapter.scope not in BRANCH_SCOPES:
         size = model.get_output_embeddings().weight.shape[0]
         _forbid(folder, {*adapter.reserved.all, *range(num_rows, size)})
     return str(model.dtype).removeprefix("torch.")
@@ -138,7 +145,7 @@ def _write_rows(model: Any, adapter: SelectorAdapter) -> None:
     if missing > 0:
         _add_rows(model, missing)
     head = model.get_output_embeddings()
-    rows = {reserved.bins: selector.bins}
+    rows = {} if adapter.ranks else {reserved.bins: selector.bins}
     if adapter.config.criticality == "reserved":
         rows[reserved.criticality] = selector.yes_no
     for ids, values in rows.items():
@@ -236,11 +243,13 @@ def _card(adapter: AdapterConfig, document: MergedConfig) -> str:
     }
     head = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
     settings = {
+        "readout": adapter.readout,
         "scope": adapter.scope,
         "criticality": adapter.criticality,
         "thresholds": adapter.thresholds,
         "candidates": adapter.num_candidates,
-        "bins": adapter.num_bins,
+        "bins": adapter.num_bins if adapter.readout == "bins" else None,
+        "adapter weight": adapter.adapter_weight,
         "reserved ids": f"{min(document.reserved.all)} to {max(document.reserved.all)} ({document.reserved.kind})",
         "dtype": document.dtype,
         "trained on": adapter.task,
@@ -264,10 +273,12 @@ def _cell(value: Any) -> str:
 _WHAT = {
     "always": "The adapter is merged into the weights; the scores and, where criticality is read from reserved ids, the "
     "criticality are output rows of ids that no text uses (never to be generated; plain `generate` leaves them out).",
+    "step": "The weights are those of the base model, unchanged; the adapter in `s2t_adapter` acts where the model reads a token "
+    "once more before it chooses, so without s2t this folder is the base model.",
     "candidates": "The weights are those of the base model, unchanged; the adapter in `s2t_adapter` acts on candidate tokens "
     "alone, so without s2t this folder is the base model.",
-    "stream": "The weights are those of the base model but for the output rows of ids that no text uses, which hold the scores "
-    "and the criticality; the adapter in `s2t_adapter` is read beside it. A vLLM server takes it as a LoRA.",
+    "stream": "The weights are those of the base model but for the output rows of ids that no text uses, which hold what "
+    "the selector reads from them; the adapter in `s2t_adapter` is read beside it. A vLLM server takes it as a LoRA.",
 }
 _CARD = """---
 {front}

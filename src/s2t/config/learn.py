@@ -116,6 +116,8 @@ class FitConfig:
     """Weight decay of AdamW."""
     epochs: float = 3.0
     """Passes over the training data; may be a fraction."""
+    max_steps: int | None = None
+    """Optimizer steps, in place of --epochs."""
     warmup_ratio: float = 0.03
     """Share of the steps over which the learning rate rises."""
     max_grad_norm: float = 1.0
@@ -126,6 +128,8 @@ class FitConfig:
     def check_fit(self) -> None:
         check_at_least(1, lora_rank=self.lora_rank, checkpoint_steps=self.checkpoint_steps)
         check_positive(epochs=self.epochs, lora_alpha=self.lora_alpha)
+        if self.max_steps is not None:
+            check_at_least(1, max_steps=self.max_steps)
         check_positive(learning_rate=self.learning_rate, max_grad_norm=self.max_grad_norm)
         check_at_least(0, weight_decay=self.weight_decay)
         check_range("lora_dropout", self.lora_dropout, 0, 0.99)
@@ -242,8 +246,6 @@ class DistillConfig(FitConfig, TaskConfig, ModelConfig):
     """Sequences written at once."""
     batch_answers: int = 8
     """Answers per optimizer step."""
-    max_steps: int | None = None
-    """Optimizer steps, in place of --epochs."""
     shard_size: int = 256
     """Problems per file; a killed run loses one shard at most."""
 
@@ -263,8 +265,6 @@ class DistillConfig(FitConfig, TaskConfig, ModelConfig):
             1, support_size=self.support_size, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size
         )
         check_at_least(1, batch_answers=self.batch_answers, shard_size=self.shard_size)
-        if self.max_steps is not None:
-            check_at_least(1, max_steps=self.max_steps)
 
 
 @dataclass(frozen=True)

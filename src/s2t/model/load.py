@@ -72,7 +72,7 @@ class LoadedModel:
     @cached_property
     def reserved(self) -> ReservedIds:
         """The reserved ids of this tokenizer for 16 bins; never generated, with or without an adapter."""
-        if self.merged is not None and self.merged.scope != "candidates":
+        if self.merged is not None and self.merged.scope not in ("step", "candidates"):
             return self.merged.reserved
         return self.reserved_for(16)
 

@@ -100,7 +100,6 @@ class Distiller(Fit):
             [len(answer.ids) for answer in answers],
             config.batch_answers,
             run,
-            config.max_steps,
             processes=processes,
         )
         self.config, self.answers, self.device = config, answers, loaded.device

@@ -48,7 +48,6 @@ class Fit(ABC):
         lengths: Sequence[int],
         batch_size: int,
         run: RunFolder,
-        max_steps: int | None = None,
         parts: Sequence[nn.Module] = (),
         processes: Processes | None = None,
     ) -> None:
@@ -61,7 +60,7 @@ class Fit(ABC):
             list(self.parameters.values()), lr=config.learning_rate, weight_decay=config.weight_decay
         )
         self.steps_per_epoch = len(plan_batches(sizes, batch_size, seed, 0))
-        self.num_steps = max_steps or max(1, math.ceil(config.epochs * self.steps_per_epoch))
+        self.num_steps = config.max_steps or max(1, math.ceil(config.epochs * self.steps_per_epoch))
         self.log: list[dict[str, float]] = []
         self.step = 0
 

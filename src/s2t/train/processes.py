@@ -186,7 +186,7 @@ def full(tensor: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).to("cpu", copy=True)
 
 
 def like(tensor: Tensor, parameter: Tensor) -> Tensor:
