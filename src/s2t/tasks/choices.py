@@ -12,7 +12,8 @@ from typing import Any
 
 from s2t.errors import DataError
 from s2t.records import Grade
-from s2t.tasks.graders import marked_segments
+from s2t.tasks.extraction import marked_segments
+from s2t.tasks.thinking import without_thinking
 
 _ANSWER = re.compile(
     r"\b(?:(?:correct|right|best|final)\s+)?(?:answer|choice|option|letter|correct)s?\b[*_\s]*"
@@ -85,9 +86,10 @@ def extract_choice(text: str, choices: Sequence[str]) -> str | None:
     r"""The letter that a text states last; None when it states none.
 
     Looked for in this order: after `####`, in the last `\boxed{}` or `<answer>` tag (a letter, or a choice
-    word for word), after "answer is" and its like, before "is correct", alone on a line, in brackets.
+    word for word), after "answer is" and its like, before "is correct", alone on a line, in brackets. Thinking is
+    no part of the text.
     """
-    known = letters(len(choices))
+    known, text = letters(len(choices)), without_thinking(text)
     segments = [segment for segment in marked_segments(text) if segment.strip()]
     if segments:
         return _stated(segments[0], known, choices)
