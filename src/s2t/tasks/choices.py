@@ -69,11 +69,11 @@ def gold_letter(gold: Any, choices: Sequence[str], labels: Sequence[str] | None 
     known = letters(len(choices))
     if isinstance(gold, int) and not isinstance(gold, bool) and 0 <= gold < len(choices):
         return known[gold]
-    text = str(gold).strip()
+    text = type(gold).__name__ if isinstance(gold, (dict, list)) else str(gold).strip()
     for names in (labels, known, choices):
         if names is not None and text in list(names):
             return known[list(names).index(text)]
-    raise DataError(f"the gold answer {text!r} is none of the {len(choices)} choices; check the answer field.")
+    raise DataError(f"the gold answer {text[:80]!r} is none of the {len(choices)} choices; check the answer field.")
 
 
 def grade_choice(gold: str, text: str, choices: Sequence[str]) -> Grade:

@@ -63,7 +63,7 @@ def is_same_answer(gold: str, answer: str, tolerance: float | None = None) -> bo
         right = numeral_value(answer)
     if left is not None and right is not None:
         return _is_number_equal(gold, answer, left, right, Fraction(tolerance or 0))
-    if canonical_answer(gold) == canonical_answer(answer):
+    if (same := canonical_answer(gold)) is not None and same == canonical_answer(answer):
         return True
     if max(len(gold), len(answer)) > _MAX_ANSWER or _WORDS.fullmatch(bare(gold)):
         return False
