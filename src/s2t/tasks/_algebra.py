@@ -34,53 +34,11 @@ _FUNCTIONS: dict[str, Callable[[Value], Value]] = {
 }  # fmt: skip
 _INVERSES = {name: f"arc{name}" for name in ("sin", "cos", "tan", "cot", "sec", "csc")}
 _OF_MANY = {"max": max, "min": min, "gcd": math.gcd, "lcm": math.lcm}
-_GREEK = set(
-    [
-        "alpha",
-        "beta",
-        "gamma",
-        "delta",
-        "epsilon",
-        "varepsilon",
-        "zeta",
-        "eta",
-        "theta",
-        "vartheta",
-        "iota",
-        "kappa",
-        "lambda",
-        "mu",
-        "nu",
-        "xi",
-        "omicron",
-        "rho",
-        "varrho",
-        "sigma",
-        "varsigma",
-        "tau",
-        "upsilon",
-        "phi",
-        "varphi",
-        "chi",
-        "psi",
-        "omega",
-        "Gamma",
-        "Delta",
-        "Theta",
-        "Lambda",
-        "Xi",
-        "Pi",
-        "Sigma",
-        "Upsilon",
-        "Phi",
-        "Psi",
-        "Omega",
-        "ell",
-        "hbar",
-        "mho",
-        "aleph",
-    ]
-)
+_GREEK = {
+    "alpha", "beta", "gamma", "delta", "epsilon", "varepsilon", "zeta", "eta", "theta", "vartheta", "iota", "kappa", "lambda",
+    "mu", "nu", "xi", "rho", "varrho", "sigma", "varsigma", "tau", "upsilon", "phi", "varphi", "chi", "psi", "omega", "Gamma",
+    "Delta", "Theta", "Lambda", "Xi", "Pi", "Sigma", "Upsilon", "Phi", "Psi", "Omega", "ell", "hbar", "mho", "aleph",
+}  # fmt: skip
 _ACCENTS = {"bar", "overline", "hat", "widehat", "vec", "tilde", "mathbb", "mathcal", "mathfrak", "overrightarrow"}
 _UNKNOWN_FUNCTIONS = {"f", "g", "h", "F", "G", "\\phi", "\\varphi", "\\mho"}
 _TOKEN = re.compile(r"\\[A-Za-z]+|\\.|(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)|[A-Za-z]|\S")
@@ -289,19 +247,8 @@ class _Reader:
 
     def command(self, token: str) -> Expression:
         name = token[1:]
-        if token == "\\pi":
-            return lambda env: +mp.pi
-        if token == "\\infty":
-            return lambda env: mp.inf
-        if name in ("frac", "binom"):
-            over, under = self.argument(), self.argument()
-            return joined(exact.divide if name == "frac" else exact.binomial, over, under)
-        if name == "sqrt":
-            return self.root()
-        if name in _OF_MANY:
-            return self.of_many(_OF_MANY[name])
-        if name in ("sum", "prod"):
-            return self.series(exact.add if name == "sum" else exact.multiply)
+        if name in _READ_BY_NAME:
+            return _READ_BY_NAME[name](self)
         if name in _FUNCTIONS and (name not in _GREEK or self.token == "("):
             return self.function(name)
         if name in _GREEK:
@@ -310,6 +257,10 @@ class _Reader:
             self.symbols.add(full := token + "".join(self.raw_group()) + self.subscript())
             return lambda env: env[full]
         raise Unreadable(f"unknown: {token}")
+
+    def of_two(self, apply: Callable[[Value, Value], Value]) -> Expression:
+        over = self.argument()
+        return joined(apply, over, self.argument())
 
     def raw_group(self) -> list[str]:
         start = self.at
@@ -398,6 +349,18 @@ class _Reader:
             return reduce(join, terms, Fraction(0 if join is exact.add else 1))
 
         return value
+
+
+_READ_BY_NAME: dict[str, Callable[[_Reader], Expression]] = {
+    "pi": lambda _: lambda env: +mp.pi,
+    "infty": lambda _: lambda env: mp.inf,
+    "frac": lambda reader: reader.of_two(exact.divide),
+    "binom": lambda reader: reader.of_two(exact.binomial),
+    "sqrt": lambda reader: reader.root(),
+    "sum": lambda reader: reader.series(exact.add),
+    "prod": lambda reader: reader.series(exact.multiply),
+    **{name: lambda reader, choose=choose: reader.of_many(choose) for name, choose in _OF_MANY.items()},
+}
 
 
 def constant(number: Fraction) -> Expression:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 
-from s2t.tasks.numerals import is_unit, read_number, scales_in, with_long_scales, words_value
+from s2t.tasks.number_words import words_value
+from s2t.tasks.numerals import is_unit, read_number, scales_in, with_long_scales
 from s2t.tasks.thinking import without_thinking
 from s2t.tasks.writing import MAX_TIDIED, bare, tidy
 
@@ -178,7 +180,7 @@ def _from_phrase(phrase: str) -> str | None:
         )
     first, tidied = runs[0], runs[0].before + runs[0].text + runs[0].after
     if len(runs) > 1:
-        between = [tidied[one.end : other.start] for one, other in zip(runs, runs[1:], strict=False)]
+        between = [tidied[one.end : other.start] for one, other in pairwise(runs)]
         rest = tidied[runs[-1].end :].strip(" .")
         if _COMPOUND.fullmatch(between[0]) or (all(_LIST.fullmatch(gap) for gap in between) and len(rest.split()) < 2):
             return tidied[first.start :].strip(" .")
@@ -227,7 +229,7 @@ def _runs(line: str) -> list[_Run]:
     plain = tidy(with_long_scales(_EXCLAIMED.sub("", line)))
     edges = [(0, 0), *((match.start(), match.end()) for match in _PROSE.finditer(plain)), (len(plain), len(plain))]
     found = []
-    for (_, start), (end, _) in zip(edges, edges[1:], strict=False):
+    for (_, start), (end, _) in pairwise(edges):
         if start < end and _DIGIT.search(plain, start, end):
             found.append(_Run(plain[start:end], start, end, plain[:start], plain[end:]))
     return found

@@ -23,7 +23,11 @@ def read_rows(path: Path) -> list[Row]:
     rows: list[Row] = []
     try:
         rows.extend(iter_jsonl(path))
-    except (ValueError, RecursionError, MemoryError) as error:  # what a parser throws at numbers and nesting without end
+    except (
+        ValueError,
+        RecursionError,
+        MemoryError,
+    ) as error:  # what a parser throws at numbers and nesting without end
         read = _count_read(path)
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())[:200]
         raise DataError(f"{path}:{read} cannot be read as JSON: {reason}; fix that line.") from error
@@ -60,7 +64,7 @@ def lines(values: dict[str, Any], name: str, where: str) -> str:
     """A field as text of several lines: a text, or a list of texts."""
     value = _present(values, name, where)
     found = value if isinstance(value, list) else [value]
-    return "\n".join(_checked(item, name, where, "a text or a list of texts", lambda item: isinstance(item, str)) for item in found)
+    return "\n".join(_checked(item, name, where, "a text or a list of texts", _is_text) for item in found)
 
 
 def identifier(values: dict[str, Any], name: str, where: str) -> str:
@@ -84,11 +88,15 @@ def choices(values: dict[str, Any], name: str, where: str) -> tuple[list[str], l
     found, labels = _present(values, name, where), None
     if isinstance(found, dict):
         found, labels = found.get("text"), found.get("label")
-        if labels is not None and not (isinstance(labels, list) and isinstance(found, list) and len(labels) == len(found)):
+        if labels is not None and not (
+            isinstance(labels, list) and isinstance(found, list) and len(labels) == len(found)
+        ):
             raise _wrong(labels, name, where, "a mapping with one label for each text")
     if not isinstance(found, list):
         raise DataError(f"{where}: the choices in {name!r} must be a list of texts; map the field.")
-    return [_plain(choice, name, where) for choice in found], labels and [_plain(label, name, where) for label in labels]
+    return [_plain(choice, name, where) for choice in found], labels and [
+        _plain(label, name, where) for label in labels
+    ]
 
 
 def _present(values: dict[str, Any], name: str, where: str) -> Any:
@@ -107,9 +115,11 @@ def _plain(value: Any, name: str, where: str) -> str:
     """A text or a number as text; whole numbers without a point."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    wanted = "a text, a number or a list of them"
-    is_plain = not (value is None or isinstance(value, (dict, list, bytes)) or (isinstance(value, float) and not math.isfinite(value)))
-    return _checked(str(value) if is_plain else value, name, where, wanted, lambda item: isinstance(item, str) and is_plain)
+    is_endless = isinstance(value, float) and not math.isfinite(value)
+    is_plain = value is not None and not is_endless and not isinstance(value, (dict, list, bytes))
+    return _checked(
+        str(value) if is_plain else value, name, where, "a text, a number or a list of them", lambda _: is_plain
+    )
 
 
 def _checked(value: Any, name: str, where: str, wanted: str, is_right: Callable[[Any], bool]) -> str:
@@ -122,7 +132,13 @@ def _checked(value: Any, name: str, where: str, wanted: str, is_right: Callable[
 
 def _wrong(value: Any, name: str, where: str, wanted: str) -> DataError:
     shown = repr(value) if isinstance(value, (str, int, float)) else type(value).__name__
-    return DataError(f"{where}: the field {name!r} must be {wanted}; got {shown[:_SHOWN]}; fix that line or map another field.")
+    return DataError(
+        f"{where}: the field {name!r} must be {wanted}; got {shown[:_SHOWN]}; fix that line or map another field."
+    )
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def _is_identifier(value: Any) -> bool:

@@ -11,9 +11,12 @@ from fractions import Fraction
 from functools import lru_cache
 
 from s2t.records import Grade
-from s2t.tasks import judge, values
+from s2t.tasks import judge
 from s2t.tasks.extraction import boxed_together, extract_answer, marked_segments
 from s2t.tasks.numerals import numeral_value, parse_number, read_number
+from s2t.tasks.reading import read
+from s2t.tasks.sameness import is_same
+from s2t.tasks.values import leaves
 from s2t.tasks.writing import bare, tidy
 
 __all__ = [
@@ -38,7 +41,7 @@ _EXPLOSIVE = re.compile(rf"{_POWER}[0-9.]+[\s}})]*(?:\^|\*\*)|{_POWER}[0-9]{{6,}
 _EXACT_MARKS = ("/", "frac", "overline")
 _MAX_FORMULA = 400
 _MAX_ANSWER = 3000
-_MAX_ASKED = 400
+_MAX_ASKED, _MAX_BROKEN = 400, 2
 
 
 def grade_math(gold: str, text: str, tolerance: float | None = None) -> Grade:
@@ -67,7 +70,7 @@ def is_same_answer(gold: str, answer: str, tolerance: float | None = None) -> bo
         return True
     if max(len(gold), len(answer)) > _MAX_ANSWER or _WORDS.fullmatch(bare(gold)):
         return False
-    return values.is_same(values.read(gold), values.read(answer), _Formulas().is_same)
+    return is_same(read(gold), read(answer), _Formulas().is_same)
 
 
 def is_readable(answer: str) -> bool:
@@ -75,8 +78,8 @@ def is_readable(answer: str) -> bool:
     if parse_number(answer) is not None:
         return True
     asked = _Formulas()
-    node = values.read(answer)
-    return all(asked.is_readable(leaf) for leaf in values.leaves(node)) and bool(values.leaves(node))
+    found = leaves(read(answer))
+    return bool(found) and all(asked.is_readable(leaf) for leaf in found)
 
 
 def canonical_answer(text: str | None) -> str | None:
@@ -122,42 +125,61 @@ def _agrees_rounded(left: Fraction, right: Fraction) -> bool:
 
 
 class _Formulas:
-    """Compares formulas for one answer, of which only so many are looked at."""
+    """Compares formulas for one answer; of one that breaks or delays the judge, few are looked at."""
 
     def __init__(self) -> None:
-        self._asked = 0
+        self._asked, self._broken = 0, 0
 
     def is_same(self, gold: str, answer: str) -> bool:
         """Whether two tidied formulas, relations or words are the same."""
-        left, right = parse_number(gold), parse_number(answer)
-        if left is not None and right is None:
-            right = numeral_value(answer)
-        elif left is None and _UNIT_IN_LETTERS.search(gold):
-            left, right = numeral_value(gold), numeral_value(answer)
-        if left is not None and right is not None:
-            return _is_number_equal(gold, answer, left, right, Fraction(0))
-        if canonical_answer(gold) == canonical_answer(answer):
-            return True
-        if any(form.fullmatch(gold) and form.fullmatch(answer) for form in (_LETTER, _WORDS)):
-            return False
-        if any(_IN_BASE.fullmatch(side) for side in (gold, answer)):
-            return _same_in_base(gold, answer)
-        if any(len(side) > _MAX_FORMULA or _EXPLOSIVE.search(side) or not side.strip() for side in (gold, answer)):
-            return False
+        found = _same_number(gold, answer)
+        if found is None:
+            found = _same_spelling(gold, answer)
+        return self._has_same_value(gold, answer) if found is None else found
+
+    def _has_same_value(self, gold: str, answer: str) -> bool:
         self._asked += 1
-        if self._asked > _MAX_ASKED:
+        if self._asked > _MAX_ASKED or self._broken > _MAX_BROKEN or not all(map(_is_bounded, (gold, answer))):
             return False
-        one, other = _SIGN.search(gold), _SIGN.search(answer)
-        if one and other:
-            return _proportional(gold, answer)
-        decimals = [_is_decimal(side) for side in (gold, answer)]
-        return one is None and other is None and _judged(gold, answer, decimals[0] != decimals[1])
+        has_sign = [_SIGN.search(side) is not None for side in (gold, answer)]
+        if has_sign[0] != has_sign[1]:
+            return False
+        found = (
+            _proportional(gold, answer)
+            if has_sign[0]
+            else _judged(gold, answer, _is_decimal(gold) != _is_decimal(answer))
+        )
+        self._broken += found is None
+        return bool(found)
 
     def is_readable(self, formula: str) -> bool:
         """Whether all of a tidied formula can be read."""
         if parse_number(formula) is not None or read_number(formula) is not None:
             return True
         return bool(judge.ask("math_verify", kind="parses", text=formula))
+
+
+def _same_number(gold: str, answer: str) -> bool | None:
+    """Whether two plain numbers are equal; None where one is none."""
+    left, right = parse_number(gold), parse_number(answer)
+    if left is not None and right is None:
+        right = numeral_value(answer)
+    elif left is None and _UNIT_IN_LETTERS.search(gold):
+        left, right = numeral_value(gold), numeral_value(answer)
+    return None if left is None or right is None else _is_number_equal(gold, answer, left, right, Fraction(0))
+
+
+def _same_spelling(gold: str, answer: str) -> bool | None:
+    """Whether two texts are equal where their spelling says so; None where their values decide."""
+    if (spelled := canonical_answer(gold)) is not None and spelled == canonical_answer(answer):
+        return True
+    if any(form.fullmatch(gold) and form.fullmatch(answer) for form in (_LETTER, _WORDS)):
+        return False
+    return _same_in_base(gold, answer) if any(_IN_BASE.fullmatch(side) for side in (gold, answer)) else None
+
+
+def _is_bounded(formula: str) -> bool:
+    return formula.strip() != "" and len(formula) <= _MAX_FORMULA and _EXPLOSIVE.search(formula) is None
 
 
 def _is_decimal(text: str) -> bool:
@@ -175,16 +197,16 @@ def _same_in_base(gold: str, answer: str) -> bool:
 
 
 @lru_cache(maxsize=4096)  # votes ask for the same answers again and again
-def _judged(gold: str, answer: str, is_rounded: bool) -> bool:
-    return bool(judge.ask("math_verify", kind="equal", gold=gold, answer=answer, is_rounded=is_rounded))
+def _judged(gold: str, answer: str, is_rounded: bool) -> bool | None:
+    return judge.ask("math_verify", kind="equal", gold=gold, answer=answer, is_rounded=is_rounded)
 
 
 @lru_cache(maxsize=4096)
-def _proportional(gold: str, answer: str) -> bool:
+def _proportional(gold: str, answer: str) -> bool | None:
     """Whether two relations of one sign are the same up to a factor: positive, except for equations."""
     sides = [(_SIGN.split(side, maxsplit=1), _SIGN.findall(side)) for side in (gold, answer)]
     if any(len(signs) != 1 or not all(part.strip() for part in parts) for parts, signs in sides):
         return False
     (first, one), (second, other) = sides
     sign = judge.ask("math_verify", kind="proportion", first=first, second=second)
-    return one == other and bool(sign) and (sign > 0 or one[0] in ("=", "!="))
+    return None if sign is None else one == other and sign != 0 and (sign > 0 or one[0] in ("=", "!="))

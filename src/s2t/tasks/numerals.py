@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
+from s2t.tasks.number_words import DIGIT_WORDS, scale_of, words_value
 from s2t.tasks.writing import bare, tidy
 
 _NUMERAL = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
@@ -41,63 +42,10 @@ _RAISED = r"(?:\s?\^\s?(?:\{\s*-?[0-9]\s*\}|-?[0-9]))?"
 _ONE_UNIT = rf"{_WORD}{_RAISED}"
 _UNIT = re.compile(rf"(?:/\s?)?{_ONE_UNIT}(?:[ '.\"-]*(?:/|\\cdot|\*|-)?\s*{_ONE_UNIT})*['\".]*")
 _FRACTION_UNIT = re.compile(r"\\frac\s*\{([A-Za-z ^0-9]+)\}\s*\{([A-Za-z ^0-9]+)\}")
-_NO_UNITS = set(
-    [
-        "or",
-        "and",
-        "to",
-        "plus",
-        "minus",
-        "times",
-        "over",
-        "divided",
-        "by",
-        "squared",
-        "cubed",
-        "factorial",
-        "if",
-        "where",
-        "when",
-        "but",
-        "not",
-        "than",
-        "half",
-        "point",
-        "with",
-        "without",
-        "unless",
-        "versus",
-        "vs",
-        "except",
-        "mod",
-        "modulo",
-    ]
-)
-_SMALL = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
-)
-_ONES = {word: value for value, word in enumerate([*_SMALL.split(), "eighteen", "nineteen"])}
-_TENS = {
-    word: 20 + 10 * at
-    for at, word in enumerate(["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"])
-}
-_TENS["fourty"] = 40
-_SCALES = {
-    "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "quadrillion": 10**15,
-    "lakh": 10**5, "crore": 10**7, "dozen": 12, "mln": 10**6, "mn": 10**6, "bn": 10**9,
+_NO_UNITS = {
+    "or", "and", "to", "plus", "minus", "times", "over", "divided", "by", "squared", "cubed", "factorial", "if", "where", "when",
+    "but", "not", "than", "half", "point", "with", "without", "unless", "versus", "vs", "except", "mod", "modulo",
 }  # fmt: skip
-_PARTS = {
-    "half": 2,
-    "halve": 2,
-    "third": 3,
-    "quarter": 4,
-    "fourth": 4,
-    "fifth": 5,
-    "sixth": 6,
-    "seventh": 7,
-    "eighth": 8,
-}
-_PARTS |= {"ninth": 9, "tenth": 10, "twentieth": 20, "hundredth": 100, "thousandth": 1000, "millionth": 10**6}
 _SHORT_SCALES = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "bn": 10**9, "mn": 10**6}
 _SHORT = re.compile(r"[$€£]\s*([0-9][0-9,]*(?:\.[0-9]+)?)\s?(k|K|M|B|bn|mn)\b(?![^$\n]*\$)")
 
@@ -120,16 +68,6 @@ def numeral_value(text: str) -> Fraction | None:
     return None if found is None else found[0]
 
 
-def words_value(text: str) -> Fraction | None:
-    """The value of a number in words ("minus twenty-one", "two and a half million", "three quarters"); None for all else."""
-    tokens = text.strip(" .").casefold().replace("-", " ").split()
-    sign = 1
-    if tokens[:1] in (["minus"], ["negative"]):
-        sign, tokens = -1, tokens[1:]
-    value = _words(tokens)
-    return None if value is None else sign * value
-
-
 def with_long_scales(text: str) -> str:
     """The text with "$5k" and "$1.5M" written out."""
     return _SHORT.sub(
@@ -141,7 +79,7 @@ def scales_in(words: str) -> str:
     """The words of scale at the beginning of a text: "million" of "million people"."""
     found = []
     for word in words.split()[:3]:
-        if _scale(word) is None:
+        if scale_of(word) is None:
             break
         found.append(word)
     return " ".join(found)
@@ -149,7 +87,7 @@ def scales_in(words: str) -> str:
 
 def is_unit(words: str) -> bool:
     """Whether words may be a unit, and neither scale nor change the number before them."""
-    return not any(word in _NO_UNITS or _scale(word) is not None for word in re.findall("[a-z]+", words.lower()))
+    return not any(word in _NO_UNITS or scale_of(word) is not None for word in re.findall("[a-z]+", words.lower()))
 
 
 def _number(text: str, bare_units: bool) -> tuple[Fraction, str] | None:
@@ -235,24 +173,14 @@ def _factor(rest: str, bare_units: bool) -> Fraction | None:
     rest = _FRACTION_UNIT.sub(r" \1 / \2 ", _TEXT.sub(r" \1 ", rest))
     words = _PERCENT.sub(" ", _DEGREE.sub(" ", rest), count=1).replace("(s)", "s").split()
     factor = Fraction(1)
-    while words and not _PERCENT.search(rest) and (scale := _scale(words[0])) is not None:
+    while words and not _PERCENT.search(rest) and (scale := scale_of(words[0])) is not None:
         factor, words = factor * scale, words[1:]
-    if "\\%" in rest and words and _scale(words[0]) is not None:
+    if "\\%" in rest and words and scale_of(words[0]) is not None:
         return None
     rest = " ".join(words).strip()
     if rest and (_UNIT.fullmatch(rest) is None or set(re.findall("[a-z]+", rest.lower())) & _NO_UNITS):
         return None
     return factor
-
-
-def _scale(word: str) -> Fraction | None:
-    word = word.lower().strip(".,")
-    single = word.removesuffix("s")
-    if word in _SCALES or single in _SCALES:
-        return Fraction(_SCALES.get(word, _SCALES.get(single, 1)))
-    if word.endswith("s") and single in _PARTS and single != "quarter":
-        return Fraction(1, _PARTS[single])
-    return None
 
 
 def _without_remark(plain: str) -> str:
@@ -278,62 +206,7 @@ def _in_words(plain: str) -> tuple[Fraction, str] | None:
         value = words_value(" ".join(words[:end]))
         if value is not None:
             rest = {word.lower().strip(".-") for word in words[end:]}
-            if rest & (_NO_UNITS | _ONES.keys() | _TENS.keys()):
+            if rest & (_NO_UNITS | DIGIT_WORDS):
                 return None
             return value, f"{value}{'%' * bool(_PERCENT.match(' '.join(words[end:])))}"
     return None
-
-
-def _words(tokens: list[str]) -> Fraction | None:
-    """The value of number words; every word has to have its place."""
-    total, part, has_any = Fraction(0), Fraction(0), False
-    last, place = 10**18, 0
-    while place < len(tokens):
-        word = tokens[place]
-        single = word.removesuffix("s")
-        if word in ("a", "an"):
-            if place + 1 >= len(tokens) or not (tokens[place + 1] in _SCALES or tokens[place + 1] in _PARTS):
-                return None
-            part += 1
-        elif word in _ONES:
-            if part % 10 and part % 100:
-                return None
-            if part % 100 and (_ONES[word] == 0 or _ONES[word] > 9):
-                return None
-            part += _ONES[word]
-        elif word in _TENS:
-            if part % 100:
-                return None
-            part += _TENS[word]
-        elif word == "and":
-            if not has_any or place + 1 == len(tokens):
-                return None
-            if (
-                tokens[place + 1] in ("a", "an", "one")
-                and tokens[place + 2 : place + 3]
-                and tokens[place + 2] in _PARTS
-            ):
-                total, part = total + part + Fraction(1, _PARTS[tokens[place + 2]]), Fraction(0)
-                place += 3
-                continue
-        elif word == "point":
-            digits = [str(_ONES[digit]) for digit in tokens[place + 1 :] if _ONES.get(digit, 10) < 10]
-            if not has_any or not digits or len(digits) != len(tokens) - place - 1:
-                return None
-            return total + part + Fraction("0." + "".join(digits))
-        elif word == "hundred" or word == "hundreds":
-            if not 0 < part < 100:
-                return None
-            part *= 100
-        elif word in _SCALES:
-            scale = _SCALES[word]
-            if not has_any or scale >= last:
-                return None
-            total, part, last = (total + part * scale, Fraction(0), scale) if part else (total * scale, part, scale)
-        elif single in _PARTS and place == len(tokens) - 1 and (has_any or single == "half"):
-            return total + (part if has_any else 1) * Fraction(1, _PARTS[single])
-        else:
-            return None
-        has_any = True
-        place += 1
-    return total + part if has_any else None

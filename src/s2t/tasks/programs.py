@@ -17,7 +17,9 @@ from s2t.tasks.thinking import without_thinking
 _FENCE_LINE = re.compile(r"[ \t]*(?:>[ \t]?)?(`{3,}|~{3,})[ \t]*([\w+-]*)[^`\n]*")
 _PYTHON = {"", "python", "py", "python3"}
 _FUTURE = re.compile(r"^from __future__ import [^\n]*\n?", re.MULTILINE)
-_STATEMENT = re.compile(r"[ \t]*(?:return|yield|raise|pass|for|while|if|try|with|assert|def|global|nonlocal)\b|[^=\n]+=(?!=)")
+_STATEMENT = re.compile(
+    r"[ \t]*(?:return|yield|raise|pass|for|while|if|try|with|assert|def|global|nonlocal)\b|[^=\n]+=(?!=)"
+)
 _INDENT = "    "
 _MAX_CUTS = 100
 _MAX_COMPILED = 4_000_000  # characters in all, while a text is searched for code

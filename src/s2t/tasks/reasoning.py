@@ -110,7 +110,7 @@ class ReasoningTask(Task):
     def _dataset(self, seed: int, size: int) -> Any:
         factory, config_class = _registered(self.name)
         with _settings_of(self.name):
-            config = config_class(**self.settings, seed=seed, size=size)
+            config = config_class(**_parts(self.name, self.settings), seed=seed, size=size)
             getattr(config, "validate", bool)()  # some check themselves when they are made
             return factory(config=config)
 
@@ -182,6 +182,18 @@ def _is_small(number: str, max_number: int) -> bool:
 def _json_safe(value: Any) -> Any:
     """The value as JSON gives it back; a value without JSON form becomes null, such a key is dropped."""
     return json.loads(json.dumps(value, default=lambda _: None, skipkeys=True))
+
+
+def _parts(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings as the generator wants them: the parts of a composite one are named "chain_sum+word_sorting"."""
+    if name != "composite":
+        return settings
+    from reasoning_gym.composite import DatasetSpec
+
+    names = str(settings.get("datasets") or "").split("+")
+    if not all(names):
+        raise ValueError("it needs datasets=NAME+NAME")
+    return settings | {"datasets": [DatasetSpec(part, 1.0, {}) for part in names]}
 
 
 def _max_number(text: str | None) -> int | None:

@@ -53,103 +53,22 @@ _SPELLED = {
     "textminus": "-",
 }  # fmt: skip
 _DROPPED = [
-    "left",
-    "right",
-    "middle",
-    "displaystyle",
-    "textstyle",
-    "scriptstyle",
-    "limits",
-    "nolimits",
-    "quad",
-    "qquad",
-    "enspace",
-    "enskip",
-    "thinspace",
-    "medspace",
-    "thickspace",
-    "negthinspace",
-    "space",
-    "nobreakspace",
-    "big",
-    "Big",
-    "bigg",
-    "Bigg",
-    "bigl",
-    "bigr",
-    "Bigl",
-    "Bigr",
-    "biggl",
-    "biggr",
-    "Biggl",
-    "Biggr",
-    "bigm",
-    "Bigm",
-    "rm",
-    "bf",
-    "it",
-    "mathstrut",
-    "strut",
-    "noindent",
-    "therefore",
-    "thus",
-    "hfill",
-    "newline",
-    "limits",
-    "allowbreak",
-    "nonumber",
-]
+    "left", "right", "middle", "displaystyle", "textstyle", "scriptstyle", "limits", "nolimits", "quad", "qquad", "enspace",
+    "enskip", "thinspace", "medspace", "thickspace", "negthinspace", "space", "nobreakspace", "big", "Big", "bigg", "Bigg",
+    "bigl", "bigr", "Bigl", "Bigr", "biggl", "biggr", "Biggl", "Biggr", "bigm", "Bigm", "rm", "bf", "it", "mathstrut",
+    "strut", "noindent", "therefore", "thus", "hfill", "newline", "limits", "allowbreak", "nonumber",
+]  # fmt: skip
 _UNWRAPPED = [
-    "boxed",
-    "fbox",
-    "mathbf",
-    "mathit",
-    "mathsf",
-    "mathtt",
-    "mathnormal",
-    "boldsymbol",
-    "bm",
-    "underline",
-    "underbrace",
-    "ensuremath",
-    "displaylines",
-    "emph",
-    "pmb",
-    "mathop",
-    "mathord",
-]
-_TEXTS = ["text", "textbf", "textit", "textrm", "textnormal", "texttt", "textsf", "textsc", "textup", "mbox", "hbox"]
+    "boxed", "fbox", "mathbf", "mathit", "mathsf", "mathtt", "mathnormal", "boldsymbol", "bm", "underline", "underbrace",
+    "ensuremath", "displaylines", "emph", "pmb", "mathop", "mathord",
+]  # fmt: skip
+_TEXTS = [
+    "text", "textbf", "textit", "textrm", "textnormal", "texttt", "textsf", "textsc", "textup", "mbox", "hbox",
+]  # fmt: skip
 _FUNCTIONS = [
-    "arcsin",
-    "arccos",
-    "arctan",
-    "arccot",
-    "arcsec",
-    "arccsc",
-    "arsinh",
-    "arcosh",
-    "artanh",
-    "sinh",
-    "cosh",
-    "tanh",
-    "coth",
-    "sin",
-    "cos",
-    "tan",
-    "cot",
-    "sec",
-    "csc",
-    "log",
-    "ln",
-    "lg",
-    "exp",
-    "max",
-    "min",
-    "gcd",
-    "lcm",
-    "sqrt",
-    "cbrt",
-]
+    "arcsin", "arccos", "arctan", "arccot", "arcsec", "arccsc", "arsinh", "arcosh", "artanh", "sinh", "cosh", "tanh", "coth",
+    "sin", "cos", "tan", "cot", "sec", "csc", "log", "ln", "lg", "exp", "max", "min", "gcd", "lcm", "sqrt", "cbrt",
+]  # fmt: skip
 _WORDS = [*_FUNCTIONS, "pi", "infty", "theta", "alpha", "beta", "lambda", "omega"]
 _COMMAND = re.compile(r"\\([A-Za-z]+)\s*")
 _DROP = re.compile(r"\\(?:hspace|vspace|phantom|hphantom|label|tag|color)\*?\s*\{[^{}]*\}|\\text(?:\s*\{\s*\})")
@@ -215,9 +134,14 @@ def closing(text: str, start: int) -> int:
 def _as_ascii(text: str) -> str:
     text = _RAISED_RUN.sub(lambda run: "^{" + "".join(_RAISED[sign] for sign in run[0]) + "}", text)
     text = _LOWERED_RUN.sub(lambda run: "_{" + "".join(_LOWERED[sign] for sign in run[0]) + "}", text)
-    text = _VULGAR.sub(lambda sign: "\\frac{%s}{%s}" % tuple(unicodedata.normalize("NFKD", sign[0]).split("⁄")), text)
+    text = _VULGAR.sub(lambda sign: _fraction(sign[0]), text)
     text = _ROOT.sub(lambda root: f"\\sqrt{{{root[1]}}}" if root[1] else "\\sqrt ", text)
     return unicodedata.normalize("NFKC", text.translate(_SIGNS_TABLE)).translate(_SIGNS_TABLE)
+
+
+def _fraction(sign: str) -> str:
+    over, under = unicodedata.normalize("NFKD", sign).split("⁄")
+    return f"\\frac{{{over}}}{{{under}}}"
 
 
 def _without_markup(text: str) -> str:
