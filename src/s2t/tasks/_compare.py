@@ -17,6 +17,7 @@ from mpmath import mp
 
 _DIGITS = ((300, 1000), (60, 200))  # rough and fine, without variables and with them
 _KINDS, _KINDS_OF_STEPS = 4, 24  # of real points; whole numbers are tried where those have no value
+_NEGATIVE = 3  # the kind of point below zero
 _WHOLE = (-5, -12, -19, -33)
 _MIN_POINTS = 2
 _FOR_THE_LIBRARY = re.compile(r"\\(?:int|lim|sum|prod)(?![A-Za-z])")
@@ -69,17 +70,18 @@ def _points(names: frozenset[str], formulas: tuple[Formula, ...]) -> Iterator[En
         if kind < 0 and found and count == _KINDS:
             return
         env = {name: point_of(name, kind) for name in names}
-        if _has_values(formulas, env):
+        if _has_values(formulas, env, is_real=kind == _NEGATIVE):
             found = found or kind >= 0
             yield env
 
 
-def _has_values(formulas: tuple[Formula, ...], env: Env) -> bool:
+def _has_values(formulas: tuple[Formula, ...], env: Env, is_real: bool) -> bool:
+    """Whether all have a finite value; real, where roots of negative numbers would have several."""
     try:
         values = [exact.to_mp(formula.value(env)) for formula in formulas]
     except (Unreadable, ZeroDivisionError):
         return False
-    return all(mp.isfinite(value) for value in values)
+    return all(mp.isfinite(value) and not (is_real and mp.im(value)) for value in values)
 
 
 def _is_same(left: Formula, right: Formula, env: Env, digits: tuple[int, int]) -> bool:

@@ -24,7 +24,7 @@ _COPULA = re.compile(
 _MATH = re.compile(r"\$+[^$]+\$+|\\\(.+?\\\)|\\\[.+?\\\]")
 _JOINS = re.compile(r"[\s,;]*(?:and|or)?[\s,;]*")
 _PROSE = re.compile(
-    r"\\text\s*\{[^{}]*\}|(?<![A-Za-z\\{_])[A-Za-z]{2,}(?:'[a-z]+)?|(?<![^\s,])[A-Za-z]\s+(?=[0-9])|[,;:?](?=\s|$)|\.(?=\s|$)"
+    r"(?<=[A-Za-z\s])\\ldots(?![A-Za-z])|\\text\s*\{[^{}]*\}|(?<![A-Za-z\\{_])[A-Za-z]{2,}(?:'[a-z]+)?|(?<![^\s,])[A-Za-z]\s+(?=[0-9])|[,;:?](?=\s|$)|\.(?=\s|$)"
     r"|(?<=[\w)}%])\s+\((?=\s*[A-Za-z]{2})|(?<=[\w)}%])\s+\((?=[^()]*[A-Za-z]{3}[^()]*\))|#+\s|\s\|\s"
 )
 _SENTENCE_END = re.compile(r"(?<=[^\s.])[.?](?=\s|$)|\n|(?<=\s)[—](?=\s)")
@@ -245,7 +245,7 @@ def _number_of(run: _Run, is_last: bool) -> str:
         return text.rpartition("-")[2]
     if _MORE.match(run.after):
         return bare(f"{text} {run.after}")
-    if re.search(r"\b(?:minus|negative)\s*$", run.before, re.IGNORECASE):
+    if re.search(r"\b(?:minus|negative)\s*\}?\s*$", run.before, re.IGNORECASE):
         text = f"-{text}"
     scales = scales_in(run.after)
     if scales and _plain_number(text) is not None:

@@ -14,7 +14,7 @@ from s2t.records import Grade
 from s2t.tasks import judge
 from s2t.tasks.extraction import boxed_together, extract_answer, marked_segments
 from s2t.tasks.numerals import numeral_value, parse_number, read_number
-from s2t.tasks.reading import read
+from s2t.tasks.reading import read, split
 from s2t.tasks.sameness import is_same
 from s2t.tasks.values import leaves
 from s2t.tasks.writing import bare, tidy
@@ -141,14 +141,13 @@ class _Formulas:
         self._asked += 1
         if self._asked > _MAX_ASKED or self._broken > _MAX_BROKEN or not all(map(_is_bounded, (gold, answer))):
             return False
-        has_sign = [_SIGN.search(side) is not None for side in (gold, answer)]
+        has_sign = [len(split(side, _SIGN)[0]) > 1 for side in (gold, answer)]
         if has_sign[0] != has_sign[1]:
             return False
-        found = (
-            _proportional(gold, answer)
-            if has_sign[0]
-            else _judged(gold, answer, _is_decimal(gold) != _is_decimal(answer))
-        )
+        if has_sign[0]:
+            found = _proportional(gold, answer)
+        else:
+            found = _judged(_as_formula(gold), _as_formula(answer), _is_decimal(gold) != _is_decimal(answer))
         self._broken += found is None
         return bool(found)
 
@@ -182,6 +181,14 @@ def _is_bounded(formula: str) -> bool:
     return formula.strip() != "" and len(formula) <= _MAX_FORMULA and _EXPLOSIVE.search(formula) is None
 
 
+def _as_formula(text: str) -> str:
+    """A plain number with nothing but digits; other formulas as they are."""
+    value = parse_number(text)
+    if value is None and re.search(r"[a-z]{4,}", text):
+        value = numeral_value(text)
+    return text if value is None or _has_percent(text) else f"({value})"
+
+
 def _is_decimal(text: str) -> bool:
     return "." in text and parse_number(text) is not None
 
@@ -204,7 +211,7 @@ def _judged(gold: str, answer: str, is_rounded: bool) -> bool | None:
 @lru_cache(maxsize=4096)
 def _proportional(gold: str, answer: str) -> bool | None:
     """Whether two relations of one sign are the same up to a factor: positive, except for equations."""
-    sides = [(_SIGN.split(side, maxsplit=1), _SIGN.findall(side)) for side in (gold, answer)]
+    sides = [split(side, _SIGN) for side in (gold, answer)]
     if any(len(signs) != 1 or not all(part.strip() for part in parts) for parts, signs in sides):
         return False
     (first, one), (second, other) = sides

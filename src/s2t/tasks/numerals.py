@@ -34,7 +34,7 @@ _ABOUT = re.compile(
     r"(?:\\approx|~|≈|=|:|exactly|approximately|approx\.?|about|around|roughly|nearly|only|just|(?:a|the)?\s*total(?: of)?)\s*",
     re.IGNORECASE,
 )
-_MINUS = re.compile(r"(?:minus|negative)\s+", re.IGNORECASE)
+_MINUS = re.compile(r"(?:\\text\s*\{\s*)?(?:minus|negative)(?:\s*\}\s*|\s+)", re.IGNORECASE)
 _DEGREE = re.compile(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})\s*")
 # A letter that mathematics uses for a variable is no unit: "12x", but "12 m".
 _WORD = r"(?![abeijknpqrtuvwxyz](?![A-Za-z]))(?:[A-Za-z]{1,24}|\\mu\s?[A-Za-z]{0,4}|\\Omega)"

@@ -33,8 +33,11 @@ _DOMAIN = re.compile(
     r"|(?:\\text\s*\{)?\s*(?:is|are)?\s*(?:an?|any|some|arbitrary|integers?|positive|natural|real|numbers?|constants?|\s)+\}?)"
 )
 _FRENCH = re.compile(r"\](?P<low>[^\[\]]+)[,;](?P<high>[^\[\]]+)\[")
-_MATRIX = re.compile(r"\\begin\s*\{([a-z]*matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\s*\{\1\}")
+_MATRIX = re.compile(r"\\begin\s*\{([pbB]?matrix|smallmatrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\s*\{\1\}")
 _BASE = re.compile(r"\(?([0-9A-Z]+)\)?_\{?([0-9]+)\}?")
+_TRAILING_UNIT = re.compile(
+    r"(?<=[})0-9])\s+((?:square |cubic )?(?:cm|mm|km|kg|ft|[a-z]{4,}))(?:\s?\^\s?\{?-?[0-9]\}?)?$"
+)
 _CLOCK = re.compile(r"([0-9]{1,2}:[0-9]{2})(?:\s*(?:\\text\s*\{\s*)?[AaPp]\.?\s?[Mm]\.?\s*\}?)?")
 _PLUS_MINUS = re.compile(r"\\(pm|mp)(?![A-Za-z])")
 _TRAILING_TEXT = re.compile(r"\s*\\text\s*\{([^{}0-9]*)\}(?:\^\{?-?[0-9]\}?)?$")
@@ -249,7 +252,8 @@ def _bracketed(text: str, depth: int) -> Node | None:
 def _inside(text: str, depth: int) -> tuple[Node, ...] | None:
     """The items between two brackets; None where one is missing."""
     parts = [part.strip() for part in split(text, re.compile("[,;]"))[0]]
-    return _all_read(parts, depth) if all(parts) else None
+    items = _all_read(parts, depth) if all(parts) else None
+    return None if items is None or Union() in items else items
 
 
 def _all_read(parts: list[str], depth: int) -> tuple[Node, ...]:
@@ -283,7 +287,7 @@ def _closes_early(text: str) -> bool:
 
 
 def _leaf(text: str, depth: int) -> Node:
-    match = _TRAILING_TEXT.search(text)
+    match = _TRAILING_TEXT.search(text) or _TRAILING_UNIT.search(text)
     cut = text[: match.start()] if match and is_unit(match[1]) else text
     if cut.strip() and cut != text:
         return _read(cut, depth + 1)
@@ -299,7 +303,7 @@ def range_of(node: Node | None) -> Interval | Union | None:
     if isinstance(node, Items):
         if node.kind == "tuple" and len(node.items) == 2:
             return Interval(*node.items, True, True)
-        return Union(tuple(_point(item) for item in node.items)) if node.kind == "list" else None
+        return _union([_part(item) for item in node.items]) if node.kind == "list" else None
     if isinstance(node, Leaf):
         return _point(node) if node.text else None
     return node if isinstance(node, (Interval, Union)) else None
@@ -316,6 +320,13 @@ def _solved(relation: Relation) -> Interval | Union | None:
     below = Interval(MINUS_INFINITY, bound, True, sign in ("<", "!="))
     above = Interval(bound, INFINITY, sign in (">", "!="), True)
     return Union((below, above)) if sign == "!=" else below if sign in ("<", "<=") else above
+
+
+def _part(node: Node) -> Interval | Union:
+    """An item of a list of numbers and intervals."""
+    is_pair = isinstance(node, Items) and node.kind == "tuple" and len(node.items) == 2
+    found = range_of(node) if is_pair or isinstance(node, (Interval, Union)) else None
+    return _point(node) if found is None else found
 
 
 def _point(node: Node) -> Interval:

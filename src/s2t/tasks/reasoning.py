@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -109,7 +110,8 @@ class ReasoningTask(Task):
 
     def _dataset(self, seed: int, size: int) -> Any:
         factory, config_class = _registered(self.name)
-        with _settings_of(self.name):
+        with _settings_of(self.name), warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)  # the data of some is read from files left open
             config = config_class(**_parts(self.name, self.settings), seed=seed, size=size)
             getattr(config, "validate", bool)()  # some check themselves when they are made
             return factory(config=config)

@@ -93,7 +93,8 @@ class _Comparison:
     def _relations(self, gold: Relation, answer: Relation) -> bool:
         if gold.sign == answer.sign == "=" and is_name(gold.left) and is_name(answer.left):
             value = _under_name(answer, gold.left)
-            return value is not None and self.is_same(gold.value, value)
+            if value is not None:
+                return self.is_same(gold.value, value)
         ways = (answer, Relation(answer.right, FLIPPED[answer.sign], answer.left, Leaf(answer.left)))
         for way in ways:
             if (

@@ -27,7 +27,8 @@ _SIGNS = {
     "∉": "\\notin ", "ℝ": "\\mathbb{R}", "ℤ": "\\mathbb{Z}", "ℕ": "\\mathbb{N}", "ℚ": "\\mathbb{Q}", "ℂ": "\\mathbb{C}",
     "°": "^\\circ ", "º": "^\\circ ", "⌊": "\\lfloor ", "⌋": "\\rfloor ", "⌈": "\\lceil ", "⌉": "\\rceil ", "∖": "\\setminus ",
     "∧": "\\land ", "∨": "\\lor ", "∗": "*", "∣": "|", "⟨": "\\langle ", "⟩": "\\rangle ", "∑": "\\sum ", "∏": "\\prod ",
-    "∫": "\\int ", "℃": "^\\circ C", "℉": "^\\circ F", "、": ",", "∶": ":", "∛": "\\sqrt[3]", "∜": "\\sqrt[4]", "ℓ": "\\ell ",
+    "¢": " cents ", "∫": "\\int ", "℃": "^\\circ C", "℉": "^\\circ F", "、": ",", "∶": ":", "∛": "\\sqrt[3]",
+    "∜": "\\sqrt[4]", "ℓ": "\\ell ",
     **{sign: f"\\{name} " for sign, name in _GREEK_NAMES.items()},
 }  # fmt: skip
 _SIGNS_TABLE = str.maketrans(_SIGNS)
@@ -100,6 +101,7 @@ def tidy(text: str) -> str:
     plain = _MODULO.sub("", _BLACKBOARD.sub(r"\\mathbb{\1}", _CHOOSE.sub(_chosen, plain)))
     plain = _PLAIN_LOG.sub(r"\\log_{\1}", _INFINITY.sub(r"\\infty ", plain))
     plain = _PLAIN_WORD.sub(r"\\\1 ", plain)
+    plain = re.sub(r"\.{2,}", r"\\ldots ", plain)
     plain = re.sub(r"<=", r"\\le ", re.sub(r">=", r"\\ge ", re.sub(r"!=|<>|=/=", r"\\ne ", plain)))
     plain = _STARS.sub(lambda stars: "^" if stars[1] else " ", plain.replace("+/-", "\\pm ").replace("==", "="))
     return " ".join(plain.split())
