@@ -26,6 +26,7 @@ LAYERS = ("namespaces", "uid", "landlock")
 _JAIL = Path(__file__).with_name("_jail.py")
 _MAX_REPLY = 16_384
 _MAX_ERROR = 1000
+_VERDICTS = ("passed", "failed")
 _ENVIRONMENT = {"LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
@@ -137,16 +138,17 @@ def _read(reply: bytes, nonce: str) -> Outcome:
     ready = _line(first, nonce)
     if ready.get("status") == "unavailable":
         return Outcome("unavailable", str(ready.get("error", "")))
-    verdict = _line(second, nonce)
-    if ready.get("status") != "ready" or verdict.get("status") not in ("passed", "failed"):
+    verdict = _line(second.removesuffix(b"\n"), nonce)
+    if ready.get("status") != "ready" or verdict.get("status") not in _VERDICTS:
         return Outcome("died", "the process ended before the program did")
     return Outcome(verdict["status"], str(verdict.get("error", ""))[:_MAX_ERROR], tuple(ready["layers"]))
 
 
 def _line(text: bytes, nonce: str) -> dict[str, Any]:
-    """The object that a line holds with the job's nonce; empty for anything else."""
+    """The object that a line holds with the job's nonce; empty for anything else, were it one byte more."""
     try:
         values = json.loads(text)
+        is_whole = isinstance(values, dict) and json.dumps(values).encode() == text
     except (ValueError, RecursionError):
         return {}
-    return values if isinstance(values, dict) and values.get("nonce") == nonce else {}
+    return values if is_whole and values.get("nonce") == nonce else {}
