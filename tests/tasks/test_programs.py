@@ -136,7 +136,7 @@ def test_canonical_solutions_pass_as_whole_functions_and_an_empty_body_fails():
 GUARDS = [
     'if __name__ == "__main__":\n    print(double([int(input())]))\n',
     'if __name__ == "__main__":\n    import unittest\n    unittest.main()\n',
-    "if __name__ == '__main__':\n    import argparse as a\n    p = a.ArgumentParser()\n    p.add_argument('n')\n    p.parse_args()\n",
+    "if __name__ == '__main__':\n    import argparse\n    argparse.ArgumentParser().parse_args(['-x'])\n",
     "if '__main__' == __name__: raise SystemExit(0)\n",
     "match __name__:\n    case '__main__':\n        while True: pass\n",
 ]

@@ -18,7 +18,7 @@ import _exact as exact  # pyright: ignore[reportMissingImports]  (a script besid
 from mpmath import mp
 
 Unreadable = exact.Unreadable
-Value = exact.Value
+Value = Any  # a Fraction where exact, else a number of mpmath
 Env = dict[str, Value]
 Expression = Callable[[Env], Value]
 

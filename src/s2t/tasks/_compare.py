@@ -132,7 +132,8 @@ def _by_library(text: str) -> Formula:
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 
     config = ConversionConfig(interpret_as_mixed_fractions=False, lowercase_symbols=False)
-    found = latex2sympy(text, is_real=True, normalization_config=None, conversion_config=config).doit()
+    parsed: Any = latex2sympy(text, is_real=True, normalization_config=None, conversion_config=config)
+    found = parsed.doit()
     if not found.is_number and not found.free_symbols:
         raise Unreadable("no number")
     by_name = {str(symbol): symbol for symbol in found.free_symbols}

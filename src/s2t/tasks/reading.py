@@ -242,10 +242,12 @@ def _bracketed(text: str, depth: int) -> Node | None:
     for opening, closing_mark in (("\\{", "\\}"), ("\\langle", "\\rangle")):
         if text.startswith(opening) and text.endswith(closing_mark):
             items = _inside(text[len(opening) : -len(closing_mark)], depth)
-            return items and (_flat_list(items) if opening == "\\{" else Items("tuple", items))
+            if items is None:
+                return None
+            return _flat_list(items) if opening == "\\{" else Items("tuple", items)
     if text[:1] in ("(", "[") and text[-1:] in (")", "]") and not _closes_early(text):
         items = _inside(text[1:-1], depth)
-        return items and _in_brackets(items, text[0] + text[-1])
+        return None if items is None else _in_brackets(items, text[0] + text[-1])
     return None
 
 
