@@ -7,6 +7,7 @@ import os
 import random
 import re
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
