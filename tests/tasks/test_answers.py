@@ -206,6 +206,35 @@ def test_every_gold_passes_for_itself_in_other_dress():
         assert grade_math(gold, f"<think>\\boxed{{-1}}</think>\n$\\boxed{{ {gold} }}$.").is_correct, gold
 
 
+def written(rng: random.Random, depth: int) -> tuple[str, Fraction, bool]:
+    """An expression of numbers as people write it, its value, and whether it may be a factor as it stands."""
+    if depth == 0:
+        number = rng.randrange(10)
+        return str(number), Fraction(number), True
+    (left, one, is_factor), (right, other, _) = written(rng, depth - 1), written(rng, rng.randrange(depth))
+    if rng.random() < 0.3:
+        return f"{left}+({right})", one + other, False
+    if rng.random() < 0.3:
+        return f"{left}-({right})", one - other, False
+    if rng.random() < 0.3:
+        return f"{left if is_factor else f'({left})'}{rng.choice(TIMES)}({right})", one * other, True
+    if rng.random() < 0.3 and other:
+        return f"\\frac{{{left}}}{{{right}}}", one / other, True
+    is_root = rng.random() < 0.5
+    return f"\\sqrt{{({left})^2}}" if is_root else f"\\left({left}\\right)^{{2}}", abs(one) if is_root else one**2, True
+
+
+TIMES = ["\\cdot ", "\\times ", "*", "·", "×", ""]
+
+
+def test_written_expressions_have_their_value_and_no_other():
+    rng = random.Random(1)
+    for _ in range(400):
+        text, value, _ = written(rng, rng.randrange(1, 5))
+        assert is_same_answer(str(value), text), text
+        assert not is_same_answer(str(value + 1), text), text
+
+
 PARTS = [
     *"0123456789 ,.+-*/^_()[]{}=<>!%$&|'`#~",
     "\\frac",
