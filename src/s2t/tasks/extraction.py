@@ -24,20 +24,24 @@ _COPULA = re.compile(
 _MATH = re.compile(r"\$+[^$]+\$+|\\\(.+?\\\)|\\\[.+?\\\]")
 _JOINS = re.compile(r"[\s,;]*(?:and|or)?[\s,;]*")
 _PROSE = re.compile(
-    r"(?<=[A-Za-z\s])\\ldots(?![A-Za-z])|\\text\s*\{[^{}]*\}|(?<![A-Za-z\\{_])[A-Za-z]{2,}(?:'[a-z]+)?|(?<![^\s,])[A-Za-z]\s+(?=[0-9])|[,;:?](?=\s|$)|\.(?=\s|$)"
+    r"(?<=[A-Za-z\s])\\ldots(?![A-Za-z])|\\text\s*\{[^{}]*\}|(?<![A-Za-z\\{_])[A-Za-z]{2,}(?:'[a-z]+)?|(?<![^\s,])[A-Za-z]\s+(?=[0-9])|[,;?](?=\s|$)|(?<!\s):(?=\s|$)|\\Rightarrow(?![A-Za-z])|(?<!\S)\([a-h]\)(?=\s)|\.(?=\s|$)"
     r"|(?<=[\w)}%])\s+\((?=\s*[A-Za-z]{2})|(?<=[\w)}%])\s+\((?=[^()]*[A-Za-z]{3}[^()]*\))|#+\s|\s\|\s"
 )
 _SENTENCE_END = re.compile(r"(?<=[^\s.])[.?](?=\s|$)|\n|(?<=\s)[—](?=\s)")
 _DIGIT = re.compile(r"[0-9½⅓⅔¼¾⅛-⅞⁰-⁹𝟎-𝟿]")
 _LIST = re.compile(r"\s*(?:,|;|and|or|,\s*and|,\s*or)\s*|\s*\\text\s*\{\s*,?\s*(?:and|or)\s*\}\s*")
 _MORE = re.compile(
-    r"\s*(?:squared|cubed|factorial|(?:and\s+)?(?:a|one)\s+(?:half|third|quarter)|and\s+\\frac|plus|minus|times|divided|or\s+more)\b"
+    r"\s*(?:squared|cubed|factorial|(?:and\s+)?(?:a|one)\s+(?:half|third|quarter)|and\s+\\frac|plus|minus|times|divided|or\s+more|to\s+[0-9]+)\b"
 )
 _COMPOUND = re.compile(r"\s*[A-Za-z]+,?\s+and\s*")
 _HEDGED = re.compile(
     r"\b(?:not|no|than|least|most|under|between|or|and|half|squared|cubed|factorial|except|never|cannot)\b", re.I
 )
 _EXCLAIMED = re.compile(r"(?<=[\w)}%])!(?=\s*$|\s+[A-Z])")  # the end of a sentence, and no factorial
+_HEDGE = re.compile(
+    r"\b(?:not|isn't|cannot be|can't be|never|at least|at most|(?:more|less|fewer|greater|smaller|larger|other) than)\s*$",
+    re.I,
+)
 _RANGE = re.compile(r"[0-9][0-9.,]*(?:-[0-9][0-9.,]*)+")
 _WHOLE_HOUR = re.compile(r"([0-9]{1,2}):00")
 _NAME = re.compile(r"\s*[A-Za-z]\s*")
@@ -245,6 +249,8 @@ def _number_of(run: _Run, is_last: bool) -> str:
         return text.rpartition("-")[2]
     if _MORE.match(run.after):
         return bare(f"{text} {run.after}")
+    if hedge := _HEDGE.search(run.before):
+        return bare(f"{hedge[0]} {text}")
     if re.search(r"\b(?:minus|negative)\s*\}?\s*$", run.before, re.IGNORECASE):
         text = f"-{text}"
     scales = scales_in(run.after)
@@ -255,7 +261,7 @@ def _number_of(run: _Run, is_last: bool) -> str:
 
 def _trimmed(text: str) -> str:
     """The run without punctuation and brackets that belong to the sentence."""
-    text = re.sub(r"\s+-$", "", bare(text).rstrip("\"' "))
+    text = re.sub(r"\s+-$", "", bare(text).strip("\"' "))
     for opening, closing in ("()", "{}", "[]"):
         if text.count(opening) != text.count(closing):
             text = (

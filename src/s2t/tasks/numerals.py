@@ -31,7 +31,8 @@ _ORDINAL = re.compile(r"(?:st|nd|rd|th)(?![a-z])|\^\s*\{?\s*\\text\s*\{\s*(?:st|
 _CODES = "USD EUR GBP INR CAD AUD CHF JPY CNY RMB NZD HKD SGD US Rs"
 _CURRENCY_BEFORE = re.compile(rf"([-+]?)\s*(?:{'|'.join(_CODES.split())})\b\.?\s*(?=[-+.0-9])")
 _ABOUT = re.compile(
-    r"(?:\\approx|~|≈|=|:|exactly|approximately|approx\.?|about|around|roughly|nearly|only|just|(?:a|the)?\s*total(?: of)?)\s*",
+    r"(?:\\approx|\\Rightarrow|~|≈|=|:|exactly|approximately|approx\.?|about|around|roughly|nearly|only|just"
+    r"|(?:a|the)?\s*total(?: of)?)\s*",
     re.IGNORECASE,
 )
 _MINUS = re.compile(r"(?:\\text\s*\{\s*)?(?:minus|negative)(?:\s*\}\s*|\s+)", re.IGNORECASE)

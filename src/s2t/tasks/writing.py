@@ -21,7 +21,8 @@ _GREEK_NAMES = {
 _SIGNS = {
     **dict.fromkeys("−–‐‑‒﹣－", "-"), **dict.fromkeys("×✕✖⨯", "\\times "), **dict.fromkeys("·⋅∙・", "\\cdot "),
     **dict.fromkeys("≤⩽≦", "\\le "), **dict.fromkeys("≥⩾≧", "\\ge "), **dict.fromkeys("≈≃≅≒", "\\approx "),
-    **dict.fromkeys("∅⌀", "\\emptyset "), **dict.fromkeys("⁄∕", "/"), **dict.fromkeys("…⋯", "\\ldots "),
+    **dict.fromkeys("∅⌀", "\\emptyset "),
+    **dict.fromkeys("→⇒⟹➜", "\\Rightarrow "), **dict.fromkeys("⁄∕", "/"), **dict.fromkeys("…⋯", "\\ldots "),
     **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\u00ad", ""), **dict.fromkeys("′’‘ʹ", "'"), **dict.fromkeys("“”″", '"'),
     "÷": "\\div ", "∞": "\\infty ", "≠": "\\ne ", "±": "\\pm ", "∓": "\\mp ", "∪": "\\cup ", "∩": "\\cap ", "∈": "\\in ",
     "∉": "\\notin ", "ℝ": "\\mathbb{R}", "ℤ": "\\mathbb{Z}", "ℕ": "\\mathbb{N}", "ℚ": "\\mathbb{Q}", "ℂ": "\\mathbb{C}",
@@ -35,16 +36,17 @@ _SIGNS_TABLE = str.maketrans(_SIGNS)
 _RAISED = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁼⁽⁾ⁿⁱᵃᵇᵏᵐˣʸ", "0123456789+-=()niabkmxy", strict=True))
 _LOWERED = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋₌₍₎ₙₓₖₘₐᵢⱼ", "0123456789+-=()nxkmaij", strict=True))
 _RAISED_RUN, _LOWERED_RUN = re.compile(f"[{''.join(_RAISED)}]+"), re.compile(f"[{''.join(_LOWERED)}]+")
+_OTHER_DIGIT = re.compile(r"(?![0-9])\d")
 _VULGAR = re.compile("[¼-¾⅐-⅞]")
 _ROOT = re.compile(r"√\s*(?:([0-9]+(?:\.[0-9]+)?|[A-Za-z](?![A-Za-z]))|)")
 
 _RENAMED = {
-    **dict.fromkeys(("dfrac", "tfrac", "cfrac"), "frac"), **dict.fromkeys(("dbinom", "tbinom"), "binom"),
+    **dict.fromkeys(("dfrac", "tfrac", "cfrac", "nicefrac", "sfrac"), "frac"), **dict.fromkeys(("dbinom", "tbinom"), "binom"),
     **dict.fromkeys(("leq", "leqslant", "leqq"), "le"), **dict.fromkeys(("geq", "geqslant", "geqq"), "ge"),
     **dict.fromkeys(("lt", "textless"), "lt"), "neq": "ne", "varnothing": "emptyset", "bigcup": "cup", "bigcap": "cap",
     "backslash": "setminus", "smallsetminus": "setminus", **dict.fromkeys(("dots", "cdots", "dotsc", "dotsb"), "ldots"),
     **dict.fromkeys(("simeq", "cong", "doteq"), "approx"), "vee": "lor", "wedge": "land", "infin": "infty",
-    "Longrightarrow": "Rightarrow", "implies": "Rightarrow", "ast": "cdot",
+    **dict.fromkeys(("Longrightarrow", "implies", "rightarrow", "to", "longrightarrow"), "Rightarrow"), "ast": "cdot",
 }  # fmt: skip
 _SPELLED = {
     "lbrace": "\\{", "rbrace": "\\}", "lbrack": "[", "rbrack": "]", "lvert": "|", "rvert": "|", "vert": "|", "mid": "|",
@@ -134,6 +136,7 @@ def closing(text: str, start: int) -> int:
 
 
 def _as_ascii(text: str) -> str:
+    text = _OTHER_DIGIT.sub(lambda digit: str(unicodedata.decimal(digit[0])), text)
     text = _RAISED_RUN.sub(lambda run: "^{" + "".join(_RAISED[sign] for sign in run[0]) + "}", text)
     text = _LOWERED_RUN.sub(lambda run: "_{" + "".join(_LOWERED[sign] for sign in run[0]) + "}", text)
     text = _VULGAR.sub(lambda sign: _fraction(sign[0]), text)
