@@ -108,9 +108,7 @@ def _last_tagged(text: str) -> list[str]:
 
 def _last_boxed(text: str) -> str | None:
     r"""The content of the last `\boxed{...}` with its braces balanced, or of the last few that one list is."""
-    last = None
-    for match in _BOX.finditer(text, max(0, len(text) - 20_000)):
-        last = match
+    last = _last_opened(text)
     if last is None:
         return None
     line = text.rfind("\n", 0, last.start()) + 1
@@ -125,6 +123,16 @@ def _last_boxed(text: str) -> str | None:
         kept.insert(0, box)
     contents = [content for _, _, content in kept]
     return contents[0] if len(set(contents)) == 1 else ", ".join(contents)
+
+
+def _last_opened(text: str) -> re.Match[str] | None:
+    """The last opened box, found from the end; of many commands without braces few are looked at."""
+    place = len(text)
+    for _ in range(100):
+        place = max(text.rfind("\\boxed", 0, place), text.rfind("\\fbox", 0, place))
+        if place < 0 or (match := _BOX.match(text, place)):
+            return match if place >= 0 else None
+    return None
 
 
 def _boxes(text: str) -> list[tuple[int, int, str]]:

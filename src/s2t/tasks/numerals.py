@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
+from functools import lru_cache
 
 from s2t.tasks.number_words import DIGIT_WORDS, scale_of, words_value
 from s2t.tasks.writing import bare, tidy
@@ -91,6 +92,7 @@ def is_unit(words: str) -> bool:
     return not any(word in _NO_UNITS or scale_of(word) is not None for word in re.findall("[a-z]+", words.lower()))
 
 
+@lru_cache(maxsize=8192)  # a list compares the same items again and again
 def _number(text: str, bare_units: bool) -> tuple[Fraction, str] | None:
     """The value and a numeral that says as much; decimals stay decimals, and a percent sign stays."""
     if not text or len(text) > 2 * _MAX_NUMERAL:
