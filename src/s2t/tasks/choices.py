@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from string import ascii_uppercase
 from typing import Any
+from unicodedata import normalize
 
 from s2t.errors import DataError
 from s2t.records import Grade
@@ -89,7 +90,7 @@ def extract_choice(text: str, choices: Sequence[str]) -> str | None:
     word for word), after "answer is" and its like, before "is correct", alone on a line, in brackets. Thinking is
     no part of the text.
     """
-    known, text = letters(len(choices)), without_thinking(text)
+    known, text = letters(len(choices)), normalize("NFKC", without_thinking(text))
     segments = [segment for segment in marked_segments(text) if segment.strip()]
     if segments:
         return _stated(segments[0], known, choices)
@@ -127,7 +128,7 @@ def _same_choice(plain: str, known: str, choices: Sequence[str]) -> str | None:
 
 
 def _bare(text: str) -> str:
-    return " ".join(_MARKUP.sub(" ", text).split()).strip(" .").casefold()
+    return " ".join(_MARKUP.sub(" ", normalize("NFKC", text)).split()).strip(" .").casefold()
 
 
 def _last(pattern: re.Pattern[str], text: str, known: str) -> str | None:

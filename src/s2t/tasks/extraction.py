@@ -130,8 +130,10 @@ def _last_opened(text: str) -> re.Match[str] | None:
     place = len(text)
     for _ in range(100):
         place = max(text.rfind("\\boxed", 0, place), text.rfind("\\fbox", 0, place))
-        if place < 0 or (match := _BOX.match(text, place)):
-            return match if place >= 0 else None
+        if place < 0:
+            break
+        if match := _BOX.match(text, place):
+            return match
     return None
 
 
