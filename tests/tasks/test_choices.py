@@ -56,3 +56,15 @@ def test_every_letter_is_read_from_every_common_wording(letter: str):
 def test_the_same_words_under_two_letters_name_none():
     assert extract_choice("\\boxed{yes}", ["yes", "yes", "no"]) is None
     assert extract_choice("\\boxed{no}", ["yes", "yes", "no"]) == "C"
+
+
+@pytest.mark.parametrize(
+    "text", ["Ｂ", "𝐁", "\\boxed{Ｂ}", "<think>C</think> The answer is B.<|im_end|>", "\\boxed{A}. No: \\boxed{B}"]
+)
+def test_a_letter_of_another_width_or_behind_thinking_is_read(text: str):
+    assert extract_choice(text, GASES) == "B"
+
+
+@pytest.mark.parametrize("text", ["\\boxed{A} or \\boxed{B}", "\\boxed{B} and \\boxed{C}", "<think>The answer is B"])
+def test_two_boxes_joined_and_unended_thoughts_name_no_letter(text: str):
+    assert extract_choice(text, GASES) is None

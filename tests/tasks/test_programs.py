@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -130,3 +131,84 @@ def test_canonical_solutions_pass_as_whole_functions_and_an_empty_body_fails():
         whole = f"```python\n{problem.question}{problem.answer}\n```"
         assert task.grade(problem, whole).is_correct
         assert not task.grade(problem, f"```python\n{problem.question}    pass\n```").is_correct
+
+
+GUARDS = [
+    'if __name__ == "__main__":\n    print(double([int(input())]))\n',
+    'if __name__ == "__main__":\n    import unittest\n    unittest.main()\n',
+    "if __name__ == '__main__':\n    import argparse\n    argparse.ArgumentParser().parse_args(['-x'])\n",
+    "if '__main__' == __name__: raise SystemExit(0)\n",
+    "match __name__:\n    case '__main__':\n        while True: pass\n",
+]
+
+
+@linux
+@pytest.mark.usefixtures("allowed")
+@pytest.mark.parametrize("guard", GUARDS)
+def test_what_an_answer_does_as_a_script_is_not_done(guard: str):
+    for text in (f"```python\n{WHOLE}\n{guard}```", f"{WHOLE}\n{guard}"):
+        assert grade_program(PROMPT, text, TESTS, "double", timeout_s=3).is_correct
+    wrong = WHOLE.replace("2 *", "3 *")
+    assert not grade_program(PROMPT, f"```python\n{wrong}\n{guard}```", TESTS, "double", timeout_s=3).is_correct
+
+
+@linux
+@pytest.mark.usefixtures("allowed")
+def test_tests_that_are_guarded_are_run():
+    tests = (
+        "import unittest\nclass Test(unittest.TestCase):\n    def test_add(self):\n        self.assertEqual(add(1, 2), 3)\n"
+        "if __name__ == '__main__':\n    assert unittest.main(exit=False).result.wasSuccessful()\n"
+    )
+    for sign, right in (("+", True), ("-", False)):
+        text = f"```python\ndef add(a, b): return a {sign} b\n\nif __name__ == '__main__':\n    input()\n```"
+        assert grade_program("", text, tests, None).is_correct is right
+
+
+BODY = "    return [2 * x for x in xs]\n"
+
+
+@linux
+@pytest.mark.usefixtures("allowed")
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{BODY}```\nThis function doubles each number in the list.",
+        f"{BODY}```\n\nUse it so:\n\n```python\nprint(double([1]))\n```",
+        "return [2 * x for x in xs]\n```\nThis returns the list.",
+        f"{WHOLE}```\nThis function doubles each number.",
+        f"```python\n{WHOLE}```\nOr shorter:\n```python\ndef double(xs: List[int]) -> List[int]:\n    return [2 * x fo",
+        f"```python\n{WHOLE}```\nOr:\n```python\ndef double(xs):\n    out = []\n",
+        f"```python\nfrom __future__ import annotations\nimport dataclasses as d\n@d.dataclass\nclass A:\n    x: int\n{WHOLE}```",
+        '```python\ndef double(xs):\n    """\n    ```\n    double([1])\n    ```\n    """\n    return [2 * x for x in xs]\n```',
+        f"~~~python\n{WHOLE}~~~",
+        f"````python\n{WHOLE}````",
+        f"<think>```python\ndef double(xs): return xs\n```</think>\n```python\n{WHOLE}```",
+        "```python\ndouble = lambda xs: [2 * x for x in xs]\n```",
+    ],
+)
+def test_the_code_is_found_among_fences_and_prose(text: str):
+    assert grade_program(PROMPT, text, TESTS, "double").is_correct
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```python\n" + "\n" * 16_000 + "\n```",
+        "\n" * 200_000,
+        "```\n" * 40_000,
+        "    \n" * 40_000,
+        "def double(xs):\n" * 8_000,
+        "(" * 100_000,
+        "x = 1\n" * 20_000 + "(",
+        "def double" + " " * 100_000,
+        '"""' * 50_000,
+        "\\\n" * 50_000,
+        "def double(xs):\n    return [\n" + "1,\n" * 50_000,
+    ],
+)
+def test_code_is_found_in_time_that_grows_with_the_text(text: str):
+    start = time.process_time()
+    for entry_point in ("double", None):
+        code = extract_code(text, entry_point)
+        assert code is None or complete(PROMPT, code, entry_point)
+    assert time.process_time() - start < 10

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from s2t.errors import ConfigError
 from s2t.tasks import _jail, sandbox
@@ -320,3 +322,62 @@ def test_a_busy_sandbox_leaves_no_process_behind():
 
 def test_a_large_program_is_passed_whole():
     assert run_program("x = 0\n" * 20_000 + "assert x == 0").is_passed
+
+
+WRITE = "import os\nfor fd in range(3, 64):\n    try: os.write(fd, {data!r})\n    except OSError: pass\n"
+REPLIES = [
+    b"[" * 16_000,
+    b"{" * 16_000,
+    b"\n" * 16_000,
+    b"9" * 16_000,
+    b"null",
+    b"\xff\xfe\x00",
+    b'{"status": "unavailable", "error": "no", "layers": [], "nonce": ""}\n',
+    b'{"status": "passed"}\n',
+    b'\n{"nonce": {}, "status": [], "error": {}}\n',
+    b"x" * 70_000,
+]
+
+
+@pytest.mark.parametrize("data", REPLIES)
+def test_whatever_a_program_replies_it_fails_alone(data: bytes):
+    for end in ("", "os._exit(0)", "raise ValueError", "os.close(fd)"):
+        outcome = run_program(WRITE.format(data=data) + end, timeout_s=3)
+        assert outcome.status in ("died", "timeout"), (data[:20], end, outcome)
+    assert run_program("x = 1").is_passed
+
+
+@pytest.mark.parametrize("status", ["unavailable", "ready", "timeout", "passed"])
+def test_a_program_that_knows_the_secret_cannot_stop_the_others(status: str):
+    program = (
+        "import sys, os, json\nframe = sys._getframe()\nwhile 'job' not in frame.f_locals: frame = frame.f_back\n"
+        f"reply = dict(nonce=frame.f_locals['job']['nonce'], status={status!r}, error='no', layers=[])\n"
+        "os.write(frame.f_locals['answer'], json.dumps(reply).encode() + b'\\n')\nos._exit(0)\n"
+    )
+    outcome = run_program(program)
+    assert outcome.status in ("died", "passed")
+
+
+@given(
+    reply=st.binary(max_size=200),
+    first=st.booleans(),
+    status=st.sampled_from(["passed", "failed", "unavailable", "x", None]),
+)
+@settings(max_examples=300, deadline=None)
+def test_any_bytes_on_the_reply_pipe_are_an_outcome(reply: bytes, first: bool, status: str | None):
+    ready = json.dumps({"nonce": "n", "status": "ready", "layers": ["seccomp"]}).encode() + b"\n"
+    verdict = json.dumps({"nonce": "n", "status": status, "error": [status]}).encode() + b"\n"
+    for text in (reply, ready + reply, ready + reply + verdict, ready + verdict + reply, ready + ready + reply):
+        outcome = sandbox._read(text, "n")
+        assert outcome.status in ("passed", "failed", "died")
+        assert isinstance(outcome.error, str)
+        assert outcome.status == "died" or text.startswith(ready)
+    assert not sandbox._read((ready if first else b"") + reply, "n").is_passed
+
+
+def test_an_answer_is_no_script_and_its_names_are_there_for_the_tests():
+    answer = (
+        "from __future__ import annotations\nassert __name__ != '__main__'\nx = 1\nif __name__ == '__main__': x = 2\n"
+    )
+    assert run_program("assert __name__ == '__main__' and x == 1", answer=answer).is_passed
+    assert run_program("x = 1", answer="raise SystemExit(0)").status == "failed"

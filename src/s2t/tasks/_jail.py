@@ -208,26 +208,30 @@ def _main() -> None:
     try:
         layers = confine(job["limits"], tuple(job["layers"]), is_tied=True)
     except OSError as error:
-        _report(answer, job, "unavailable", str(error), [])
+        _report(answer, {"nonce": job["nonce"], "status": "unavailable", "error": str(error)})
         return
-    _report(answer, job, *_run(job["program"]), layers)
+    _report(answer, {"nonce": job["nonce"], "status": "ready", "layers": layers})
+    status, error = _run(job["parts"])
+    _report(answer, {"nonce": job["nonce"], "status": status, "error": error})
+    os._exit(0)  # nothing that the program left behind runs
 
 
-def _run(program: str) -> tuple[str, str]:
+def _run(parts: list[tuple[str, str]]) -> tuple[str, str]:
+    """Run the sources one after the other in one namespace, each under its own module name."""
     main = types.ModuleType("__main__")
     main.__dict__["__builtins__"] = builtins
-    sys.modules["__main__"] = main
     try:
-        exec(compile(program, "<program>", "exec"), main.__dict__)
+        for name, source in parts:
+            sys.modules[name] = main
+            main.__dict__["__name__"] = name
+            exec(compile(source, "<program>", "exec", dont_inherit=True), main.__dict__)
     except BaseException as error:  # the program's own: SystemExit before the tests is a failure, too
         return "failed", f"{type(error).__name__}: {str(error)[:_MAX_ERROR]}"
     return "passed", ""
 
 
-def _report(answer: int, job: dict[str, Any], status: str, error: str, layers: list[str]) -> None:
-    reply = {"nonce": job["nonce"], "status": status, "error": error, "layers": layers}
-    os.write(answer, json.dumps(reply).encode())
-    os._exit(0)  # nothing that the program left behind runs
+def _report(answer: int, reply: dict[str, Any]) -> None:
+    os.write(answer, json.dumps(reply).encode() + b"\n")
 
 
 if __name__ == "__main__":

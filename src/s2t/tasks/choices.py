@@ -9,10 +9,12 @@ import re
 from collections.abc import Sequence
 from string import ascii_uppercase
 from typing import Any
+from unicodedata import normalize
 
 from s2t.errors import DataError
 from s2t.records import Grade
-from s2t.tasks.graders import marked_segments
+from s2t.tasks.extraction import marked_segments
+from s2t.tasks.thinking import without_thinking
 
 _ANSWER = re.compile(
     r"\b(?:(?:correct|right|best|final)\s+)?(?:answer|choice|option|letter|correct)s?\b[*_\s]*"
@@ -68,11 +70,11 @@ def gold_letter(gold: Any, choices: Sequence[str], labels: Sequence[str] | None 
     known = letters(len(choices))
     if isinstance(gold, int) and not isinstance(gold, bool) and 0 <= gold < len(choices):
         return known[gold]
-    text = str(gold).strip()
+    text = type(gold).__name__ if isinstance(gold, (dict, list)) else str(gold).strip()
     for names in (labels, known, choices):
         if names is not None and text in list(names):
             return known[list(names).index(text)]
-    raise DataError(f"the gold answer {text!r} is none of the {len(choices)} choices; check the answer field.")
+    raise DataError(f"the gold answer {text[:80]!r} is none of the {len(choices)} choices; check the answer field.")
 
 
 def grade_choice(gold: str, text: str, choices: Sequence[str]) -> Grade:
@@ -85,9 +87,10 @@ def extract_choice(text: str, choices: Sequence[str]) -> str | None:
     r"""The letter that a text states last; None when it states none.
 
     Looked for in this order: after `####`, in the last `\boxed{}` or `<answer>` tag (a letter, or a choice
-    word for word), after "answer is" and its like, before "is correct", alone on a line, in brackets.
+    word for word), after "answer is" and its like, before "is correct", alone on a line, in brackets. Thinking is
+    no part of the text.
     """
-    known = letters(len(choices))
+    known, text = letters(len(choices)), normalize("NFKC", without_thinking(text))
     segments = [segment for segment in marked_segments(text) if segment.strip()]
     if segments:
         return _stated(segments[0], known, choices)
@@ -125,7 +128,7 @@ def _same_choice(plain: str, known: str, choices: Sequence[str]) -> str | None:
 
 
 def _bare(text: str) -> str:
-    return " ".join(_MARKUP.sub(" ", text).split()).strip(" .").casefold()
+    return " ".join(_MARKUP.sub(" ", normalize("NFKC", text)).split()).strip(" .").casefold()
 
 
 def _last(pattern: re.Pattern[str], text: str, known: str) -> str | None:

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from s2t.errors import ConfigError, DataError, missing_extra
-from s2t.files import read_jsonl_lines
 from s2t.hub import offline_unless_it_answers
 from s2t.records import Grade, Problem
+from s2t.tasks import fields
 from s2t.tasks.choices import gold_letter, grade_choice, with_choices
 from s2t.tasks.graders import extract_answer, grade_math
 from s2t.tasks.problems import KINDS, Task, make_problem, parse_spec, question_hash, split_fraction, split_of
@@ -26,7 +26,7 @@ from s2t.tasks.programs import grade_program
 DATA_DIR = "S2T_DATA_DIR"
 _TRAIN_SHARE = 0.9  # of a train file; the rest is the calibration split
 
-Row = tuple[str, dict[str, Any]]  # where the row stands (file:line), and its fields
+Row = fields.Row
 Readers = dict[str, Callable[[], list[Row]]]  # role (train, calibration, test or all) -> what reads its rows
 _ROLES = ("train", "calibration", "test")
 _FIELDS = ("question", "answer", "template", "tolerance", "choices", "test", "entry_point", "kind")
@@ -144,8 +144,8 @@ class FileTask(Task):
         where, values = row
         source = self.source
         separator = "\n" if source.kind == "code" else " "
-        question = separator.join(_text(values, name, where) for name in source.question)
-        template = None if source.template is None else _text(values, source.template, where)
+        question = separator.join(fields.text(values, name, where) for name in source.question)
+        template = None if source.template is None else fields.text(values, source.template, where)
         question, gold, extra = _READ_KIND[source.kind](source, question, values, where)
         return make_problem(self.name, "", question, gold, template=template, extra=extra)
 
@@ -154,13 +154,13 @@ Asked = tuple[str, str, dict[str, Any]]  # the question as it is asked, the gold
 
 
 def _math(source: Source, question: str, values: dict[str, Any], where: str) -> Asked:
-    error = values.get(source.tolerance) if source.tolerance else None
-    extra = {} if error is None else {"tolerance": float(error)}
-    return question, _gold(_text(values, source.answer, where)), extra
+    tolerance = fields.tolerance(values, source.tolerance, where)
+    extra = {} if tolerance is None else {"tolerance": tolerance}
+    return question, _gold(fields.text(values, source.answer, where)), extra
 
 
 def _choice(source: Source, question: str, values: dict[str, Any], where: str) -> Asked:
-    choices, labels = _choices(source, values, where)
+    choices, labels = fields.choices(values, source.choices, where)
     try:
         gold = gold_letter(values.get(source.answer), choices, labels)
         return with_choices(question, choices), gold, {"choices": choices}
@@ -169,10 +169,9 @@ def _choice(source: Source, question: str, values: dict[str, Any], where: str) -
 
 
 def _code(source: Source, question: str, values: dict[str, Any], where: str) -> Asked:
-    tests = values.get(source.test)
-    tests = "\n".join(tests) if isinstance(tests, list) else _text(values, source.test, where)
-    entry_point = None if source.entry_point is None else _text(values, source.entry_point, where)
-    gold = _text(values, source.answer, where)
+    tests = fields.lines(values, source.test, where)
+    entry_point = None if source.entry_point is None else fields.identifier(values, source.entry_point, where)
+    gold = fields.text(values, source.answer, where)
     return question, gold, {"test": tests, "entry_point": entry_point}
 
 
@@ -181,17 +180,6 @@ _READ_KIND: dict[str, Callable[[Source, str, dict[str, Any], str], Asked]] = {
     "choice": _choice,
     "code": _code,
 }
-
-
-def _choices(source: Source, values: dict[str, Any], where: str) -> tuple[list[str], list[str] | None]:
-    """The choices' texts, and their labels where the field has them."""
-    found, labels = values.get(source.choices), None
-    if isinstance(found, dict):
-        found, labels = found.get("text"), [str(label) for label in found.get("label", [])]
-    if not isinstance(found, list):
-        _text(values, source.choices, where)  # the field's absence has its own error
-        raise DataError(f"{where}: the choices in {source.choices!r} must be a list of texts; map the field.")
-    return [str(choice) for choice in found], labels
 
 
 def load_named(name: str, prompt_style: str = "plain") -> FileTask:
@@ -238,7 +226,7 @@ def load_jsonl(spec: str, prompt_style: str = "plain") -> FileTask:
     source = _mapped(Source(str(path)), options, _FIELDS, path_text)
 
     def read() -> list[Row]:
-        if rows := read_jsonl_lines(path):
+        if rows := fields.read_rows(path):
             return rows
         raise DataError(f'{path} is empty; give one problem per line, such as {{"question": "1 + 1?", "answer": "2"}}.')
 
@@ -265,7 +253,7 @@ def _local_readers(name: str) -> Readers:
     for role in _ROLES:
         stem = Path(root) / name / role
         if stem.with_suffix(".jsonl").is_file():
-            found[role] = partial(read_jsonl_lines, stem.with_suffix(".jsonl"))
+            found[role] = partial(fields.read_rows, stem.with_suffix(".jsonl"))
         elif stem.with_suffix(".parquet").is_file():
             found[role] = partial(_read_parquet, stem.with_suffix(".parquet"))
     return found
@@ -317,18 +305,6 @@ def _in_split(problem: Problem, split: str) -> Problem:
     return make_problem(
         problem.task, split, problem.question, problem.answer, template=problem.template, extra=problem.extra
     )
-
-
-def _text(values: dict[str, Any], name: str, where: str) -> str:
-    if name not in values or values[name] is None:
-        found = ", ".join(values)
-        raise DataError(f"{where} has no field {name!r}; it has {found}; map the field in the spec.")
-    value = values[name]
-    if isinstance(value, list):
-        return ", ".join(str(item) for item in value)
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value)
 
 
 def _gold(answer: str) -> str:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import cached_property
 from typing import Any
@@ -27,6 +29,7 @@ _SUFFIX = " Give the result as your final answer. Do not include units."
 _NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
 _INTEGER = re.compile(r"-?\d+")
 _CORRECT_SCORE = 0.99
+_NONSENSE = "nothing of the kind"
 
 
 class ReasoningTask(Task):
@@ -67,9 +70,9 @@ class ReasoningTask(Task):
         if extracted.strip() == problem.answer.strip():
             return Grade(True, extracted)
         value = parse_number(extracted)
-        if gold is not None and value is not None and (value == gold or self.name == "gsm_symbolic"):
+        if gold is not None and (value == gold or self.name == "gsm_symbolic"):
             return Grade(value == gold, extracted)  # the scorer of gsm_symbolic would overlook a sign
-        return Grade(self._score(problem, extracted) >= _CORRECT_SCORE, extracted)
+        return Grade(self._is_content(problem, extracted), extracted)
 
     @cached_property
     def _templates(self) -> tuple[str, ...]:
@@ -77,6 +80,12 @@ class ReasoningTask(Task):
             return ()
         found = {problem.template for problem in self._items(seed=0, size=_TEMPLATE_SAMPLE)}
         return tuple(sorted((name for name in found if name is not None), key=int))
+
+    def _is_content(self, problem: Problem, answer: str) -> bool:
+        """Whether the generator's scorer takes the answer; one that takes nonsense, too, is not believed."""
+        if self._score(problem, answer) < _CORRECT_SCORE:
+            return False
+        return self._score(problem, _NONSENSE) < _CORRECT_SCORE or answer.casefold() == problem.answer.casefold()
 
     def _score(self, problem: Problem, answer: str) -> float:
         """The generator's own score, 0 where its scorer breaks or takes too long: the text is a model's."""
@@ -90,7 +99,8 @@ class ReasoningTask(Task):
     def _items(self, seed: int, size: int) -> Iterator[Problem]:
         dataset = self._dataset(seed, size)
         for index in range(size):
-            entry = dataset[index]
+            with _settings_of(self.name):
+                entry = dataset[index]
             if self.name == "gsm_symbolic":
                 problem = _gsm_problem(self.name, entry, str(dataset.task_indices[index]))
             else:
@@ -100,13 +110,21 @@ class ReasoningTask(Task):
 
     def _dataset(self, seed: int, size: int) -> Any:
         factory, config_class = _registered(self.name)
-        try:
-            config = config_class(**self.settings, seed=seed, size=size)
-            config.validate()
+        with _settings_of(self.name), warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)  # the data of some is read from files left open
+            config = config_class(**_parts(self.name, self.settings), seed=seed, size=size)
+            getattr(config, "validate", bool)()  # some check themselves when they are made
             return factory(config=config)
-        except (AssertionError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(f"task rg:{self.name} refuses its settings: {reason}; fix them.") from error
+
+
+@contextmanager
+def _settings_of(name: str) -> Iterator[None]:
+    """What a generator throws at its settings, as one line: asserts, errors of lookup, of types, of values."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ConfigError(f"task rg:{name} refuses its settings: {reason}; fix them.") from error
 
 
 def load_generator(spec: str, prompt_style: str = "plain") -> ReasoningTask:
@@ -166,6 +184,18 @@ def _is_small(number: str, max_number: int) -> bool:
 def _json_safe(value: Any) -> Any:
     """The value as JSON gives it back; a value without JSON form becomes null, such a key is dropped."""
     return json.loads(json.dumps(value, default=lambda _: None, skipkeys=True))
+
+
+def _parts(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings as the generator wants them: the parts of a composite one are named "chain_sum+word_sorting"."""
+    if name != "composite":
+        return settings
+    from reasoning_gym.composite import DatasetSpec
+
+    names = str(settings.get("datasets") or "").split("+")
+    if not all(names):
+        raise ValueError("it needs datasets=NAME+NAME")
+    return settings | {"datasets": [DatasetSpec(part, 1.0, {}) for part in names]}
 
 
 def _max_number(text: str | None) -> int | None:

@@ -17,6 +17,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from s2t.errors import ConfigError
 
@@ -24,6 +25,8 @@ ALLOW = "S2T_ALLOW_CODE_EXECUTION"
 LAYERS = ("namespaces", "uid", "landlock")
 _JAIL = Path(__file__).with_name("_jail.py")
 _MAX_REPLY = 16_384
+_MAX_ERROR = 1000
+_VERDICTS = ("passed", "failed")
 _ENVIRONMENT = {"LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
@@ -51,16 +54,23 @@ def check_allowed() -> None:
 
 
 def run_program(
-    program: str, timeout_s: float = 10.0, memory_bytes: int = 1 << 30, layers: tuple[str, ...] = LAYERS
+    program: str,
+    timeout_s: float = 10.0,
+    memory_bytes: int = 1 << 30,
+    layers: tuple[str, ...] = LAYERS,
+    answer: str = "",
 ) -> Outcome:
     """Run Python source to its end in a confined process of its own; its output is dropped.
+
+    `answer` is run before it in the same namespace, but as an imported module is: its `__name__` is not "__main__".
 
     `timeout_s` bounds CPU seconds and wall-clock seconds alike, `memory_bytes` the address space. `layers` are the
     second walls to use where the system has them. ConfigError when running is not allowed or cannot be confined.
     """
     check_allowed()
     limits = {"AS": memory_bytes, "CPU": int(timeout_s) + 1, "FSIZE": 0, "NPROC": 1, "NOFILE": 64, "CORE": 0}
-    job = {"program": program, "limits": limits, "layers": layers, "nonce": secrets.token_hex(16)}
+    parts = [("answer", answer), ("__main__", program)]
+    job = {"parts": parts, "limits": limits, "layers": layers, "nonce": secrets.token_hex(16)}
     reply = _ask(json.dumps(job).encode("utf-8", "surrogatepass"), timeout_s)
     if reply is None:
         return Outcome("timeout", f"no end within {timeout_s:g} s")
@@ -120,11 +130,25 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _read(reply: bytes, nonce: str) -> Outcome:
-    """The outcome that a reply states; a reply without the job's nonce is not the jail's."""
+    """The outcome that a reply states: a line from before the program ran, and one from after it.
+
+    The program may have written what it likes behind the first line: only its own verdict can suffer.
+    """
+    first, _, second = reply.partition(b"\n")
+    ready = _line(first, nonce)
+    if ready.get("status") == "unavailable":
+        return Outcome("unavailable", str(ready.get("error", "")))
+    verdict = _line(second.removesuffix(b"\n"), nonce)
+    if ready.get("status") != "ready" or verdict.get("status") not in _VERDICTS:
+        return Outcome("died", "the process ended before the program did")
+    return Outcome(verdict["status"], str(verdict.get("error", ""))[:_MAX_ERROR], tuple(ready["layers"]))
+
+
+def _line(text: bytes, nonce: str) -> dict[str, Any]:
+    """The object that a line holds with the job's nonce; empty for anything else, were it one byte more."""
     try:
-        values = json.loads(reply)
-        if values["nonce"] == nonce:
-            return Outcome(values["status"], values["error"], tuple(values["layers"]))
-    except (ValueError, KeyError, TypeError):
-        pass
-    return Outcome("died", "the process ended before the program did")
+        values = json.loads(text)
+        is_whole = isinstance(values, dict) and json.dumps(values).encode() == text
+    except (ValueError, RecursionError):
+        return {}
+    return values if is_whole and values.get("nonce") == nonce else {}
