@@ -7,13 +7,14 @@ do not read it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from s2t.config import NEEDS_LLM, ModelConfig, RemoteConfig, ServedConfig
+from s2t.config import NEEDS_LLM, ChatConfig, ModelConfig, RemoteConfig, ServedConfig
 from s2t.core.support import resolve_support
 from s2t.decode.continuous import ContinuousDecoder
 from s2t.decode.label import ExactAt, Labels, label, label_by_text, label_listed
@@ -71,6 +72,8 @@ class Session:
     adapter: SelectorReader | None = None
     batch_size: int = 64
     served_slm: ServedSLM | None = None
+    variables: dict[str, Any] = field(default_factory=dict)
+    """What chat templates are told beside the messages."""
     _made: dict[str, VocabularyMap | None] = field(default_factory=dict, repr=False)
     _facts: dict[str, bool] = field(default_factory=dict, repr=False)
 
@@ -110,11 +113,19 @@ class Session:
         needs_llm = any(name in NEEDS_LLM for name in strategies)
         slm = load_model(config.slm, **config.load_options)
         loaded = load_selector(adapter, slm) if "s2t-local" in strategies else None
-        session = cls(slm, open_llm(config) if needs_llm else None, loaded, batch_size)
+        session = cls(slm, open_llm(config) if needs_llm else None, loaded, batch_size, variables=variables_of(config))
         if any(name in NEEDS_LLM - {"llm"} for name in strategies):
             session.check_tokens()
         _ = session.vocabulary  # raises for a pair that cannot be mapped
+        session.note_unread()
         return session
+
+    def note_unread(self) -> None:
+        """Say on stderr which variables no chat template of the models reads: a slip in a name would change nothing."""
+        models = [self.slm, *([self.llm] if self.llm is not None else [])]
+        templates = " ".join(str(model.tokenizer.chat_template or "") for model in models)
+        if unread := [name for name in self.variables if not re.search(rf"\b{re.escape(name)}\b", templates)]:
+            note(f"the chat template of {self.slm.name} does not read {', '.join(unread)}; the prompts are as without.")
 
     @classmethod
     def served(
@@ -130,20 +141,35 @@ class Session:
         served = ServedSLM.connect(
             slm, remote_settings(where, where.slm_urls), where.slm_lora, "s2t-local" in strategies
         )
-        return cls(slm, batch_size=batch_size, served_slm=served)
+        return cls(slm, batch_size=batch_size, served_slm=served, variables=variables_of(config))
 
-    def prompt(self, messages: str | Sequence[dict[str, str]], system: str | None = None) -> list[int]:
-        """Prompt ids of a user message, or of a list of messages; raises ModelError for what cannot be a prompt."""
-        return _checked(self.slm, prompt_ids(self.slm.tokenizer, messages, system))
+    def prompt(
+        self,
+        messages: str | Sequence[dict[str, str]],
+        system: str | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Prompt ids of a user message, or of a list of messages; raises ModelError for what cannot be a prompt.
+
+        `variables` are what the chat template is told beside the messages, over those of the session.
+        """
+        told = self.variables | dict(variables or {})
+        return _checked(self.slm, prompt_ids(self.slm.tokenizer, messages, system, told))
 
     def request(
-        self, index: int, messages: str | Sequence[dict[str, str]], key: str = "", system: str | None = None
+        self,
+        index: int,
+        messages: str | Sequence[dict[str, str]],
+        key: str = "",
+        system: str | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> Request:
         """A request for the answer to a user message, or to a list of messages, in the tokens of both models."""
         own = None
         if self.llm is not None and not self.has_one_tokenizer:
-            own = _checked(self.llm, prompt_ids(self.llm.tokenizer, messages, system))
-        return Request(index, self.prompt(messages, system), key, own)
+            told = self.variables | dict(variables or {})
+            own = _checked(self.llm, prompt_ids(self.llm.tokenizer, messages, system, told))
+        return Request(index, self.prompt(messages, system, variables), key, own)
 
     def request_of_ids(self, index: int, ids: list[int], key: str = "") -> Request:
         """A request for the continuation of prompt ids; an LLM with other tokens reads their text."""
@@ -300,6 +326,11 @@ class Session:
         if self.llm is None:
             raise ConfigError("this strategy needs the LLM; pass --llm MODEL.")
         return self.llm
+
+
+def variables_of(config: Any) -> dict[str, Any]:
+    """What a command's settings tell chat templates; a command that writes no answers tells nothing."""
+    return config.template_variables if isinstance(config, ChatConfig) else {}
 
 
 def open_llm(config: ModelConfig) -> LoadedModel | RemoteLLM:
