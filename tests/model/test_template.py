@@ -75,7 +75,7 @@ def test_a_template_that_takes_the_system_message_gets_no_second_one(text, token
 )
 def test_a_message_that_a_template_leaves_out_is_an_error(turns, tokenizer):
     first = "{% for m in messages if m.role == 'assistant' %}{{ m.content }}{% endfor %}"
-    with pytest.raises(ModelError, match="leaves out the text of the (user|system) message"):
+    with pytest.raises(ModelError, match=r"leaves out the text of the (user|system) message"):
         written(tokenizer, first, turns)
 
 

@@ -148,13 +148,15 @@ class Session:
         messages: str | Sequence[dict[str, str]],
         system: str | None = None,
         variables: Mapping[str, Any] | None = None,
+        max_tokens: int | None = None,
     ) -> list[int]:
         """Prompt ids of a user message, or of a list of messages; raises ModelError for what cannot be a prompt.
 
-        `variables` are what the chat template is told beside the messages, over those of the session.
+        `variables` are what the chat template is told beside the messages, over those of the session. Raises TooLong for
+        what cannot become as few as `max_tokens` tokens.
         """
         told = self.variables | dict(variables or {})
-        return _checked(self.slm, prompt_ids(self.slm.tokenizer, messages, system, told))
+        return _checked(self.slm, prompt_ids(self.slm.tokenizer, messages, system, told, max_tokens))
 
     def request(
         self,
@@ -163,13 +165,14 @@ class Session:
         key: str = "",
         system: str | None = None,
         variables: Mapping[str, Any] | None = None,
+        max_tokens: int | None = None,
     ) -> Request:
-        """A request for the answer to a user message, or to a list of messages, in the tokens of both models."""
+        """A request for the answer to a user message, or to a list of messages, in the tokens of both models; as `prompt`."""
         own = None
         if self.llm is not None and not self.has_one_tokenizer:
             told = self.variables | dict(variables or {})
-            own = _checked(self.llm, prompt_ids(self.llm.tokenizer, messages, system, told))
-        return Request(index, self.prompt(messages, system, variables), key, own)
+            own = _checked(self.llm, prompt_ids(self.llm.tokenizer, messages, system, told, max_tokens))
+        return Request(index, self.prompt(messages, system, variables, max_tokens), key, own)
 
     def request_of_ids(self, index: int, ids: list[int], key: str = "") -> Request:
         """A request for the continuation of prompt ids; an LLM with other tokens reads their text."""

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from s2t.errors import ConfigError
 from s2t.model.encode import encode
+from s2t.model.size import check_size
 from s2t.model.template import render
 
 END_OF_TURN = (
@@ -28,15 +29,18 @@ def prompt_ids(
     messages: str | Sequence[dict[str, str]],
     system: str | None = None,
     variables: Mapping[str, Any] | None = None,
+    max_tokens: int | None = None,
 ) -> list[int]:
     """Token ids of a user message (or a list of messages) under the tokenizer's chat template.
 
     `system` goes before them; a template that takes no system message gets it at the start of the first user message.
     `variables` are what the template is told beside the messages, such as enable_thinking. Without a template the text is
     encoded as it stands, with whatever BOS the tokenizer adds; a template brings its own, so there are never two. No text
-    becomes a reserved token. Raises ConfigError for what are no messages, ModelError for messages that the template refuses.
+    becomes a reserved token. Raises ConfigError for what are no messages, ModelError for messages that the template refuses,
+    and TooLong, before tokenizing, for a text that cannot become as few as `max_tokens` tokens.
     """
     text, is_templated = prompt_text(tokenizer, messages, system, variables)
+    check_size(tokenizer, text, max_tokens)
     return encode(tokenizer, text, add_special_tokens=not is_templated)
 
 

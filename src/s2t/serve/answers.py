@@ -65,22 +65,36 @@ class Choice:
     num_triggered: int = 0
     num_flips: int = 0
     offset: int = 0  # characters of the tokens reported so far
+    _held: list[tuple[int, Written]] = field(
+        default_factory=list
+    )  # tokens whose text is not shown yet, and where it begins
+    _num_shown: int = 0  # characters
 
     def push(self, events: Sequence[Written]) -> tuple[str, list[Written]]:
-        """Take tokens; returns the text that became certain, and the tokens without the stop id that ended them."""
+        """Take tokens; returns the text that became certain, and its tokens: none that ended it, and none of a stop string."""
         pieces, kept = [], []
         for event in events:
-            step = event.step
+            step, piece = event.step, ""
             self.num_tokens += 1
             self.num_triggered += step.fired
             self.num_flips += step.fired and step.flip
             self.finish_reason = step.finish_reason
             if step.finish_reason != "stop" or step.token_id not in self.stop_ids:
-                pieces.append(self.text.push(step.token_id))
-                kept.append(event)
+                self._held.append((self.text.num_read, event))
+                piece = self.text.push(step.token_id)
             if step.finish_reason is not None:
-                pieces.append(self.text.finish())
+                piece += self.text.finish()
+            pieces.append(piece)
+            kept += self._shown(len(piece))
         return "".join(pieces), kept
+
+    def _shown(self, length: int) -> list[Written]:
+        """Take the tokens of what is shown by now, so many characters more than before."""
+        self._num_shown += length
+        is_whole = not self.text.is_over and (self.finish_reason is not None or not self.text.stops)
+        count = sum(is_whole or start < self._num_shown for start, _ in self._held)
+        taken, self._held = self._held[:count], self._held[count:]
+        return [event for _, event in taken]
 
 
 @dataclass
