@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from s2t.serve.errors import ApiError
+from s2t.serve.errors import ApiError, stopping
 from s2t.serve.origin import comes_from_here, is_loopback
 
 ARRIVED = "s2t.arrived"
@@ -21,6 +21,7 @@ ARRIVED = "s2t.arrived"
 OPEN_PATHS = frozenset({"/", "/health"})
 ASSETS = "/assets/"
 BODY_S = 30.0
+_LEFT = 499  # the client left
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -55,7 +56,7 @@ class Edge:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        start, status = time.monotonic(), 499  # the client left
+        start, status = time.monotonic(), _LEFT
         scope[ARRIVED] = start
 
         async def send_with_headers(message: Message) -> None:
@@ -69,11 +70,13 @@ class Edge:
             self._check_key(scope)
             body = await self._body(scope, receive)
             self._check_origin(scope)
-        except ApiError as error:
-            await _refuse(error, send_with_headers)
-        else:
             if body is not None:
                 await self.app(scope, _replay(body, receive), send_with_headers)
+        except ApiError as error:
+            await _refuse(error, send_with_headers)
+        except asyncio.CancelledError:  # the server stops, and this client has not sent its body or read its answer
+            if status == _LEFT:
+                await _refuse(stopping(), send_with_headers)
         finally:
             self.observe(scope["path"], status, time.monotonic() - start)
 

@@ -183,7 +183,7 @@ class Intake:
         default = self.strategies[strategy].sampling
         if default is None:
             return seed, None
-        temperature = default.temperature if body.temperature is None else body.temperature
+        temperature = default.temperature if body.temperature is None else max(body.temperature, GREEDY_BELOW)
         top_p = default.top_p if body.top_p is None else body.top_p
         return seed, replace(default, temperature=temperature, top_p=top_p)
 

@@ -6,7 +6,9 @@ import os
 import signal
 import socket
 import sys
+import threading
 from pathlib import Path
+from types import FrameType
 
 from s2t.config import MANY_SAMPLES, STRATEGIES, ServeConfig
 from s2t.decode.remote.slm import check_served
@@ -30,6 +32,7 @@ except ImportError as error:
     raise missing_extra(error.name or "fastapi", "serve") from error
 
 KEY_VARIABLE = "S2T_API_KEY"
+_LAST_S = 0.8  # after draining, until the process ends
 _LAST_WORDS_S = 0.3  # for answers that were ended to reach their clients
 
 
@@ -65,7 +68,7 @@ def serve(config: ServeConfig, session: Session) -> None:
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises what it caught once more when it is done
     signal.signal(signal.SIGINT, lambda *_: None)
     server.run(sockets=[listener])
-    if service.is_busy:  # in something long, which nobody waits for any more
+    if server.is_signalled:  # taking down threads and libraries would take longer than whoever sent it waits
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
@@ -156,7 +159,16 @@ class Server(uvicorn.Server):
         )
         settings.timeout_graceful_shutdown = _LAST_WORDS_S  # type: ignore[assignment]  # a fraction will do
         super().__init__(settings)
-        self.service, self.drain_s = service, config.drain_s
+        self.service, self.drain_s, self.is_signalled = service, config.drain_s, False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to stop; whatever holds this process up then, it ends in time."""
+        if not self.is_signalled:
+            self.is_signalled = True
+            clock = threading.Timer(self.drain_s + _LAST_S, os._exit, (0,))
+            clock.daemon = True
+            clock.start()
+        super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self.service.drain(self.drain_s, lambda: self.force_exit)

@@ -15,7 +15,7 @@ from s2t.config import ServeConfig
 from s2t.model.stops import StoppingText, Stops
 from s2t.serve.answers import Choice, TokenTexts, Writer
 from s2t.serve.backend import Backend, Event, Failed, Written
-from s2t.serve.errors import ApiError
+from s2t.serve.errors import ApiError, stopping
 from s2t.serve.intake import Intake, Plan
 from s2t.serve.metrics import Metrics
 from s2t.serve.worker import Draining, QueueFull, Worker
@@ -34,7 +34,7 @@ class Service:
         self.metrics.watch(lambda: self.num_running, lambda: self.num_waiting)
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="s2t-encode")
         self._encoding: set[asyncio.Future[Plan]] = set()  # requests whose plans are waited for
-        self._is_draining = self._is_making = False
+        self._is_draining = False
         self._answers: dict[int, Answer] = {}  # by job
         self._texts: dict[str, TokenTexts] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -53,11 +53,6 @@ class Service:
         if not self.worker.is_alive:
             return "failed"
         return "draining" if self._is_draining or self.worker.is_draining else "ok"
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether one of its threads still runs."""
-        return self.worker.is_alive or self._is_making
 
     async def health(self) -> str:
         """As `status`, or unreachable: the servers that run the model do not answer."""
@@ -90,17 +85,17 @@ class Service:
         Requests whose plans are waited for count as waiting. Raises ApiError when there is no room.
         """
         if self._is_draining:
-            raise _stopping()
+            raise stopping()
         self._check_cut_off()
         if self.worker.num_open + len(self._encoding) >= self.worker.capacity:
             raise _full(self.worker.retry_after())
-        waiting = asyncio.wrap_future(self._encoder.submit(self._made, make, body))  # cancelled with whoever awaits it
+        waiting = asyncio.wrap_future(self._encoder.submit(make, body))  # cancelled with whoever awaits it
         self._encoding.add(waiting)
         try:
             plan = await waiting
         except asyncio.CancelledError:
             if self.worker.is_draining:
-                raise _stopping() from None
+                raise stopping() from None
             raise
         finally:
             self._encoding.discard(waiting)
@@ -122,7 +117,7 @@ class Service:
             raise _full(full.retry_after_s) from None
         except Draining:
             self._drop(plan)
-            raise _stopping() from None
+            raise stopping() from None
         self.metrics.prompt_tokens.labels(plan.strategy).inc(plan.num_prompt_tokens)
         return answer
 
@@ -138,13 +133,6 @@ class Service:
         if which not in self._texts:
             self._texts[which] = TokenTexts(self.backend.tokenizer_of(strategy))
         return self._texts[which]
-
-    def _made(self, make: Callable[[T], Plan], body: T) -> Plan:
-        self._is_making = True
-        try:
-            return make(body)
-        finally:
-            self._is_making = False
 
     def _check_cut_off(self) -> None:
         if self.backend.is_cut_off:
@@ -236,7 +224,3 @@ class Answer:
 def _full(retry_after_s: int) -> ApiError:
     message, headers = f"the queue is full; try again in {retry_after_s} s.", {"Retry-After": str(retry_after_s)}
     return ApiError(429, message, code="queue_full", headers=headers)
-
-
-def _stopping() -> ApiError:
-    return ApiError(503, "the server is stopping.", code="stopping")
