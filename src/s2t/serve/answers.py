@@ -41,6 +41,10 @@ class TokenTexts:
         """The bytes a token stands for; None for a special one."""
         return None if self._codec is None else self._codec.bytes_of[token_id]
 
+    def num_chars(self, token_id: int) -> int:
+        """Characters that begin in the token: none in a special one, which the text of an answer leaves out."""
+        return sum(byte & 0xC0 != 0x80 for byte in self.bytes_of(token_id) or b"")
+
     def text(self, token_id: int) -> str:
         """The token's text; `bytes:\\xe2\\x82` where it is a part of a character, its name where it is a special token."""
         data = self.bytes_of(token_id)
@@ -289,5 +293,5 @@ class TextWriter(Writer):
             found["token_logprobs"].append(max(event.reading.logprob, _LOWEST))
             found["top_logprobs"].append({self.tokens.text(i): logprob for i, logprob in self._likeliest(event)})
             found["text_offset"].append(choice.offset)
-            choice.offset += len(text)
+            choice.offset += self.tokens.num_chars(event.step.token_id)
         return found
