@@ -25,7 +25,8 @@ from s2t.config import (
     build_config,
 )
 from s2t.decode.loop import Request
-from s2t.decode.session import Generated, Session, ids_key, open_llm, prompt_key, sample_key
+from s2t.decode.prompts import ids_key, prompt_key, sample_key
+from s2t.decode.session import Generated, Session, open_llm
 from s2t.decode.strategies import Strategy, build_strategy, choose_sample
 from s2t.decode.workload import read_thresholds
 from s2t.errors import ConfigError

@@ -14,6 +14,7 @@ from s2t.errors import ConfigError, ModelError
 from s2t.model import template
 from s2t.model.chat import chat_text, prompt_ids
 from s2t.model.load import load_model
+from s2t.model.tiny import embedded_path
 
 USER, SYSTEM = {"role": "user", "content": "hi"}, {"role": "system", "content": "Be brief."}
 TEXTS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -89,6 +90,17 @@ def test_variables_reach_the_template(tokenizer):
 
 def test_a_template_sees_what_the_tokenizer_calls_its_tokens(tokenizer):
     assert written(tokenizer, "{{ eos_token }}" + TEXTS, [USER]) == f"{tokenizer.eos_token}<user>hi"
+
+
+def test_a_tokenizer_that_writes_messages_itself_does(tokenizer):
+    class Own(type(tokenizer)):
+        def apply_chat_template(self, turns, **options):
+            return "".join(f"[{turn['content']}]" for turn in turns) if "broken" not in options else 1 // 0
+
+    own = Own.from_pretrained(embedded_path("tiny:slm"))
+    assert written(own, TEXTS, [SYSTEM, USER]) == "[Be brief.][hi]"
+    with pytest.raises(ModelError, match=r"Own does not write these messages: .*zero"):
+        written(own, TEXTS, [USER], broken=True)
 
 
 # What must not happen

@@ -48,10 +48,10 @@ def read_variables(given: Any, name: str = "chat_template_kwargs") -> dict[str, 
         values = json.loads(given if isinstance(given, str) else json.dumps(given))
     except (TypeError, ValueError, RecursionError):
         values = None
-    require(
-        isinstance(values, dict),
-        f'{name} must be a JSON object such as {{"enable_thinking": false}}; got {str(given)[:60]!r}.',
-    )
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f'{name} must be a JSON object such as {{"enable_thinking": false}}; got {str(given)[:60]!r}.'
+        )
     taken = [key for key in values if key in _TAKEN]
     require(
         not taken, f"{name} cannot set {', '.join(taken)}; give variables of the template, such as enable_thinking."

@@ -6,19 +6,18 @@ do not read it.
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from s2t.config import NEEDS_LLM, ChatConfig, ModelConfig, RemoteConfig, ServedConfig
+from s2t.config import NEEDS_LLM, ModelConfig, RemoteConfig, ServedConfig
 from s2t.core.support import resolve_support
 from s2t.decode.continuous import ContinuousDecoder
 from s2t.decode.label import ExactAt, Labels, label, label_by_text, label_listed
 from s2t.decode.loop import Decoder, Request
+from s2t.decode.prompts import checked_ids, note_unread, variables_of
 from s2t.decode.reference import ModelReference, Reference
 from s2t.decode.remote.llm import RemoteLLM, remote_settings
 from s2t.decode.remote.reference import RemoteReference
@@ -121,11 +120,8 @@ class Session:
         return session
 
     def note_unread(self) -> None:
-        """Say on stderr which variables no chat template of the models reads: a slip in a name would change nothing."""
-        models = [self.slm, *([self.llm] if self.llm is not None else [])]
-        templates = " ".join(str(model.tokenizer.chat_template or "") for model in models)
-        if unread := [name for name in self.variables if not re.search(rf"\b{re.escape(name)}\b", templates)]:
-            note(f"the chat template of {self.slm.name} does not read {', '.join(unread)}; the prompts are as without.")
+        """Say on stderr which variables no chat template of the models reads."""
+        note_unread(self.variables, [self.slm, *([self.llm] if self.llm is not None else [])])
 
     @classmethod
     def served(
@@ -156,7 +152,7 @@ class Session:
         what cannot become as few as `max_tokens` tokens.
         """
         told = self.variables | dict(variables or {})
-        return _checked(self.slm, prompt_ids(self.slm.tokenizer, messages, system, told, max_tokens))
+        return checked_ids(self.slm, prompt_ids(self.slm.tokenizer, messages, system, told, max_tokens))
 
     def request(
         self,
@@ -171,7 +167,7 @@ class Session:
         own = None
         if self.llm is not None and not self.has_one_tokenizer:
             told = self.variables | dict(variables or {})
-            own = _checked(self.llm, prompt_ids(self.llm.tokenizer, messages, system, told, max_tokens))
+            own = checked_ids(self.llm, prompt_ids(self.llm.tokenizer, messages, system, told, max_tokens))
         return Request(index, self.prompt(messages, system, variables, max_tokens), key, own)
 
     def request_of_ids(self, index: int, ids: list[int], key: str = "") -> Request:
@@ -179,8 +175,8 @@ class Session:
         own, vocabulary = None, self.vocabulary
         if vocabulary is not None:
             [found] = vocabulary.llm_codec.encode([vocabulary.slm_codec.join(ids)])
-            own = _checked(vocabulary.llm, found)
-        return Request(index, _checked(self.slm, ids), key, own)
+            own = checked_ids(vocabulary.llm, found)
+        return Request(index, checked_ids(self.slm, ids), key, own)
 
     def tokenizer_of(self, strategy: str) -> PreTrainedTokenizerBase:
         """The tokenizer whose ids a strategy writes."""
@@ -331,11 +327,6 @@ class Session:
         return self.llm
 
 
-def variables_of(config: Any) -> dict[str, Any]:
-    """What a command's settings tell chat templates; a command that writes no answers tells nothing."""
-    return config.template_variables if isinstance(config, ChatConfig) else {}
-
-
 def open_llm(config: ModelConfig) -> LoadedModel | RemoteLLM:
     """The LLM that a config names: on its servers where it has some (no weights are loaded, and a line on stderr says what
     they can tell), else in this process.
@@ -364,31 +355,6 @@ def check_needs(config: ModelConfig, strategies: Sequence[str], adapter: str | N
         others = ",".join(name for name in strategies if name != "s2t-local") or "greedy"
         hint = f"; without one: --strategies {others}" if hasattr(config, "strategies") else ""
         raise ConfigError(f"strategy s2t-local needs --adapter, a folder written by `s2t train`{hint}.")
-
-
-def prompt_key(prompt: str | Sequence[dict[str, str]], system: str | None = None) -> str:
-    """What the random numbers of a prompt depend on, beside the seed."""
-    return prompt if isinstance(prompt, str) and system is None else json.dumps([system, prompt])
-
-
-def ids_key(ids: Sequence[int]) -> str:
-    """As `prompt_key`, for a prompt of token ids."""
-    return str(list(ids))
-
-
-def sample_key(key: str, place: int) -> str:
-    """As `prompt_key`, for one of several samples of the same prompt."""
-    return f"{key}/{place}"
-
-
-def _checked(loaded: LoadedModel | RemoteLLM, ids: list[int]) -> list[int]:
-    """The ids of a prompt; raises ModelError where there are none, or one that the model has no row for."""
-    if not ids:
-        raise ModelError("the prompt is empty after tokenizing; give some text.")
-    if max(ids) >= loaded.vocab_size:
-        token = loaded.tokenizer.convert_ids_to_tokens(max(ids))
-        raise ModelError(f"the prompt holds {token}, which {loaded.name} has no embedding for; take it out.")
-    return ids
 
 
 def _for(strategy: Strategy, requests: Sequence[Request]) -> list[Request]:

@@ -145,11 +145,13 @@ class S2TLM(_Base):
 
     def _behind_thought(self, done: Generation) -> str:
         """What was written behind the last end of a thought; of thinking that was asked for and never ended, nothing."""
-        mark, ids, tokenizer = self.think_end_token, done.token_ids, self.reasoner.session.tokenizer_of(self.strategy)
+        mark: str | int | None = self.think_end_token
+        session, ids = self.reasoner.session, done.token_ids
+        tokenizer: Any = session.tokenizer_of(self.strategy)
         named = tokenizer.get_added_vocab().get(mark) if isinstance(mark, str) else mark
         if named in ids:  # a special token is no text, so it is looked for by its id
             behind = ids[len(ids) - ids[::-1].index(named) :]
-            is_ended = done.finish_reason == "stop" and behind[-1:] and behind[-1] in self.reasoner.session.stop_ids
+            is_ended = done.finish_reason == "stop" and behind[-1:] and behind[-1] in session.stop_ids
             return decode_ids(tokenizer, behind[:-1] if is_ended else behind).lstrip()
         _, found, answer = done.text.rpartition(mark) if isinstance(mark, str) else ("", "", done.text)
         if not found:

@@ -20,6 +20,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from s2t.errors import ModelError
 
 SECONDS = 5.0
@@ -43,9 +45,20 @@ def render(tokenizer: Any, turns: Turns, **options: Any) -> str:
     gets parts. Raises ModelError, one line, for messages that the template refuses or leaves out, and for a template that
     fails, or needs too much time, memory or room.
     """
+    if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
+        return _written_by(tokenizer, turns, options)
     template = _Template.of(tokenizer, options)
     form = _form(template, tuple(turn["role"] for turn in turns))
     return template.render(form.applied(turns))
+
+
+def _written_by(tokenizer: Any, turns: Turns, options: dict[str, Any]) -> str:
+    """What a tokenizer with code of its own makes of messages."""
+    try:
+        return str(tokenizer.apply_chat_template(list(turns), tokenize=False, **options))
+    except Exception as error:  # whatever that code can raise
+        text = _sentence(" ".join(str(error).split())[:200])
+        raise ModelError(f"{type(tokenizer).__name__} does not write these messages: {text}") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from s2t.config import ServeConfig, read_variables
 from s2t.decode.continuous import OwnRequest
 from s2t.decode.loop import Request
-from s2t.decode.session import Session, ids_key, prompt_key, sample_key
+from s2t.decode.prompts import ids_key, prompt_key, sample_key
+from s2t.decode.session import Session
 from s2t.decode.strategies import Sampling, Strategy
 from s2t.errors import S2TError
 from s2t.model.encode import encode
