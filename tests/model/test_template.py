@@ -28,6 +28,14 @@ EITHER = (
     "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}{{ m.content[0].text }}"
     "{% endif %}{% endfor %}"
 )
+MIXED = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'system' %}{{ m.content }}{% else %}"
+    "{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}{% endfor %}"
+)
+DUMPING = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'system' %}{{ m.content | tojson }}{% else %}"
+    "{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}{% endfor %}"
+)
 WITHOUT_SYSTEM = "{% for m in messages if m.role != 'system' %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 PARTS_WITHOUT_SYSTEM = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
@@ -49,10 +57,25 @@ def written(tokenizer, source, turns, **variables):
 # Forms
 
 
-@pytest.mark.parametrize("source", [TEXTS, PARTS, PARTS_BY_TYPE, STRICT_PARTS, EITHER])
+@pytest.mark.parametrize("source", [TEXTS, PARTS, PARTS_BY_TYPE, STRICT_PARTS, EITHER, MIXED])
 def test_a_template_gets_content_in_the_form_it_reads(source, tokenizer):
     assert written(tokenizer, source, [USER]) == "<user>hi"
     assert written(tokenizer, source, [SYSTEM, USER]) == "<system>Be brief.<user>hi"
+
+
+def test_parts_are_never_written_as_a_list(tokenizer):
+    assert written(tokenizer, DUMPING, [SYSTEM, USER]) == '<system>"Be brief."<user>hi'
+    turns = [SYSTEM, USER, {"role": "assistant", "content": "a"}, USER]
+    assert written(tokenizer, PARTS, turns) == "<system>Be brief.<user>hi<assistant>a<user>hi"
+    for role in ("user", "assistant"):
+        mixed = MIXED.replace("'system'", f"'{role}'")
+        assert written(tokenizer, mixed, turns[1:]) == "<user>hi<assistant>a<user>hi"
+
+
+def test_a_template_may_leave_out_what_an_assistant_said(tokenizer):
+    turns = [SYSTEM, USER, {"role": "assistant", "content": "a"}, USER]
+    last = "{% for m in messages if m.role != 'assistant' %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    assert written(tokenizer, last, turns) == "<system>Be brief.<user>hi<user>hi"
 
 
 @pytest.mark.parametrize("source", [WITHOUT_SYSTEM, PARTS_WITHOUT_SYSTEM])

@@ -68,7 +68,7 @@ def error_of(response):
         ({"max_tokens": 5000}, "messages", "up to 512 tokens"),
         ({"max_completion_tokens": 5}, "max_tokens", "same limit"),
         ({"stop": "x" * 257}, "stop", "at most 256"),
-        ({"verbosity": "low"}, "verbosity", "leave it at medium"),
+        ({"verbosity": "much"}, "verbosity", "'high'"),
         ({"modalities": ["text", "audio"]}, "modalities", "not supported"),
         ({"reasoning_effort": "much"}, "reasoning_effort", "'max'"),
         ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs", "cannot set tools"),

@@ -66,7 +66,8 @@ def test_what_is_not_supported_is_a_field_and_has_advice():
 IGNORED = [
     {"prompt_cache_key": "thread-7", "prompt_cache_retention": "24h", "prompt_cache_options": {"mode": "implicit"}},
     {"safety_identifier": "a1b2", "user": "someone", "metadata": {"run": "7", "of": "x"}},
-    {"prediction": {"type": "content", "content": "7 apples"}, "modalities": ["text"], "verbosity": "medium"},
+    {"prediction": {"type": "content", "content": "7 apples"}, "modalities": ["text"], "store": True},
+    *({"verbosity": verbosity} for verbosity in ("low", "medium", "high", None)),
     *({"service_tier": tier} for tier in ("auto", "default", "flex", "scale", "priority", "fast")),
     *({"reasoning_effort": effort} for effort in ("none", "minimal", "low", "medium", "high", "xhigh", "max", None)),
     {"function_call": "none", "tool_choice": "auto", "audio": None, "web_search_options": None, "moderation": None},
@@ -121,7 +122,7 @@ def test_a_part_may_carry_a_cache_mark(server):
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.name ~ ': ' if m.name }}{{ m.content }}{% endfor %}"
-    "{{ ' 12 + 30 = ' if enable_thinking is defined and not enable_thinking }}{{ reasoning_effort }}<|assistant|>"
+    "{{ ' 12 + 30 = ' if enable_thinking is defined and not enable_thinking }}{{ reasoning_effort }}{{ verbosity }}<|assistant|>"
 )
 
 
@@ -152,6 +153,7 @@ def test_a_request_may_tell_the_chat_template(templated):
 def test_effort_and_names_reach_a_template_that_reads_them(templated):
     plain = prompts(templated, CHAT)
     assert prompts(templated, CHAT | {"reasoning_effort": "high"}) > plain
+    assert prompts(templated, CHAT | {"verbosity": "low"}) > plain
     assert prompts(templated, CHAT | {"messages": [USER[0] | {"name": "Ava"}]}) > plain
 
 

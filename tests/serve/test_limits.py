@@ -225,6 +225,7 @@ def test_a_head_that_does_not_end_is_closed_and_counted(serve, monkeypatch, sent
             assert client.recv(100).startswith(b"HTTP/1.1 408")
             assert client.recv(100) == b""
         assert counted(server) == 1
+        assert 's2t_requests_total{path="other",status="408"} 1.0' in httpx.get(f"{server.url}/metrics").text
 
 
 def test_a_head_that_trickles_in_gets_no_longer(serve, monkeypatch):

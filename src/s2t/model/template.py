@@ -108,9 +108,9 @@ class _Template:
 
 @dataclass(frozen=True, slots=True)
 class _Form:
-    """How a template wants messages of some roles: content as parts, the system message in the first user message."""
+    """How a template wants messages: of which roles as parts, and the system message in the first user message."""
 
-    as_parts: bool
+    parts: frozenset[str]
     is_folded: bool
 
     def applied(self, turns: Turns) -> list[dict[str, Any]]:
@@ -118,34 +118,58 @@ class _Form:
         if self.is_folded:
             joined = "\n\n".join(filter(None, (turns[0]["content"], turns[1]["content"])))
             found = [{**turns[1], "content": joined}, *found[2:]]
-        if self.as_parts:
-            found = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in found]
-        return found
+        return [{**turn, "content": _as_parts(turn)} if turn["role"] in self.parts else turn for turn in found]
+
+
+def _as_parts(turn: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": turn["content"]}]
+
+
+def _forms(roles: tuple[str, ...]) -> list[_Form]:
+    """What to try, in order: text, then parts for all roles, for all but the system's, for one."""
+    given = frozenset(roles)
+    parts = dict.fromkeys([frozenset(), given, given - {"system"}, given & {"user"}, given & {"assistant"}])
+    folds = (False, True) if roles[:2] == ("system", "user") else (False,)
+    return [_Form(of, is_folded) for is_folded in folds for of in parts]
 
 
 @lru_cache(512)
 def _form(template: _Template, roles: tuple[str, ...]) -> _Form:
-    """The first form in which every system and user message reaches the text; raises ModelError where there is none."""
+    """The first form in which every message reaches the text, or every one but the assistant's, which some templates cut.
+
+    Raises ModelError where there is none.
+    """
     probes = [{"role": role, "content": _PROBE.format(i)} for i, role in enumerate(roles)]
-    wanted = [probe["content"] for probe in probes if probe["role"] != "assistant"]
-    can_fold = roles[:2] == ("system", "user")
     refusal: ModelError | None = None
     missing: list[str] = []
-    for form in [_Form(parts, folds) for folds in (False, True)[: 1 + can_fold] for parts in (False, True)]:
+    usable: _Form | None = None
+    for form in _forms(roles):
+        applied = form.applied(probes)
         try:
-            text = template.render(form.applied(probes))
+            text = template.render(applied)
         except TemplateRefused as error:
             refusal = refusal or error
             continue
-        left_out = [probe["role"] for probe in probes if probe["content"] in wanted and probe["content"] not in text]
+        if any(_is_dumped(turn["content"], text) for turn in applied):
+            continue
+        left_out = [turn["role"] for turn in probes if turn["content"] not in text]
         if not left_out:
             return form
-        missing = missing or left_out
+        if set(left_out) == {"assistant"}:
+            usable = usable or form
+        missing = missing or [role for role in left_out if role != "assistant"]
+    if usable is not None:
+        return usable
     if refusal is not None and not missing:
         raise refusal
     raise ModelError(
         f"the chat template of this model leaves out the text of the {missing[0]} message, given the roles {_shown(roles)}."
     )
+
+
+def _is_dumped(content: Any, text: str) -> bool:
+    """Whether a list of parts stands in a text as a list: the template took it for text."""
+    return isinstance(content, list) and (str(content) in text or json.dumps(content) in text)
 
 
 class _Renderer:

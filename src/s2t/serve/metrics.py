@@ -33,6 +33,11 @@ class Metrics:
         )
         self.cancelled = Counter("s2t_cancelled_sequences", "Sequences given up, mostly by clients.", registry=registry)
 
+    def count_slow_head(self) -> None:
+        """One connection that was closed with 408, as nothing more is known of its request."""
+        self.slow_heads.inc()
+        self.requests.labels("other", "408").inc()
+
     def watch(self, running: Callable[[], int], waiting: Callable[[], int]) -> None:
         """Read two gauges whenever the metrics are asked for."""
         for name, text, read in (

@@ -149,7 +149,7 @@ class Server(uvicorn.Server):
             app,
             host=config.host,
             port=config.port,
-            http=timed_protocol(service.metrics.slow_heads.inc),
+            http=timed_protocol(service.metrics.count_slow_head),
             ws="none",
             log_config=None,
             log_level="warning",

@@ -70,7 +70,8 @@ class StreamOptions(Strict):
     """What a stream says beside the text."""
 
     include_usage: bool = False
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: bool | None = None
+    """Pads chunks that leave for the network; here there is no padding either way."""
 
 
 class Extension(Strict):
@@ -135,18 +136,18 @@ class ChatBody(Body):
     tool_choice: Literal["none", "auto"] | None = None
     functions: NoItems | None = None
     parallel_tool_calls: bool | None = None
-    store: Literal[False] | None = None
     modalities: list[Literal["text"]] | None = None
     audio: None = None
     function_call: Literal["none", "auto"] | None = None
-    verbosity: Literal["medium"] | None = None
     web_search_options: None = None
     moderation: None = None
     chat_template_kwargs: dict[str, Any] | None = None
     """Variables of the chat template, over those that the server was started with."""
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
-    """Goes to the chat template, of which few read it."""
+    """Goes to the chat template, of which few read it; `verbosity` likewise."""
+    verbosity: Literal["low", "medium", "high"] | None = None
     # What changes no answer:
+    store: bool | None = None
     metadata: Annotated[dict[str, Any], Field(max_length=64)] | None = None
     service_tier: Name | None = None
     prompt_cache_key: Name | None = None
@@ -158,8 +159,9 @@ class ChatBody(Body):
     @property
     def variables(self) -> dict[str, Any]:
         """What the chat template is told beside the messages."""
-        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
-        return effort | (self.chat_template_kwargs or {})
+        hints = {"reasoning_effort": self.reasoning_effort, "verbosity": self.verbosity}
+        given = {name: value for name, value in hints.items() if value is not None}
+        return given | (self.chat_template_kwargs or {})
 
     @property
     def token_limit(self) -> int | None:
@@ -203,11 +205,9 @@ UNSUPPORTED = {
     "functions": "leave it empty",
     "tool_choice": "leave it out",
     "response_format": 'the only format is {"type": "text"}',
-    "store": "leave it false",
     "modalities": 'the only one is "text"',
     "audio": "leave it out",
     "function_call": "leave it out",
-    "verbosity": "leave it at medium, or ask for it in a message",
     "web_search_options": "leave it out",
     "moderation": "leave it out",
     "best_of": "leave it at 1, or ask for n choices",
