@@ -26,7 +26,7 @@ def main() -> None:
         try:
             [text], _ = render_jinja_template(**job["options"])
         except MemoryError:
-            return {"over": f"{job['memory_bytes'] >> 30} GiB of memory"}
+            return {"over": f"{job['memory_bytes'] >> 20} MiB of memory"}
         except Exception as error:  # whatever a template can raise
             kind = (
                 "refused" if type(error) is TemplateError else "failed"

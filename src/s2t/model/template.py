@@ -27,7 +27,7 @@ from s2t.errors import ModelError
 SECONDS = 5.0
 """Processor time of one rendering."""
 _WALL_S = 60.0  # where the machine is busy with other work, or has no timer of processor time
-_MEMORY_BYTES = 1 << 30
+_MEMORY_BYTES = 1 << 29
 _MIN_CHARS, _CHARS_PER_CHAR = 1 << 20, 8  # the longest output: a megabyte, or eight times what went in
 _SIGPROF = getattr(signal, "SIGPROF", 0)
 _PROBE = "7391{:05d}4826"  # digits alone, which no template changes
