@@ -124,6 +124,20 @@ def test_the_printed_commands_are_commands(tmp_path, capsys):
     assert (tmp_path / "out" / "points" / "measure.json").is_file()
 
 
+def test_variables_of_chat_templates_are_a_table_of_the_recipe(tmp_path, capsys):
+    recipe = SHORT.replace(
+        "[settings]", '[settings]\nchat_template_kwargs = { enable_thinking = false, mood = "calm" }'
+    )
+    assert main(["reproduce", written(tmp_path, recipe), "--out", str(tmp_path / "out"), "--dry-run"]) == 0
+    measure, calibrate, evaluate = (shlex.split(line) for line in capsys.readouterr().out.splitlines())
+    for words in (measure, evaluate):
+        given = json.loads(words[words.index("--chat-template-kwargs") + 1])
+        assert given == {"enable_thinking": False, "mood": "calm"}
+    assert "--chat-template-kwargs" not in calibrate
+    with pytest.raises(ConfigError, match="cannot set tools"):
+        read_recipe(written(tmp_path, recipe.replace("mood", "tools")), "x")
+
+
 def test_an_override_reaches_the_stages_that_give_the_setting(tmp_path):
     path = written(tmp_path, SHORT.replace('llm = "tiny:llm"\ncalibration', "calibration"))
     _, stages = read_recipe(path, "x", ["llm=other", "workers=2", "limit=3"])

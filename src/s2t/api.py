@@ -18,13 +18,15 @@ from s2t.config import (
     MANY_SAMPLES,
     NEEDS_LLM,
     STRATEGIES,
+    ChatConfig,
     DecodeConfig,
     ModelConfig,
     ServedConfig,
     build_config,
 )
 from s2t.decode.loop import Request
-from s2t.decode.session import Generated, Session, ids_key, open_llm, prompt_key, sample_key
+from s2t.decode.prompts import ids_key, prompt_key, sample_key
+from s2t.decode.session import Generated, Session, open_llm
 from s2t.decode.strategies import Strategy, build_strategy, choose_sample
 from s2t.decode.workload import read_thresholds
 from s2t.errors import ConfigError
@@ -40,7 +42,7 @@ Prompts = list[str] | list[list[dict[str, str]]]
 
 
 @dataclass(frozen=True)
-class _LoadConfig(ServedConfig, ModelConfig):
+class _LoadConfig(ServedConfig, ChatConfig, ModelConfig):
     """What `load` takes."""
 
 
@@ -79,7 +81,8 @@ def load(
     `s2t train` wrote (a folder or a hub id), and a folder that `s2t merge` wrote brings its selector with it. A
     quantization is a name such as bitsandbytes-4bit, a dict with a `quant_method`, or a config of transformers. The other
     settings are the fields of `ModelConfig`: dtype, device, device_map, revision, llm_revision, trust_remote_code and
-    execution (eager, static: CUDA graphs on a GPU, compile: torch.compile as well, or auto). With
+    execution (eager, static: CUDA graphs on a GPU, compile: torch.compile as well, or auto). `chat_template_kwargs` is a dict of
+    variables for the models' chat templates, such as {"enable_thinking": False}. With
     `llm_url` (the base URL of an OpenAI-compatible server, or several) the LLM runs there, `llm` names its tokenizer, and the
     fields of `RemoteConfig` apply. With `slm_url` it is the SLM that runs on (vLLM) servers.
 
@@ -88,14 +91,16 @@ def load(
     texts = {"quantization": _as_text(quantization), "llm_quantization": _as_text(llm_quantization)}
     config = build_config(_LoadConfig, flags={"slm": slm, "llm": llm, **texts, **settings})
     config.check_model()
+    config.check_chat()
     config.check_remote()
     if config.slm_urls:
         return Reasoner(_served(config, adapter))
     small = load_model(config.slm, **config.load_options)
     selector = load_selector(adapter, small)
     large = open_llm(config) if config.llm is not None or config.llm_urls else None
-    session = Session(small, large, selector)
+    session = Session(small, large, selector, variables=config.template_variables)
     _ = session.vocabulary  # raises for a pair that cannot be mapped
+    session.note_unread()
     return Reasoner(session)
 
 

@@ -198,7 +198,8 @@ def _check_same_run(folder: Path, old: Any, command: str, values: dict[str, Any]
         raise ConfigError(f"{folder} belongs to s2t {old.get('command')}, not s2t {command}; {next_step}.")
     for key in [*values, *(key for key in old["config"] if key not in values)]:
         before, now = old["config"].get(key, _ABSENT), values.get(key, _ABSENT)
-        if key not in ignore and before != now:
+        is_new = before is _ABSENT and now is None  # the folder is older than the setting, which is not given
+        if key not in ignore and before != now and not is_new:
             raise ConfigError(f"{folder} was made with {key}={_shown(before)}, now {key}={_shown(now)}; {next_step}.")
 
 

@@ -72,8 +72,9 @@ class _Measurer:
     def __init__(self, config: MeasureConfig, task: Task | None) -> None:
         slm = load_model(config.slm, **config.load_options)
         self.config, self.task = config, task or open_task(config, config.slm)
-        self.session = Session(slm, open_llm(config), batch_size=config.batch_size)
+        self.session = Session(slm, open_llm(config), batch_size=config.batch_size, variables=config.template_variables)
         self.session.check_tokens()
+        self.session.note_unread()
 
     def shard(self, shard: Shard[Problem]) -> tuple[pa.Table, dict[str, Any] | None]:
         """One shard's steps, and what asking servers took."""

@@ -17,6 +17,7 @@ Every setting of every stage is checked before the first one starts: a slip in t
 
 from __future__ import annotations
 
+import json
 import shlex
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -70,7 +71,7 @@ class Stage:
                 words.append(flag if value else f"--no-{flag[2:]}")
                 continue
             for one in value if isinstance(value, list) else [value]:
-                words += [flag, str(one)]
+                words += [flag, json.dumps(one) if isinstance(one, dict) else str(one)]
         return shlex.join(words)
 
 

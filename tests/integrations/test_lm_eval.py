@@ -166,6 +166,64 @@ def test_a_context_that_is_too_long_loses_its_beginning(adapter):
         generations(model, GREEDY | {"max_gen_toks": 40})
 
 
+# Thinking
+
+
+def whole(model):
+    """Ids and texts of the problems as they are written without stop strings."""
+    prompts = [model._context_ids(problem["question"]) for problem in PROBLEMS]
+    return model.reasoner.complete(prompts, max_new_tokens=48)
+
+
+def test_what_stands_before_the_end_of_a_thought_is_no_answer(base):
+    answers = whole(base)
+    mark = answers[0].token_ids[6]  # a token that comes in some of the answers
+    model = S2TLM("tiny:slm", batch_size=4, think_end_token=mark)
+    reference = HFLM(
+        pretrained=load_model("tiny:slm").model, tokenizer=base.tokenizer, batch_size=4, think_end_token=mark
+    )
+    endless = GREEDY | {"until": []}
+    assert generations(model, endless) == generations(reference, endless)
+    assert generations(model, endless) != [answer.text for answer in answers]
+    as_text = S2TLM("tiny:slm", batch_size=4, think_end_token=str(mark))  # digits: of --model_args
+    assert generations(as_text, endless) == generations(model, endless)
+
+
+def test_stops_of_a_task_do_not_end_a_thought(base):
+    thought, mark, answer = whole(base)[0].text.partition("pages.")
+    stop = "ha"
+    assert mark and stop in thought and stop in answer
+    model = S2TLM("tiny:slm", think_end_token=mark)
+    found = generations(model, GREEDY | {"until": [stop]}, PROBLEMS[:1])
+    assert found == [answer.lstrip().split(stop)[0]] != [""]
+
+
+def test_a_special_token_ends_a_thought_though_it_is_no_text(base):
+    class Written:
+        text, finish_reason = "7 is the sum. 8", "length"
+
+    tokenizer = base.tokenizer
+    mark = "<|reserved_3|>"
+    thought, answer = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in ("7 is the sum.", " 8"))
+    Written.token_ids = [*thought, tokenizer.convert_tokens_to_ids(mark), *answer]
+    for name in (mark, tokenizer.convert_tokens_to_ids(mark)):
+        assert S2TLM("tiny:slm", think_end_token=name)._behind_thought(Written) == "8"
+
+
+def test_thinking_that_was_asked_for_and_never_ended_is_no_answer():
+    model = S2TLM("tiny:slm", enable_thinking=True, think_end_token="</think>")
+    assert generations(model, problems=PROBLEMS[:2]) == ["", ""]
+
+
+@pytest.mark.parametrize(
+    "given", [{"chat_template_kwargs": '{"mood": "calm"}'}, {"chat_template_args": {"mood": "calm"}}]
+)
+def test_the_chat_template_is_told_what_the_arguments_say(given):
+    model = S2TLM("tiny:slm", **given)
+    model.tokenizer.chat_template = "{{ mood }}: {{ messages[0]['content'] }}"
+    assert model.apply_chat_template([{"role": "user", "content": "hi"}]) == "calm: hi"
+
+
 # Sampling
 
 

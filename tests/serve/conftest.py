@@ -24,7 +24,7 @@ from s2t.config import ServeConfig
 from s2t.decode.session import Session
 from s2t.model.adapter import AdapterConfig, SelectorAdapter
 from s2t.model.load import load_model
-from s2t.serve.run import build
+from s2t.serve.run import Server, build
 from s2t.serve.service import Service
 
 NAME = "tiny:slm"
@@ -109,9 +109,11 @@ def new_adapter_fixture() -> Callable[..., SelectorAdapter]:
 @contextmanager
 def running(session: Session, **settings: Any) -> Iterator[Running]:
     """A server over a session, stopped at the end."""
-    config = ServeConfig(**({"batch_size": 8, "max_length": 512, "max_new_tokens": 40} | settings))
+    config = ServeConfig(
+        **({"port": 0, "drain_s": 0.0, "batch_size": 8, "max_length": 512, "max_new_tokens": 40} | settings)
+    )
     service, app = build(config, session)
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, access_log=False))
+    server = Server(app, service, config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     until = time.monotonic() + 20

@@ -24,6 +24,7 @@ def command(config: ServeConfig) -> Any:
         llm_quantization=config.llm_quantization,
         slm_url=config.slm_url,
         slm_lora=config.slm_lora,
+        chat_template_kwargs=config.chat_template_kwargs,
         **config.load_options,
         **{item.name: getattr(config, item.name) for item in fields(RemoteConfig)},
     )

@@ -6,7 +6,7 @@ and the same command accepts it back. Knows no model and reads no problem.
 
 from s2t.config.answer import EvalConfig, GenerateConfig, ServeConfig
 from s2t.config.build import build_config, config_dict, parse_settings
-from s2t.config.checks import check_range
+from s2t.config.checks import check_range, read_variables
 from s2t.config.learn import (
     CalibrateConfig,
     CollectConfig,
@@ -31,6 +31,7 @@ from s2t.config.shared import (
     SUPPORTS,
     TRIGGERED,
     TRIGGERS,
+    ChatConfig,
     DecodeConfig,
     ModelConfig,
     RemoteConfig,
@@ -58,6 +59,7 @@ __all__ = [
     "TRIGGERS",
     "BenchConfig",
     "CalibrateConfig",
+    "ChatConfig",
     "CollectConfig",
     "DecodeConfig",
     "DistillConfig",
@@ -80,4 +82,5 @@ __all__ = [
     "check_range",
     "config_dict",
     "parse_settings",
+    "read_variables",
 ]

@@ -10,6 +10,7 @@ from s2t.config.shared import (
     STRATEGIES,
     TRIGGERED,
     TRIGGERS,
+    ChatConfig,
     DecodeConfig,
     ModelConfig,
     ServedConfig,
@@ -19,7 +20,7 @@ from s2t.config.shared import (
 
 
 @dataclass(frozen=True)
-class GenerateConfig(DecodeConfig, ServedConfig, ModelConfig):
+class GenerateConfig(DecodeConfig, ServedConfig, ChatConfig, ModelConfig):
     """`s2t generate` and `s2t chat`."""
 
     strategy: str | None = None
@@ -30,6 +31,7 @@ class GenerateConfig(DecodeConfig, ServedConfig, ModelConfig):
 
     def __post_init__(self) -> None:
         self.check_model()
+        self.check_chat()
         self.check_remote()
         self.check_decode()
         check_at_least(0, seed=self.seed)
@@ -38,7 +40,7 @@ class GenerateConfig(DecodeConfig, ServedConfig, ModelConfig):
 
 
 @dataclass(frozen=True)
-class ServeConfig(DecodeConfig, ServedConfig, ModelConfig):
+class ServeConfig(DecodeConfig, ServedConfig, ChatConfig, ModelConfig):
     """`s2t serve`: an OpenAI-compatible server; decoding settings are those of requests that do not give their own."""
 
     strategy: str | None = None
@@ -76,6 +78,7 @@ class ServeConfig(DecodeConfig, ServedConfig, ModelConfig):
 
     def __post_init__(self) -> None:
         self.check_model()
+        self.check_chat()
         self.check_remote()
         self.check_decode()
         require(not self.llm_urls, "s2t serve takes no llm_url: it runs the LLM in its own process; pass --llm MODEL.")
@@ -96,7 +99,7 @@ class ServeConfig(DecodeConfig, ServedConfig, ModelConfig):
 
 
 @dataclass(frozen=True)
-class EvalConfig(DecodeConfig, TaskConfig, ServedConfig, ShardConfig, ModelConfig):
+class EvalConfig(DecodeConfig, TaskConfig, ServedConfig, ShardConfig, ChatConfig, ModelConfig):
     """`s2t eval`: problems x strategies become graded results, scores with intervals and paired tests."""
 
     llm: str | None = None
@@ -121,6 +124,7 @@ class EvalConfig(DecodeConfig, TaskConfig, ServedConfig, ShardConfig, ModelConfi
 
     def __post_init__(self) -> None:
         self.check_model()
+        self.check_chat()
         self.check_shards()
         self.check_task()
         self.check_decode()

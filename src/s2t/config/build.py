@@ -9,7 +9,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from s2t.config.checks import require
+from s2t.config.checks import read_variables, require
 from s2t.errors import ConfigError
 
 C = TypeVar("C")
@@ -28,6 +28,8 @@ def build_config(cls: type[C], file: str | Path | None = None, flags: Mapping[st
     unknown = sorted(set(values) - known)
     require(not unknown, f"unknown setting {', '.join(unknown)}; known: {', '.join(sorted(known))}.")
     hints = get_type_hints(cls)
+    is_json = {item.name for item in fields(cls) if item.metadata.get("json")}  # type: ignore[arg-type]
+    values |= {name: json.dumps(read_variables(values[name], name)) for name in is_json if values.get(name) is not None}
     return cls(**{name: _typed(name, value, hints[name]) for name, value in values.items()})
 
 

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 from s2t.errors import ConfigError
+
+_TAKEN = (
+    *("messages", "conversation", "conversations", "chat_template", "tools", "documents", "tokenize"),
+    *("add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask"),
+)
 
 
 def check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
@@ -27,3 +35,25 @@ def check_at_least(low: float, **values: float) -> None:
 def check_positive(hint: str = "", /, **values: float) -> None:
     for name, value in values.items():
         require(value > 0, f"{name} must be above 0; got {value}{hint}.")
+
+
+def read_variables(given: Any, name: str = "chat_template_kwargs") -> dict[str, Any]:
+    """Variables of a chat template, a dict or the text of a JSON object, as a dict; None is none.
+
+    Raises ConfigError for anything else, and for names that a chat template is given by other ways.
+    """
+    if given is None:
+        return {}
+    try:
+        values = json.loads(given if isinstance(given, str) else json.dumps(given))
+    except (TypeError, ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f'{name} must be a JSON object such as {{"enable_thinking": false}}; got {str(given)[:60]!r}.'
+        )
+    taken = [key for key in values if key in _TAKEN]
+    require(
+        not taken, f"{name} cannot set {', '.join(taken)}; give variables of the template, such as enable_thinking."
+    )
+    return values

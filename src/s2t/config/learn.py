@@ -10,6 +10,7 @@ from s2t.config.shared import (
     CRITICALITY_READINGS,
     DISTILLATIONS,
     DTYPES,
+    ChatConfig,
     ModelConfig,
     ReadoutConfig,
     ShardConfig,
@@ -20,7 +21,7 @@ from s2t.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class MeasureConfig(StepConfig, TaskConfig, ShardConfig, ModelConfig):
+class MeasureConfig(StepConfig, TaskConfig, ShardConfig, ChatConfig, ModelConfig):
     """`s2t measure`: local sufficiency of a pair on the SLM's own trajectories."""
 
     llm: str | None = "tiny:llm"
@@ -38,6 +39,7 @@ class MeasureConfig(StepConfig, TaskConfig, ShardConfig, ModelConfig):
 
     def __post_init__(self) -> None:
         self.check_model()
+        self.check_chat()
         self.check_shards()
         self.check_task()
         self.check_steps()
@@ -61,7 +63,7 @@ class CalibrateConfig:
 
 
 @dataclass(frozen=True)
-class CollectConfig(StepConfig, TaskConfig, ShardConfig, ModelConfig):
+class CollectConfig(StepConfig, TaskConfig, ShardConfig, ChatConfig, ModelConfig):
     """`s2t collect`: problems of the train split become selection groups in parquet shards."""
 
     llm: str | None = "tiny:llm"
@@ -89,6 +91,7 @@ class CollectConfig(StepConfig, TaskConfig, ShardConfig, ModelConfig):
 
     def __post_init__(self) -> None:
         self.check_model()
+        self.check_chat()
         self.check_shards()
         self.check_task()
         self.check_steps()
@@ -217,7 +220,7 @@ class TrainConfig(ReadoutConfig, FitConfig, ModelConfig):
 
 
 @dataclass(frozen=True)
-class DistillConfig(FitConfig, TaskConfig, ModelConfig):
+class DistillConfig(FitConfig, TaskConfig, ChatConfig, ModelConfig):
     """`s2t distill`: an ordinary LoRA of the SLM, fitted to the LLM's answers or distributions."""
 
     llm: str | None = "tiny:llm"
@@ -251,6 +254,7 @@ class DistillConfig(FitConfig, TaskConfig, ModelConfig):
 
     def __post_init__(self) -> None:
         self.check_model()
+        self.check_chat()
         self.check_task()
         self.check_fit()
         check_choice("method", self.method, DISTILLATIONS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from s2t.config.checks import check_at_least, check_choice, check_positive, check_range, require
+from s2t.config.checks import check_at_least, check_choice, check_positive, check_range, read_variables, require
 
 STRATEGIES = ("greedy", "sample", "self-consistency", "self-certainty", "llm", "takeover", "s2t", "s2t-local")
 MANY_SAMPLES = ("self-consistency", "self-certainty")
@@ -92,6 +92,22 @@ class ReadoutConfig:
     def scope(self) -> str:
         """The scope that `auto` stands for."""
         return READOUTS[self.readout][0] if self.adapter_scope == "auto" else self.adapter_scope
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """How prompts are written for the models; shared by every command that writes answers."""
+
+    chat_template_kwargs: str | None = field(default=None, metadata={"json": True})
+    """Variables of the models' chat templates, a JSON object such as {"enable_thinking": false}, which turns thinking off."""
+
+    def check_chat(self) -> None:
+        _ = self.template_variables
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """The variables as a dict; ConfigError for what is no JSON object, and for names that are not the template's."""
+        return read_variables(self.chat_template_kwargs)
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field, replace
 from s2t.config.build import build_config, parse_settings
 from s2t.config.checks import check_at_least, check_choice, check_range, require
 from s2t.config.learn import TrainConfig
-from s2t.config.shared import DISTILLATIONS, ModelConfig, ReadoutConfig, TaskConfig
+from s2t.config.shared import DISTILLATIONS, ChatConfig, ModelConfig, ReadoutConfig, TaskConfig
 from s2t.errors import ConfigError
 
 _GIVEN_BY_STUDY = ("slm", "groups", "out")  # of what `s2t train` takes
 
 
 @dataclass(frozen=True)
-class StudyConfig(TaskConfig, ModelConfig):
+class StudyConfig(TaskConfig, ChatConfig, ModelConfig):
     """`s2t study NAME`: one question about a pair or an adapter, answered with a table and a picture."""
 
     llm: str | None = "tiny:llm"
@@ -56,6 +56,7 @@ class StudyConfig(TaskConfig, ModelConfig):
 
     def __post_init__(self) -> None:
         self.check_model()
+        self.check_chat()
         self.check_task()
         check_range("quantile", self.quantile, 0, 1)
         check_at_least(

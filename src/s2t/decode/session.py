@@ -6,8 +6,7 @@ do not read it.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -18,6 +17,7 @@ from s2t.core.support import resolve_support
 from s2t.decode.continuous import ContinuousDecoder
 from s2t.decode.label import ExactAt, Labels, label, label_by_text, label_listed
 from s2t.decode.loop import Decoder, Request
+from s2t.decode.prompts import checked_ids, note_unread, variables_of
 from s2t.decode.reference import ModelReference, Reference
 from s2t.decode.remote.llm import RemoteLLM, remote_settings
 from s2t.decode.remote.reference import RemoteReference
@@ -71,6 +71,8 @@ class Session:
     adapter: SelectorReader | None = None
     batch_size: int = 64
     served_slm: ServedSLM | None = None
+    variables: dict[str, Any] = field(default_factory=dict)
+    """What chat templates are told beside the messages."""
     _made: dict[str, VocabularyMap | None] = field(default_factory=dict, repr=False)
     _facts: dict[str, bool] = field(default_factory=dict, repr=False)
 
@@ -110,11 +112,16 @@ class Session:
         needs_llm = any(name in NEEDS_LLM for name in strategies)
         slm = load_model(config.slm, **config.load_options)
         loaded = load_selector(adapter, slm) if "s2t-local" in strategies else None
-        session = cls(slm, open_llm(config) if needs_llm else None, loaded, batch_size)
+        session = cls(slm, open_llm(config) if needs_llm else None, loaded, batch_size, variables=variables_of(config))
         if any(name in NEEDS_LLM - {"llm"} for name in strategies):
             session.check_tokens()
         _ = session.vocabulary  # raises for a pair that cannot be mapped
+        session.note_unread()
         return session
+
+    def note_unread(self) -> None:
+        """Say on stderr which variables no chat template of the models reads."""
+        note_unread(self.variables, [self.slm, *([self.llm] if self.llm is not None else [])])
 
     @classmethod
     def served(
@@ -130,28 +137,46 @@ class Session:
         served = ServedSLM.connect(
             slm, remote_settings(where, where.slm_urls), where.slm_lora, "s2t-local" in strategies
         )
-        return cls(slm, batch_size=batch_size, served_slm=served)
+        return cls(slm, batch_size=batch_size, served_slm=served, variables=variables_of(config))
 
-    def prompt(self, messages: str | Sequence[dict[str, str]], system: str | None = None) -> list[int]:
-        """Prompt ids of a user message, or of a list of messages; raises ModelError for what cannot be a prompt."""
-        return _checked(self.slm, prompt_ids(self.slm.tokenizer, messages, system))
+    def prompt(
+        self,
+        messages: str | Sequence[dict[str, str]],
+        system: str | None = None,
+        variables: Mapping[str, Any] | None = None,
+        max_tokens: int | None = None,
+    ) -> list[int]:
+        """Prompt ids of a user message, or of a list of messages; raises ModelError for what cannot be a prompt.
+
+        `variables` are what the chat template is told beside the messages, over those of the session. Raises TooLong for
+        what cannot become as few as `max_tokens` tokens.
+        """
+        told = self.variables | dict(variables or {})
+        return checked_ids(self.slm, prompt_ids(self.slm.tokenizer, messages, system, told, max_tokens))
 
     def request(
-        self, index: int, messages: str | Sequence[dict[str, str]], key: str = "", system: str | None = None
+        self,
+        index: int,
+        messages: str | Sequence[dict[str, str]],
+        key: str = "",
+        system: str | None = None,
+        variables: Mapping[str, Any] | None = None,
+        max_tokens: int | None = None,
     ) -> Request:
-        """A request for the answer to a user message, or to a list of messages, in the tokens of both models."""
+        """A request for the answer to a user message, or to a list of messages, in the tokens of both models; as `prompt`."""
         own = None
         if self.llm is not None and not self.has_one_tokenizer:
-            own = _checked(self.llm, prompt_ids(self.llm.tokenizer, messages, system))
-        return Request(index, self.prompt(messages, system), key, own)
+            told = self.variables | dict(variables or {})
+            own = checked_ids(self.llm, prompt_ids(self.llm.tokenizer, messages, system, told, max_tokens))
+        return Request(index, self.prompt(messages, system, variables, max_tokens), key, own)
 
     def request_of_ids(self, index: int, ids: list[int], key: str = "") -> Request:
         """A request for the continuation of prompt ids; an LLM with other tokens reads their text."""
         own, vocabulary = None, self.vocabulary
         if vocabulary is not None:
             [found] = vocabulary.llm_codec.encode([vocabulary.slm_codec.join(ids)])
-            own = _checked(vocabulary.llm, found)
-        return Request(index, _checked(self.slm, ids), key, own)
+            own = checked_ids(vocabulary.llm, found)
+        return Request(index, checked_ids(self.slm, ids), key, own)
 
     def tokenizer_of(self, strategy: str) -> PreTrainedTokenizerBase:
         """The tokenizer whose ids a strategy writes."""
@@ -330,31 +355,6 @@ def check_needs(config: ModelConfig, strategies: Sequence[str], adapter: str | N
         others = ",".join(name for name in strategies if name != "s2t-local") or "greedy"
         hint = f"; without one: --strategies {others}" if hasattr(config, "strategies") else ""
         raise ConfigError(f"strategy s2t-local needs --adapter, a folder written by `s2t train`{hint}.")
-
-
-def prompt_key(prompt: str | Sequence[dict[str, str]], system: str | None = None) -> str:
-    """What the random numbers of a prompt depend on, beside the seed."""
-    return prompt if isinstance(prompt, str) and system is None else json.dumps([system, prompt])
-
-
-def ids_key(ids: Sequence[int]) -> str:
-    """As `prompt_key`, for a prompt of token ids."""
-    return str(list(ids))
-
-
-def sample_key(key: str, place: int) -> str:
-    """As `prompt_key`, for one of several samples of the same prompt."""
-    return f"{key}/{place}"
-
-
-def _checked(loaded: LoadedModel | RemoteLLM, ids: list[int]) -> list[int]:
-    """The ids of a prompt; raises ModelError where there are none, or one that the model has no row for."""
-    if not ids:
-        raise ModelError("the prompt is empty after tokenizing; give some text.")
-    if max(ids) >= loaded.vocab_size:
-        token = loaded.tokenizer.convert_ids_to_tokens(max(ids))
-        raise ModelError(f"the prompt holds {token}, which {loaded.name} has no embedding for; take it out.")
-    return ids
 
 
 def _for(strategy: Strategy, requests: Sequence[Request]) -> list[Request]:

@@ -17,15 +17,16 @@ from s2t.errors import ConfigError, ModelError, S2TError, missing_extra
 
 try:
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+    from lm_eval.models.utils import normalize_gen_kwargs
     from tqdm import tqdm
 except ImportError as error:
     raise missing_extra("lm_eval", "lm-eval") from error
 
-from s2t.api import load
-from s2t.config import MANY_SAMPLES, ModelConfig
-from s2t.model.chat import chat_text
+from s2t.api import Generation, load
+from s2t.config import MANY_SAMPLES, ChatConfig, ModelConfig
+from s2t.model.chat import chat_text, decode_ids
 from s2t.model.encode import encode
+from s2t.model.stops import cut
 
 NAME = "s2t"
 _Base: Any = HFLM  # its decorator is untyped
@@ -62,7 +63,7 @@ class S2TLM(_Base):
         **settings: Any,
     ) -> None:
         passed_on = {name: settings.pop(name) for name in _PASSED_ON if name in settings}
-        loading = {item.name for item in fields(ModelConfig)} | {"adapter"}
+        loading = {item.name for config in (ModelConfig, ChatConfig) for item in fields(config)} | {"adapter"}
         given = {name: value for name, value in settings.items() if name in loading}
         self.settings = {name: value for name, value in settings.items() if name not in loading}
         if self.settings.get("system") is not None:
@@ -96,7 +97,8 @@ class S2TLM(_Base):
             raise ModelError(f"{self.pretrained} has no chat template; run without --apply_chat_template.")
         self._is_templated = True
         options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
-        return chat_text(self.tokenizer, chat_history, **options, **self.chat_template_args)
+        told = self.reasoner.session.variables | self.chat_template_args
+        return chat_text(self.tokenizer, chat_history, **(told | options))
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Texts for (context, generation arguments) pairs, in order; requests with the same arguments run together."""
@@ -133,9 +135,28 @@ class S2TLM(_Base):
                 "pass --gen_kwargs max_gen_toks=N."
             )
         prompts = [self._context_ids(context)[-room:] for context in contexts]
+        if self.think_end_token is None:
+            return [
+                answer.text for answer in self.reasoner.complete(prompts, self.strategy, seed=self.seed, **settings)
+            ]
+        stops = settings.pop("stop")  # they are the answer's, and must not end a thought
         done = self.reasoner.complete(prompts, self.strategy, seed=self.seed, **settings)
-        think_end = self.think_end_token if isinstance(self.think_end_token, str) else None
-        return [postprocess_generated_text(answer.text, None, think_end) for answer in done]
+        return [cut(self._behind_thought(answer), stops) for answer in done]
+
+    def _behind_thought(self, done: Generation) -> str:
+        """What was written behind the last end of a thought; of thinking that was asked for and never ended, nothing."""
+        mark: str | int | None = self.think_end_token
+        session, ids = self.reasoner.session, done.token_ids
+        tokenizer: Any = session.tokenizer_of(self.strategy)
+        named = tokenizer.get_added_vocab().get(mark) if isinstance(mark, str) else mark
+        if named in ids:  # a special token is no text, so it is looked for by its id
+            behind = ids[len(ids) - ids[::-1].index(named) :]
+            is_ended = done.finish_reason == "stop" and behind[-1:] and behind[-1] in session.stop_ids
+            return decode_ids(tokenizer, behind[:-1] if is_ended else behind).lstrip()
+        _, found, answer = done.text.rpartition(mark) if isinstance(mark, str) else ("", "", done.text)
+        if not found:
+            return "" if self.enable_thinking else done.text
+        return answer.lstrip()
 
     def _context_ids(self, context: str) -> list[int]:
         """Ids of a context; the BOS a tokenizer adds is added to plain text, and to nothing that has one or a template."""

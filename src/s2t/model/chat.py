@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from s2t.errors import ConfigError, ModelError
+from s2t.errors import ConfigError
 from s2t.model.encode import encode
+from s2t.model.size import check_size
+from s2t.model.template import render
 
 END_OF_TURN = (
     "<|im_end|>",
@@ -24,15 +25,32 @@ _CONTEXT = 16  # tokens that are decoded again with every new one
 
 
 def prompt_ids(
-    tokenizer: PreTrainedTokenizerBase, messages: str | Sequence[dict[str, str]], system: str | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    messages: str | Sequence[dict[str, str]],
+    system: str | None = None,
+    variables: Mapping[str, Any] | None = None,
+    max_tokens: int | None = None,
 ) -> list[int]:
     """Token ids of a user message (or a list of messages) under the tokenizer's chat template.
 
     `system` goes before them; a template that takes no system message gets it at the start of the first user message.
-    Without a template the text is encoded as it stands, with whatever BOS the tokenizer adds; a template brings its own,
-    so there are never two. No text becomes a reserved token. Raises ConfigError for what are no messages, ModelError
-    for messages that the template refuses.
+    `variables` are what the template is told beside the messages, such as enable_thinking. Without a template the text is
+    encoded as it stands, with whatever BOS the tokenizer adds; a template brings its own, so there are never two. No text
+    becomes a reserved token. Raises ConfigError for what are no messages, ModelError for messages that the template refuses,
+    and TooLong, before tokenizing, for a text that cannot become as few as `max_tokens` tokens.
     """
+    text, is_templated = prompt_text(tokenizer, messages, system, variables)
+    check_size(tokenizer, text, max_tokens)
+    return encode(tokenizer, text, add_special_tokens=not is_templated)
+
+
+def prompt_text(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: str | Sequence[dict[str, str]],
+    system: str | None = None,
+    variables: Mapping[str, Any] | None = None,
+) -> tuple[str, bool]:
+    """As `prompt_ids`, before it is tokenized, and whether a chat template wrote it."""
     turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
     check_messages(turns)
     if system is not None:
@@ -40,8 +58,8 @@ def prompt_ids(
             raise ConfigError("the messages begin with a system message already; pass no system beside it.")
         turns = [{"role": "system", "content": system}, *turns]
     if tokenizer.chat_template is None:
-        return encode(tokenizer, "\n\n".join(turn["content"] for turn in turns), add_special_tokens=True)
-    return encode(tokenizer, chat_text(tokenizer, turns), add_special_tokens=False)
+        return "\n\n".join(turn["content"] for turn in turns), False
+    return chat_text(tokenizer, turns, **(variables or {})), True
 
 
 def chat_text(tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, str]], **options: Any) -> str:
@@ -49,21 +67,7 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, str]
 
     Where the template refuses the system message, or leaves it out, it is put before the first user message.
     """
-    options = {"add_generation_prompt": True} | options
-    try:
-        try:
-            text = str(tokenizer.apply_chat_template(list(turns), tokenize=False, **options))
-        except TemplateError:
-            if (folded := _folded(turns)) is None:
-                raise
-            return str(tokenizer.apply_chat_template(folded, tokenize=False, **options))
-        folded = _folded(turns)
-        if folded is not None and turns[0]["content"].strip() not in text:
-            return str(tokenizer.apply_chat_template(folded, tokenize=False, **options))
-    except TemplateError as error:
-        roles = ", ".join(turn["role"] for turn in turns)
-        raise ModelError(f"the chat template of this model refuses the roles {roles}: {error}.") from error
-    return text
+    return render(tokenizer, turns, **({"add_generation_prompt": True} | options))
 
 
 def check_messages(turns: Sequence[Any]) -> None:
@@ -75,13 +79,6 @@ def check_messages(turns: Sequence[Any]) -> None:
             )
     if not turns:
         raise ConfigError("the list of messages is empty; give at least one user message.")
-
-
-def _folded(turns: Sequence[dict[str, str]]) -> list[dict[str, str]] | None:
-    """The turns with a leading system message put before the first user message; None where that cannot be done."""
-    if len(turns) < 2 or turns[0]["role"] != "system" or turns[1]["role"] != "user":
-        return None
-    return [{"role": "user", "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}, *turns[2:]]
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, generation_eos: int | list[int] | None) -> frozenset[int]:

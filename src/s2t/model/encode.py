@@ -25,6 +25,10 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bo
 
     Raises ModelError where the text spells a spare token and the tokenizer is none of the fast ones.
     """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ModelError("the prompt holds a lone surrogate, which is no Unicode text; take it out.") from error
     spelled = spare_tokens_in(text)
     if spelled and not spelled.isdisjoint(tokenizer.get_vocab()):
         ids = list(_twin(tokenizer, spelled).encode(text, add_special_tokens=add_special_tokens).ids)

@@ -27,6 +27,8 @@ class StoppingText:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = ()) -> None:
         self.stops = tuple(stops)
         self.is_over = False
+        self.num_read = 0
+        """Characters that became certain, shown or not."""
         self._text = Detokenizer(tokenizer)
         self._held = ""  # known, not yet shown
 
@@ -43,6 +45,7 @@ class StoppingText:
         return piece
 
     def _add(self, piece: str) -> str:
+        self.num_read += len(piece)
         if self.is_over:
             return ""
         self._held += piece

@@ -7,7 +7,6 @@ would cut off it first.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any, Protocol
@@ -16,12 +15,10 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from s2t.errors import ModelError
 from s2t.model.load import LoadedModel
-
-_BYTE_OF = {char: byte for byte, char in bytes_to_unicode().items()}
+from s2t.model.pieces import bytes_of_tokens
 
 
 class TextCodec:
@@ -35,7 +32,7 @@ class TextCodec:
             )
         self._backend = Tokenizer.from_str(backend.to_str())
         self._backend.encode_special_tokens = True  # a special token's name in a text is plain text
-        self.bytes_of = _bytes_of(tokenizer, self._backend, frozenset(reserved))
+        self.bytes_of = bytes_of_tokens(tokenizer, self._backend, frozenset(reserved))
         self.id_of: dict[bytes, int] = {}
         for token_id in reversed(range(len(self.bytes_of))):
             data = self.bytes_of[token_id]
@@ -135,37 +132,6 @@ def _whole_characters(text: bytes) -> bytes:
     except UnicodeDecodeError as error:
         return text[: error.start]
     return text
-
-
-def _bytes_of(tokenizer: PreTrainedTokenizerBase, backend: Tokenizer, reserved: frozenset[int]) -> list[bytes | None]:
-    """The bytes of every id; None for special tokens and for ids without a token."""
-    decoder = json.dumps(json.loads(backend.to_str()).get("decoder"))
-    is_byte_level = '"ByteLevel"' in decoder
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | reserved
-    added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
-    vocab: dict[str, int] = tokenizer.get_vocab()
-    found: list[bytes | None] = [None] * (max(vocab.values()) + 1)
-    for token, i in vocab.items():
-        if i in special:
-            continue
-        if i in added:
-            found[i] = added[i].encode()
-        else:
-            found[i] = _from_byte_level(token) if is_byte_level else _from_pieces(token)
-    return found
-
-
-def _from_byte_level(token: str) -> bytes | None:
-    if all(char in _BYTE_OF for char in token):
-        return bytes(_BYTE_OF[char] for char in token)
-    return token.encode()
-
-
-def _from_pieces(token: str) -> bytes:
-    """SentencePiece's spelling: a bar for a space, <0x0A> for a byte."""
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        return bytes([int(token[3:5], 16)])
-    return token.replace("▁", " ").encode()
 
 
 class HasTokenizer(Protocol):

@@ -41,6 +41,10 @@ class TokenTexts:
         """The bytes a token stands for; None for a special one."""
         return None if self._codec is None else self._codec.bytes_of[token_id]
 
+    def num_chars(self, token_id: int) -> int:
+        """Characters that begin in the token: none in a special one, which the text of an answer leaves out."""
+        return sum(byte & 0xC0 != 0x80 for byte in self.bytes_of(token_id) or b"")
+
     def text(self, token_id: int) -> str:
         """The token's text; `bytes:\\xe2\\x82` where it is a part of a character, its name where it is a special token."""
         data = self.bytes_of(token_id)
@@ -65,22 +69,36 @@ class Choice:
     num_triggered: int = 0
     num_flips: int = 0
     offset: int = 0  # characters of the tokens reported so far
+    _held: list[tuple[int, Written]] = field(
+        default_factory=list
+    )  # tokens whose text is not shown yet, and where it begins
+    _num_shown: int = 0  # characters
 
     def push(self, events: Sequence[Written]) -> tuple[str, list[Written]]:
-        """Take tokens; returns the text that became certain, and the tokens without the stop id that ended them."""
+        """Take tokens; returns the text that became certain, and its tokens: none that ended it, and none of a stop string."""
         pieces, kept = [], []
         for event in events:
-            step = event.step
+            step, piece = event.step, ""
             self.num_tokens += 1
             self.num_triggered += step.fired
             self.num_flips += step.fired and step.flip
             self.finish_reason = step.finish_reason
             if step.finish_reason != "stop" or step.token_id not in self.stop_ids:
-                pieces.append(self.text.push(step.token_id))
-                kept.append(event)
+                self._held.append((self.text.num_read, event))
+                piece = self.text.push(step.token_id)
             if step.finish_reason is not None:
-                pieces.append(self.text.finish())
+                piece += self.text.finish()
+            pieces.append(piece)
+            kept += self._shown(len(piece))
         return "".join(pieces), kept
+
+    def _shown(self, length: int) -> list[Written]:
+        """Take the tokens of what is shown by now, so many characters more than before."""
+        self._num_shown += length
+        is_whole = not self.text.is_over and (self.finish_reason is not None or not self.text.stops)
+        count = sum(is_whole or start < self._num_shown for start, _ in self._held)
+        taken, self._held = self._held[:count], self._held[count:]
+        return [event for _, event in taken]
 
 
 @dataclass
@@ -275,5 +293,5 @@ class TextWriter(Writer):
             found["token_logprobs"].append(max(event.reading.logprob, _LOWEST))
             found["top_logprobs"].append({self.tokens.text(i): logprob for i, logprob in self._likeliest(event)})
             found["text_offset"].append(choice.offset)
-            choice.offset += len(text)
+            choice.offset += self.tokens.num_chars(event.step.token_id)
         return found

@@ -16,16 +16,17 @@ from starlette.responses import JSONResponse, Response
 from s2t import __version__
 from s2t.serve import schema
 from s2t.serve.answers import ChatWriter, TextWriter, Writer
-from s2t.serve.edge import ASSETS, Edge
+from s2t.serve.edge import ARRIVED, ASSETS, Edge
 from s2t.serve.errors import ApiError, error_body, invalid
 from s2t.serve.intake import Plan
-from s2t.serve.respond import respond
+from s2t.serve.respond import Limit, first_of, gone, respond
 from s2t.serve.service import Service
 from s2t.web import source
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"description": "The request asks for what cannot be done; `param` says where."},
     401: {"description": "The key is missing or wrong."},
+    403: {"description": "The request names another host than this machine, which alone is served without a key."},
     404: {"description": "There is no such model."},
     408: {"description": "The body came too slowly."},
     413: {"description": "The body is too large."},
@@ -68,7 +69,8 @@ def create_app(service: Service, key: str | None) -> FastAPI:
         service.metrics.requests.labels(known, str(status)).inc()
         service.metrics.seconds.labels(known).observe(seconds)
 
-    app.add_middleware(Edge, key=key, max_body_bytes=service.config.max_body_bytes, observe=observe)
+    config = service.config
+    app.add_middleware(Edge, key=key, host=config.host, max_body_bytes=config.max_body_bytes, observe=observe)
     return app
 
 
@@ -89,10 +91,11 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 def _add_api(app: FastAPI, service: Service) -> None:
     async def run(make: Callable[[Any], Plan], body: Any, writer: type[Writer], request: Request) -> Response:
-        plan = await service.plan(make, body)
-        return await respond(service.open(plan, writer), request, service.config.request_timeout_s)
+        limit = Limit(service.config.request_timeout_s, request.scope.get(ARRIVED))
+        answer = await first_of(service.answer(make, body, writer), request.receive, limit)
+        return gone() if answer is None else await respond(answer, request, limit)
 
-    failures = _errors(400, 401, 404, 408, 413, 429, 500, 502, 503, 504)
+    failures = _errors(400, 401, 403, 404, 408, 413, 429, 500, 502, 503, 504)
 
     @app.post(
         "/v1/chat/completions",

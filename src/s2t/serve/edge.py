@@ -1,4 +1,4 @@
-"""What stands before the application: the key, the size and the time of a body, and the headers of every answer.
+"""What stands before the application: the key or the origin, the size and the time of a body, the headers of every answer.
 
 A body is read here, whole and bounded, so that nothing behind it ever waits for a client that sends slowly.
 """
@@ -13,11 +13,15 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from s2t.serve.errors import ApiError
+from s2t.serve.errors import ApiError, stopping
+from s2t.serve.origin import comes_from_here, is_loopback
 
+ARRIVED = "s2t.arrived"
+"""Key of the scope: when the request came, by the monotonic clock."""
 OPEN_PATHS = frozenset({"/", "/health"})
 ASSETS = "/assets/"
 BODY_S = 30.0
+_LEFT = 499  # the client left
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -31,19 +35,29 @@ HEADERS = (
 
 
 class Edge:
-    """ASGI middleware; `observe` is told path, status and seconds of every request."""
+    """ASGI middleware; `observe` is told path, status and seconds of every request.
+
+    Without a key, a server that listens on `host` for this machine alone answers to names of this machine alone.
+    """
 
     def __init__(
-        self, app: ASGIApp, key: str | None, max_body_bytes: int, observe: Callable[[str, int, float], None]
+        self,
+        app: ASGIApp,
+        key: str | None,
+        host: str,
+        max_body_bytes: int,
+        observe: Callable[[str, int, float], None],
     ) -> None:
         self.app, self.max_body_bytes, self.observe = app, max_body_bytes, observe
+        self._own = host if key is None and is_loopback(host) else None
         self._key = None if key is None else key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        start, status = time.monotonic(), 499  # the client left
+        start, status = time.monotonic(), _LEFT
+        scope[ARRIVED] = start
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
@@ -55,11 +69,14 @@ class Edge:
         try:
             self._check_key(scope)
             body = await self._body(scope, receive)
-        except ApiError as error:
-            await _refuse(error, send_with_headers)
-        else:
+            self._check_origin(scope)
             if body is not None:
                 await self.app(scope, _replay(body, receive), send_with_headers)
+        except ApiError as error:
+            await _refuse(error, send_with_headers)
+        except asyncio.CancelledError:  # the server stops, and this client has not sent its body or read its answer
+            if status == _LEFT:
+                await _refuse(stopping(), send_with_headers)
         finally:
             self.observe(scope["path"], status, time.monotonic() - start)
 
@@ -73,6 +90,14 @@ class Edge:
         if kind.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self._key):
             message = "a valid key is needed: Authorization: Bearer KEY."
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+    def _check_origin(self, scope: Scope) -> None:
+        """Raise ApiError for what a page from elsewhere sends through a browser of this machine."""
+        if self._own is not None and not comes_from_here(scope["headers"], self._own):
+            message = (
+                "this server answers to this machine alone, as localhost or 127.0.0.1; start it with a key for others."
+            )
+            raise ApiError(403, message, code="forbidden_host")
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
         """The whole body; None where the client left. Raises ApiError where it is too large or comes too slowly."""

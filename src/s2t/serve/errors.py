@@ -37,6 +37,11 @@ class ApiError(Exception):
         return error_body(self.status, self.message, self.param, self.code)
 
 
+def stopping() -> ApiError:
+    """The error of what comes, or is still there, when the server stops."""
+    return ApiError(503, "the server is stopping.", code="stopping")
+
+
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> ErrorBody:
     """The OpenAI shape of an error."""
     kind = _TYPES.get(status, SERVER if status >= 500 else INVALID)

@@ -12,16 +12,21 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from s2t.config import ServeConfig
+from s2t.config import ServeConfig, read_variables
 from s2t.decode.continuous import OwnRequest
 from s2t.decode.loop import Request
-from s2t.decode.session import Session, ids_key, prompt_key, sample_key
+from s2t.decode.prompts import ids_key, prompt_key, sample_key
+from s2t.decode.session import Session
 from s2t.decode.strategies import Sampling, Strategy
 from s2t.errors import S2TError
 from s2t.model.encode import encode
+from s2t.model.size import TooLong, check_size, least_tokens
 from s2t.serve.backend import Job
 from s2t.serve.errors import ApiError, clipped
 from s2t.serve.schema import Body, ChatBody, CompletionBody
+
+GREEDY_BELOW = 1e-5
+"""Temperatures below this one ask for the likeliest token, whatever they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +53,8 @@ class Intake:
         self.session = _with_own_tokenizer(session)
         self.max_length = longest(config, session)
         self.default = next(iter(strategies))
+        for loaded in (self.session.slm, *([self.session.llm] if self.session.llm is not None else [])):
+            least_tokens(loaded.tokenizer, "")  # reads the vocabulary once, before there are requests
         self._numbers = itertools.count()
 
     @property
@@ -68,7 +75,14 @@ class Intake:
         if body.top_logprobs is not None and not body.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs to be true.", "top_logprobs")
         try:
-            request = self.session.request(0, turns, prompt_key(turns, system), system)
+            variables = read_variables(body.chat_template_kwargs)
+        except S2TError as error:
+            raise ApiError(400, str(error), "chat_template_kwargs") from error
+        try:
+            key = prompt_key(turns, system)
+            request = self.session.request(0, turns, key, system, body.variables | variables, self.max_length)
+        except TooLong as error:
+            raise self._too_long(f"at least {error.least} tokens of prompt", "messages") from error
         except S2TError as error:
             raise ApiError(400, str(error), "messages") from error
         return self._plan(body, strategy, [request])
@@ -78,12 +92,20 @@ class Intake:
         strategy = self._strategy(body)
         try:
             requests = [self._request_of(prompt) for prompt in body.prompts]
+        except TooLong as error:
+            raise self._too_long(f"at least {error.least} tokens of prompt", "prompt") from error
         except S2TError as error:
             raise ApiError(400, str(error), "prompt") from error
         return self._plan(body, strategy, requests)
 
     def _request_of(self, prompt: str | list[int]) -> Request:
-        ids = encode(self.session.slm.tokenizer, prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt
+        if isinstance(prompt, str):
+            check_size(self.session.slm.tokenizer, prompt, self.max_length)
+            ids = encode(self.session.slm.tokenizer, prompt, add_special_tokens=True)
+        else:
+            ids = prompt
+        if len(ids) > self.max_length:  # before an LLM with other tokens has to read them as text
+            raise TooLong(len(ids), self.max_length)
         return self.session.request_of_ids(0, ids, ids_key(ids))
 
     def _plan(self, body: Body, strategy: str, prompts: Sequence[Request]) -> Plan:
@@ -138,15 +160,18 @@ class Intake:
             raise ApiError(400, f"strategy {clipped(asked)!r} is not served; known: {known}.", "s2t.strategy")
         if asked is not None and tag and asked != tag:
             raise ApiError(400, f"the model's name asks for {tag}, s2t.strategy for {asked}; give one.", "s2t.strategy")
-        strategy = asked or tag or ("sample" if body.temperature else self.default)
+        temperature = body.temperature
+        if temperature is not None and temperature < GREEDY_BELOW and (asked or tag) != "sample":
+            temperature = 0.0  # as clients write it that divide by it
+        strategy = asked or tag or ("sample" if temperature else self.default)
         if strategy not in self.strategies:  # sample, where the model runs on other servers
             names = " and ".join(self.strategies)
             message = f"this server writes with {names} alone, which take no samples; leave temperature at 0."
             raise ApiError(400, message, "temperature")
-        if body.temperature and strategy != "sample":
+        if temperature and strategy != "sample":
             message = f"strategy {strategy} takes no samples; leave temperature at 0, or ask for strategy sample."
             raise ApiError(400, message, "temperature")
-        if body.temperature == 0 and strategy == "sample":
+        if temperature == 0 and strategy == "sample":
             raise ApiError(400, "strategy sample needs a temperature above 0; ask for greedy instead.", "temperature")
         return strategy
 
@@ -159,7 +184,7 @@ class Intake:
         default = self.strategies[strategy].sampling
         if default is None:
             return seed, None
-        temperature = default.temperature if body.temperature is None else body.temperature
+        temperature = default.temperature if body.temperature is None else max(body.temperature, GREEDY_BELOW)
         top_p = default.top_p if body.top_p is None else body.top_p
         return seed, replace(default, temperature=temperature, top_p=top_p)
 
@@ -169,13 +194,12 @@ class Intake:
         asked = body.token_limit
         if length + (asked or 1) > self.max_length:
             wanted = f"{length} tokens of prompt" + (f" and {asked} of answer" if asked else "")
-            raise ApiError(
-                400,
-                f"this server takes up to {self.max_length} tokens of prompt and answer together, got {wanted}.",
-                "messages" if isinstance(body, ChatBody) else "prompt",
-                "context_length_exceeded",
-            )
+            raise self._too_long(wanted, "messages" if isinstance(body, ChatBody) else "prompt")
         return asked or min(self.config.max_new_tokens, self.max_length - length)
+
+    def _too_long(self, wanted: str, param: str) -> ApiError:
+        message = f"this server takes up to {self.max_length} tokens of prompt and answer together, got {wanted}."
+        return ApiError(400, message, param, "context_length_exceeded")
 
 
 def longest(config: ServeConfig, session: Session) -> int:

@@ -26,7 +26,17 @@ class Metrics:
         self.tokens = Counter("s2t_generated_tokens", "Tokens written.", ["strategy"], registry=registry)
         self.triggered = Counter("s2t_triggered_steps", "Steps that triggered.", ["strategy"], registry=registry)
         self.flips = Counter("s2t_flips", "Selections other than the greedy token.", ["strategy"], registry=registry)
+        self.slow_heads = Counter(
+            "s2t_slow_connections",
+            "Connections closed since a request's head was not whole in time.",
+            registry=registry,
+        )
         self.cancelled = Counter("s2t_cancelled_sequences", "Sequences given up, mostly by clients.", registry=registry)
+
+    def count_slow_head(self) -> None:
+        """One connection that was closed with 408, as nothing more is known of its request."""
+        self.slow_heads.inc()
+        self.requests.labels("other", "408").inc()
 
     def watch(self, running: Callable[[], int], waiting: Callable[[], int]) -> None:
         """Read two gauges whenever the metrics are asked for."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -23,15 +24,32 @@ _LAST_WORDS_S = 1.0
 _DONE = b"data: [DONE]\n\n"
 
 
-async def respond(answer: Answer, request: Request, limit_s: float) -> Response:
+class Limit:
+    """The seconds that a request may take from its arrival to the end of its answer."""
+
+    def __init__(self, seconds: float, arrived: float | None = None) -> None:
+        self.seconds = seconds
+        self.until = (time.monotonic() if arrived is None else arrived) + seconds
+
+    @property
+    def left(self) -> float:
+        return max(0.0, self.until - time.monotonic())
+
+
+async def respond(answer: Answer, request: Request, limit: Limit) -> Response:
     """The response to one request; takes the answer over, and closes it."""
     if answer.plan.stream:
-        return EventStream(answer, limit_s)
+        return EventStream(answer, limit)
     try:
-        body = await _first_of(answer.whole(), request.receive, limit_s)
+        body = await first_of(answer.whole(), request.receive, limit)
     finally:
         answer.close()
-    return JSONResponse(body) if body is not None else Response(status_code=499)  # nobody is there to read it
+    return JSONResponse(body) if body is not None else gone()
+
+
+def gone() -> Response:
+    """What is sent to a client that left, and which nobody reads."""
+    return Response(status_code=499)
 
 
 class EventStream(Response):
@@ -39,8 +57,8 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, answer: Answer, limit_s: float) -> None:
-        self.answer, self.limit_s = answer, limit_s
+    def __init__(self, answer: Answer, limit: Limit) -> None:
+        self.answer, self.limit = answer, limit
         self.status_code = 200
         self.background: BackgroundTask | None = None
         self.init_headers({"X-Accel-Buffering": "no"})
@@ -49,7 +67,7 @@ class EventStream(Response):
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             try:
-                await _first_of(self._send(send), receive, self.limit_s)
+                await first_of(self._send(send), receive, self.limit)
             except ApiError as error:
                 with contextlib.suppress(TimeoutError):  # of a client that does not read
                     async with asyncio.timeout(_LAST_WORDS_S):
@@ -87,16 +105,16 @@ class EventStream(Response):
         return bool(events) and (plan.num_top is not None or plan.num_candidates is not None)
 
 
-async def _first_of(work: Any, receive: Receive, limit_s: float) -> Any:
+async def first_of(work: Any, receive: Receive, limit: Limit) -> Any:
     """The result of a coroutine; None where the client leaves first. Raises ApiError when the time is up."""
     task, left = asyncio.ensure_future(work), asyncio.ensure_future(_hung_up(receive))
     try:
-        await asyncio.wait({task, left}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, left}, timeout=limit.left, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
         if left.done():
             return None
-        raise ApiError(504, f"the answer was not complete within {limit_s:g} s.", code="timeout")
+        raise ApiError(504, f"the answer was not complete within {limit.seconds:g} s.", code="timeout")
     finally:
         for one in (task, left):
             one.cancel()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import ipaddress
 import os
 import signal
 import socket
 import sys
+import threading
 from pathlib import Path
+from types import FrameType
 
 from s2t.config import MANY_SAMPLES, STRATEGIES, ServeConfig
 from s2t.decode.remote.slm import check_served
@@ -23,14 +23,17 @@ try:
 
     from s2t.serve.app import create_app
     from s2t.serve.backend import Backend, EngineBackend
+    from s2t.serve.connection import timed_protocol
     from s2t.serve.intake import Intake, longest
+    from s2t.serve.origin import is_loopback
     from s2t.serve.served import ServedBackend
     from s2t.serve.service import Service
 except ImportError as error:
     raise missing_extra(error.name or "fastapi", "serve") from error
 
 KEY_VARIABLE = "S2T_API_KEY"
-_MARGIN_S = 5.0
+_LAST_S = 0.8  # after draining, until the process ends
+_LAST_WORDS_S = 0.3  # for answers that were ended to reach their clients
 
 
 def build(config: ServeConfig, session: Session) -> tuple[Service, FastAPI]:
@@ -58,13 +61,17 @@ def serve(config: ServeConfig, session: Session) -> None:
     service, app = build(config, session)
     listener = _listen(config.host, config.port)
     address = listener.getsockname()
-    server = _Server(app, service, config)
+    server = Server(app, service, config)
     names = ", ".join(service.intake.strategies)
     host = f"[{address[0]}]" if ":" in address[0] else address[0]
     print(f"s2t serve: {service.intake.name} ({names}) at http://{host}:{address[1]}", file=sys.stderr, flush=True)
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises what it caught once more when it is done
     signal.signal(signal.SIGINT, lambda *_: None)
     server.run(sockets=[listener])
+    if server.is_signalled:  # taking down threads and libraries would take longer than whoever sent it waits
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def offered(config: ServeConfig, session: Session) -> dict[str, Strategy]:
@@ -118,13 +125,7 @@ def read_key(config: ServeConfig) -> str | None:
 
 def check_address(config: ServeConfig, key: str | None) -> None:
     """Raise ConfigError where others could reach the server and no key is asked for."""
-    if key is not None or config.no_auth or config.host == "localhost":
-        return
-    try:
-        is_local = ipaddress.ip_address(config.host).is_loopback
-    except ValueError:
-        is_local = False
-    if not is_local:
+    if key is None and not config.no_auth and not is_loopback(config.host):
         raise ConfigError(
             f"others may reach {config.host}, and no key is set; set {KEY_VARIABLE} or --api-key-file, or pass --no-auth."
         )
@@ -140,23 +141,35 @@ def _listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
-class _Server(uvicorn.Server):
-    """Uvicorn, with running requests drained when it stops."""
+class Server(uvicorn.Server):
+    """Uvicorn, with running requests drained before it stops to listen: /health says so until then."""
 
     def __init__(self, app: FastAPI, service: Service, config: ServeConfig) -> None:
         settings = uvicorn.Config(
             app,
+            host=config.host,
+            port=config.port,
+            http=timed_protocol(service.metrics.count_slow_head),
+            ws="none",
             log_config=None,
             log_level="warning",
             access_log=False,
             server_header=False,
             timeout_keep_alive=30,
-            timeout_graceful_shutdown=int(config.drain_s + _MARGIN_S),
         )
+        settings.timeout_graceful_shutdown = _LAST_WORDS_S  # type: ignore[assignment]  # a fraction will do
         super().__init__(settings)
-        self.service, self.drain_s = service, config.drain_s
+        self.service, self.drain_s, self.is_signalled = service, config.drain_s, False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to stop; whatever holds this process up then, it ends in time."""
+        if not self.is_signalled:
+            self.is_signalled = True
+            clock = threading.Timer(self.drain_s + _LAST_S, os._exit, (0,))
+            clock.daemon = True
+            clock.start()
+        super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        drained = asyncio.create_task(self.service.drain(self.drain_s))
+        await self.service.drain(self.drain_s, lambda: self.force_exit)
         await super().shutdown(sockets)
-        drained.cancel()

@@ -1,14 +1,15 @@
 """The wire format: requests as the OpenAI API has them, checked, and the shapes of the answers.
 
 What this server cannot do is refused, never ignored: an unknown field is an error, and so is a known one at a value that would
-have to change the answer. `s2t` is the only extension, in requests and in answers.
+have to change the answer. Known fields that change no answer are taken, whatever they say. Extensions are `s2t`, in requests
+and in answers, and `chat_template_kwargs`, as vLLM has it.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
 
 MAX_CHOICES = 128
@@ -16,7 +17,9 @@ MAX_PROMPTS = 128
 MAX_STOPS = 16
 
 Text = Annotated[str, Field(max_length=2**20)]
-StopText = Annotated[str, Field(min_length=1, max_length=256)]
+StopText = Annotated[str, Field(max_length=256)]
+Name = Annotated[str, Field(max_length=512)]
+CacheOptions = Annotated[dict[str, Any], Field(max_length=16)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Zero = Annotated[float, Field(ge=0, le=0)]
 NoItems = Annotated[list[Any], Field(max_length=0)]
@@ -34,13 +37,15 @@ class TextPart(Strict):
 
     type: Literal["text"]
     text: Text
+    prompt_cache_breakpoint: CacheOptions | None = None
 
 
 class Message(Strict):
-    """One turn of a chat. What an assistant's message of an earlier answer holds beside its text must be empty."""
+    """One turn of a chat. What an assistant's message holds beside its text must be empty; the text may be."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=1024)]
+    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=1024)] | None = None
+    name: Name | None = None
     refusal: None = None
     audio: None = None
     function_call: None = None
@@ -50,15 +55,23 @@ class Message(Strict):
     @property
     def turn(self) -> dict[str, str]:
         """The message as the chat template takes it."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
+        turn = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        return turn if self.name is None else turn | {"name": self.name}
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Message:
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"content of a message of role {self.role} must be text or a list of text parts")
+        return self
 
 
 class StreamOptions(Strict):
     """What a stream says beside the text."""
 
     include_usage: bool = False
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: bool | None = None
+    """Pads chunks that leave for the network; here there is no padding either way."""
 
 
 class Extension(Strict):
@@ -83,7 +96,7 @@ class Body(Strict):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: Annotated[str, Field(max_length=512)] | None = None
+    user: Name | None = None
     s2t: Extension = Field(default_factory=Extension)
     frequency_penalty: Zero | None = None
     presence_penalty: Zero | None = None
@@ -91,7 +104,9 @@ class Body(Strict):
 
     @property
     def stops(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        """The stop strings; an empty one, which clients send for none, is none."""
+        given = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return tuple(stop for stop in given if stop)
 
     @property
     def token_limit(self) -> int | None:
@@ -121,9 +136,32 @@ class ChatBody(Body):
     tool_choice: Literal["none", "auto"] | None = None
     functions: NoItems | None = None
     parallel_tool_calls: bool | None = None
-    store: Literal[False] | None = None
-    metadata: NoKeys | None = None
-    service_tier: Literal["auto", "default"] | None = None
+    modalities: list[Literal["text"]] | None = None
+    audio: None = None
+    function_call: Literal["none", "auto"] | None = None
+    web_search_options: None = None
+    moderation: None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Variables of the chat template, over those that the server was started with."""
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    """Goes to the chat template, of which few read it; `verbosity` likewise."""
+    verbosity: Literal["low", "medium", "high"] | None = None
+    # What changes no answer:
+    store: bool | None = None
+    metadata: Annotated[dict[str, Any], Field(max_length=64)] | None = None
+    service_tier: Name | None = None
+    prompt_cache_key: Name | None = None
+    prompt_cache_retention: Name | None = None
+    prompt_cache_options: CacheOptions | None = None
+    safety_identifier: Name | None = None
+    prediction: dict[str, Any] | None = None
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What the chat template is told beside the messages."""
+        hints = {"reasoning_effort": self.reasoning_effort, "verbosity": self.verbosity}
+        given = {name: value for name, value in hints.items() if value is not None}
+        return given | (self.chat_template_kwargs or {})
 
     @property
     def token_limit(self) -> int | None:
@@ -167,9 +205,11 @@ UNSUPPORTED = {
     "functions": "leave it empty",
     "tool_choice": "leave it out",
     "response_format": 'the only format is {"type": "text"}',
-    "store": "leave it false",
-    "metadata": "leave it empty",
-    "service_tier": "leave it out",
+    "modalities": 'the only one is "text"',
+    "audio": "leave it out",
+    "function_call": "leave it out",
+    "web_search_options": "leave it out",
+    "moderation": "leave it out",
     "best_of": "leave it at 1, or ask for n choices",
     "echo": "leave it false",
     "suffix": "leave it out",

@@ -12,15 +12,16 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from s2t.config import ServeConfig
-from s2t.model.stops import StoppingText
+from s2t.model.stops import StoppingText, Stops
 from s2t.serve.answers import Choice, TokenTexts, Writer
 from s2t.serve.backend import Backend, Event, Failed, Written
-from s2t.serve.errors import ApiError
+from s2t.serve.errors import ApiError, stopping
 from s2t.serve.intake import Intake, Plan
 from s2t.serve.metrics import Metrics
 from s2t.serve.worker import Draining, QueueFull, Worker
 
 T = TypeVar("T")
+_STOP_S = 0.3  # for a thread that is about to end
 
 
 class Service:
@@ -31,25 +32,27 @@ class Service:
         self.metrics = Metrics()
         self.worker = Worker(backend, config.max_queue, self._on_events)
         self.metrics.watch(lambda: self.num_running, lambda: self.num_waiting)
-        self._encoding = ThreadPoolExecutor(1, thread_name_prefix="s2t-encode")
+        self._encoder = ThreadPoolExecutor(1, thread_name_prefix="s2t-encode")
+        self._encoding: set[asyncio.Future[Plan]] = set()  # requests whose plans are waited for
+        self._is_draining = False
         self._answers: dict[int, Answer] = {}  # by job
         self._texts: dict[str, TokenTexts] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
     def num_running(self) -> int:
-        return max(0, self.worker.num_open - self.num_waiting)
+        return max(0, self.worker.num_open - self.worker.num_waiting)
 
     @property
     def num_waiting(self) -> int:
-        return self.worker.num_waiting
+        return self.worker.num_waiting + len(self._encoding)
 
     @property
     def status(self) -> str:
         """ok, draining (it is about to stop) or failed (the engine's thread is gone)."""
         if not self.worker.is_alive:
             return "failed"
-        return "draining" if self.worker.is_draining else "ok"
+        return "draining" if self._is_draining or self.worker.is_draining else "ok"
 
     async def health(self) -> str:
         """As `status`, or unreachable: the servers that run the model do not answer."""
@@ -60,31 +63,50 @@ class Service:
         self._loop = asyncio.get_running_loop()
         self.worker.start()
 
-    async def drain(self, seconds: float) -> None:
-        """Take nothing new; end what is left after so many seconds."""
-        self.worker.drain()
+    async def drain(self, seconds: float, is_hurried: Callable[[], bool] = lambda: False) -> None:
+        """Take nothing new; end what is left after so many seconds, or at once where somebody is in a hurry."""
+        self._is_draining = True
         until = time.monotonic() + seconds
-        while self.worker.num_open and time.monotonic() < until:
-            await asyncio.sleep(0.05)
+        while (self.worker.num_open or self._encoding) and time.monotonic() < until and not is_hurried():
+            await asyncio.sleep(0.02)
+        self.worker.drain()
+        for waiting in list(self._encoding):
+            waiting.cancel()
         self.worker.abort("the server is stopping", 503)
 
     async def stop(self) -> None:
-        """Stop the engine's thread."""
-        await asyncio.to_thread(self.worker.close)
-        self._encoding.shutdown(cancel_futures=True)
+        """Stop the threads; one that is in the middle of something long is left to end by itself."""
+        self._encoder.shutdown(wait=False, cancel_futures=True)
+        await asyncio.to_thread(self.worker.close, _STOP_S)
 
-    async def plan(self, make: Callable[[T], Plan], body: T) -> Plan:
-        """Make a plan, off the event loop: prompts can be long."""
-        return await asyncio.get_running_loop().run_in_executor(self._encoding, make, body)
+    async def answer(self, make: Callable[[T], Plan], body: T, writer: type[Writer]) -> Answer:
+        """An answer to a body, from its plan on; the plan is made off the event loop, since prompts can be long.
+
+        Requests whose plans are waited for count as waiting. Raises ApiError when there is no room.
+        """
+        if self._is_draining:
+            raise stopping()
+        self._check_cut_off()
+        if self.worker.num_open + len(self._encoding) >= self.worker.capacity:
+            raise _full(self.worker.retry_after())
+        waiting = asyncio.wrap_future(self._encoder.submit(make, body))  # cancelled with whoever awaits it
+        self._encoding.add(waiting)
+        try:
+            plan = await waiting
+        except asyncio.CancelledError:
+            if self.worker.is_draining:
+                raise stopping() from None
+            raise
+        finally:
+            self._encoding.discard(waiting)
+        return self.open(plan, writer)
 
     def open(self, plan: Plan, writer: type[Writer]) -> Answer:
         """Hand a plan's jobs to the engine; raises ApiError when there is no room."""
         if len(plan.jobs) > self.worker.capacity:
             message = f"this server writes up to {self.worker.capacity} choices at a time, got {len(plan.jobs)}."
             raise ApiError(400, message, "n")
-        if self.backend.is_cut_off:
-            message = "the servers that run the model do not answer; try again later."
-            raise ApiError(503, message, code="unreachable", headers={"Retry-After": "5"})
+        self._check_cut_off()
         answer = Answer(self, plan, writer)
         for job in plan.jobs:
             self._answers[job.request.index] = answer
@@ -92,15 +114,10 @@ class Service:
             self.worker.submit(plan.jobs)
         except QueueFull as full:
             self._drop(plan)
-            raise ApiError(
-                429,
-                f"the queue is full; try again in {full.retry_after_s} s.",
-                code="queue_full",
-                headers={"Retry-After": str(full.retry_after_s)},
-            ) from None
+            raise _full(full.retry_after_s) from None
         except Draining:
             self._drop(plan)
-            raise ApiError(503, "the server is stopping.", code="stopping") from None
+            raise stopping() from None
         self.metrics.prompt_tokens.labels(plan.strategy).inc(plan.num_prompt_tokens)
         return answer
 
@@ -116,6 +133,11 @@ class Service:
         if which not in self._texts:
             self._texts[which] = TokenTexts(self.backend.tokenizer_of(strategy))
         return self._texts[which]
+
+    def _check_cut_off(self) -> None:
+        if self.backend.is_cut_off:
+            message = "the servers that run the model do not answer; try again later."
+            raise ApiError(503, message, code="unreachable", headers={"Retry-After": "5"})
 
     def _drop(self, plan: Plan) -> None:
         for job in plan.jobs:
@@ -139,7 +161,8 @@ class Answer:
         self.service, self.plan = service, plan
         tokenizer = service.backend.tokenizer_of(plan.strategy)
         choices = [
-            Choice(i, job, StoppingText(tokenizer, job.stops), service.stop_ids) for i, job in enumerate(plan.jobs)
+            Choice(i, job, StoppingText(tokenizer, job.stops), service.stop_ids | Stops(tokenizer, job.stops).ids)
+            for i, job in enumerate(plan.jobs)
         ]
         self.writer = writer(plan, choices, service.token_texts(plan.strategy))
         self._choice_of = {choice.job: choice for choice in choices}
@@ -196,3 +219,8 @@ class Answer:
         metrics.tokens.labels(strategy).inc(len(events))
         metrics.triggered.labels(strategy).inc(sum(event.step.fired for event in events))
         metrics.flips.labels(strategy).inc(sum(event.step.fired and event.step.flip for event in events))
+
+
+def _full(retry_after_s: int) -> ApiError:
+    message, headers = f"the queue is full; try again in {retry_after_s} s.", {"Retry-After": str(retry_after_s)}
+    return ApiError(429, message, code="queue_full", headers=headers)

@@ -73,7 +73,7 @@ class Worker:
             if self._is_draining or not self.is_alive:
                 raise Draining
             if len(self._open) + len(jobs) > self.capacity:
-                raise QueueFull(self._retry_after())
+                raise QueueFull(self.retry_after())
             self._open.update((job.request.index, job) for job in jobs)
         self._commands.put(("add", jobs))
 
@@ -99,13 +99,13 @@ class Worker:
             self._commands.put(("cancel", left))
             self.on_events([Failed(job, message, status) for job in left])
 
-    def close(self) -> None:
-        """Stop the thread; jobs that are left get no further event."""
+    def close(self, seconds: float | None = None) -> None:
+        """Stop the thread, and wait so long for it, at most; jobs that are left get no further event."""
         self.drain()
         self._commands.put(("close", ()))
-        self._thread.join()
+        self._thread.join(seconds)
 
-    def _retry_after(self) -> int:
+    def retry_after(self) -> int:
         """Seconds until about a row's worth of room, from the rate at which jobs ended lately; 1 to 60."""
         now = time.monotonic()
         recent = sum(now - at < _RATE_OVER_S for at in self._finished)

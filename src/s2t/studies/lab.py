@@ -73,7 +73,7 @@ class Lab:
     def problems(self) -> dict[str, Any]:
         """Settings of whatever reads problems."""
         config = self.config
-        names = ("task", "prompt", "seed", *PLACES, "max_new_tokens", "batch_size")
+        names = ("task", "prompt", "chat_template_kwargs", "seed", *PLACES, "max_new_tokens", "batch_size")
         return {name: getattr(config, name) for name in names}
 
     def _settings(self, own: Mapping[str, Any]) -> dict[str, Any]:

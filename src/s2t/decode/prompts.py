@@ -1,0 +1,62 @@
+"""What belongs to a prompt beside its tokens: the key of its random numbers, variables of its template, what it may hold."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from s2t.config import ChatConfig
+from s2t.errors import ModelError
+from s2t.progress import note
+
+
+class Known(Protocol):
+    """What a model is here, loaded or on servers."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase: ...
+    @property
+    def vocab_size(self) -> int: ...
+
+
+def prompt_key(prompt: str | Sequence[dict[str, str]], system: str | None = None) -> str:
+    """What the random numbers of a prompt depend on, beside the seed."""
+    return prompt if isinstance(prompt, str) and system is None else json.dumps([system, prompt])
+
+
+def ids_key(ids: Sequence[int]) -> str:
+    """As `prompt_key`, for a prompt of token ids."""
+    return str(list(ids))
+
+
+def sample_key(key: str, place: int) -> str:
+    """As `prompt_key`, for one of several samples of the same prompt."""
+    return f"{key}/{place}"
+
+
+def checked_ids(loaded: Known, ids: list[int]) -> list[int]:
+    """The ids of a prompt; raises ModelError where there are none, or one that the model has no row for."""
+    if not ids:
+        raise ModelError("the prompt is empty after tokenizing; give some text.")
+    if max(ids) >= loaded.vocab_size:
+        token = loaded.tokenizer.convert_ids_to_tokens(max(ids))
+        raise ModelError(f"the prompt holds {token}, which {loaded.name} has no embedding for; take it out.")
+    return ids
+
+
+def variables_of(config: Any) -> dict[str, Any]:
+    """What a command's settings tell chat templates; a command that writes no answers tells nothing."""
+    return config.template_variables if isinstance(config, ChatConfig) else {}
+
+
+def note_unread(variables: Mapping[str, Any], models: Sequence[Known]) -> None:
+    """Say on stderr which variables no chat template of these models reads: a slip in a name would change nothing."""
+    templates = " ".join(str(model.tokenizer.chat_template or "") for model in models)
+    if unread := [name for name in variables if not re.search(rf"\b{re.escape(name)}\b", templates)]:
+        note(f"the chat template of {models[0].name} does not read {', '.join(unread)}; the prompts are as without.")
