@@ -169,7 +169,18 @@ def test_collecting_with_s2t_local_is_accepted_once_there_is_an_adapter():
 
 
 def test_a_loss_may_be_switched_off():
-    assert TrainConfig(ce_weight=0, pairwise_weight=0, lm_weight=0).listwise_weight == 0.1
+    weights = TrainConfig(readout="bins", ce_weight=0, pairwise_weight=0, lm_weight=0).selection_weights
+    assert weights == {"ce": 0, "pairwise": 0, "listwise": 0.1}
+
+
+def test_each_readout_has_scopes_and_losses_of_its_own():
+    assert (TrainConfig().readout, TrainConfig().scope) == ("rank", "step")
+    assert TrainConfig(readout="bins").scope == "candidates"
+    assert TrainConfig().selection_weights == {"ce": 0.0, "listwise": 1.0}
+    with pytest.raises(ConfigError, match="readout rank has scope step or stream; got 'always'"):
+        TrainConfig(adapter_scope="always")
+    with pytest.raises(ConfigError, match="pairwise_weight is of readout bins"):
+        TrainConfig(pairwise_weight=1.0)
 
 
 @pytest.mark.parametrize("cls", CONFIGS)
