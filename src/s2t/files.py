@@ -69,10 +69,29 @@ def write_table(path: str | Path, table: pyarrow.Table) -> None:
 
 def read_json(path: str | Path) -> Any:
     """The JSON document at `path`; DataError when it is missing or not JSON."""
+    return parse_json(_read_text(Path(path)), str(path), "write it again")
+
+
+def parse_json(text: str, where: str, next_step: str = "fix it") -> Any:
+    """The value of a JSON text; DataError names `where` it stands, whatever the parser raises.
+
+    So are numbers and nestings that Python does not take, and half of a character (a lone surrogate), which no file can hold.
+    """
     try:
-        return json.loads(_read_text(Path(path)))
+        value = json.loads(text)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not JSON (line {error.lineno}: {error.msg}); write it again.") from error
+        place = f"line {error.lineno}: " if "\n" in text.strip() else f"column {error.colno}: "
+        raise DataError(f"{where} is not JSON ({place}{error.msg}); {next_step}.") from error
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise DataError(f"{where} holds {half}, half of a character; {next_step}.") from error
+    except RecursionError as error:
+        raise DataError(f"{where} is nested too deeply to be read; {next_step}.") from error
+    except ValueError as error:  # a whole number of thousands of digits
+        raise DataError(f"{where} cannot be read as JSON: {_one_line(error)}; {next_step}.") from error
+    return value
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
@@ -259,10 +278,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _json_object(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where} is not JSON (column {error.colno}: {error.msg}); fix that line.") from error
+    row = parse_json(line, where, "fix that line")
     if not isinstance(row, dict):
         raise DataError(f"{where} must be one JSON object; got {type(row).__name__}; fix that line.")
     return row
