@@ -15,6 +15,7 @@ from torch import Tensor
 
 from s2t.core.candidates import mask_forbidden, propose
 from s2t.core.support import align_vocabulary, bucket_probs, divergence, entropy, rank_of
+from s2t.decode.finite import check_numbers
 from s2t.decode.remote.llm import Listed, RemoteLLM
 from s2t.decode.state import log_softmax_at
 from s2t.decode.text_reference import TextReference
@@ -152,6 +153,7 @@ def llm_targets(
             ids = logits.topk(size, dim=-1).indices
             parts.append((ids.int().cpu().numpy(), bucket_probs(logits / temperature, ids).cpu().numpy()))
         ends = np.cumsum([len(generated[i]) for i in batch])[:-1]
+        check_numbers([part[1] for part in parts], llm.name)
         columns = [np.split(np.concatenate([part[c] for part in parts]), ends) for c in range(2)]
         found.update((i, Targets(*both)) for i, both in zip(batch, zip(*columns, strict=True), strict=True))
     return [found[i] for i in range(len(prompts))]
@@ -229,6 +231,7 @@ class _PairReader:
             for i in range(0, len(slm_hidden), size)
         ]
         columns = [np.concatenate([part[c] for part in parts]) for c in range(6)]
+        self._check(columns)
         ends = np.cumsum([len(g) for g in generated])[:-1]
         return [Labels(*split) for split in zip(*(np.split(column, ends) for column in columns), strict=True)]
 
@@ -256,7 +259,15 @@ class _PairReader:
             for place, row in enumerate(rows):
                 found[row].append(tuple(column[place] for column in columns))
                 reference.settle(row, drafts[row], drafts[row])
+            self._check(columns)
         return [Labels(*(np.stack(column) for column in zip(*steps, strict=True))) for steps in found]
+
+    def _check(self, columns: Sequence[np.ndarray]) -> None:
+        """Raise ModelError where a model's distribution was none: the SLM's own readings first, then those of both."""
+        of_both, entropies, _, _, logprobs, llm_probs = columns
+        check_numbers([entropies, logprobs], self.slm.loaded.name)
+        if self.llm is not None:
+            check_numbers([of_both, llm_probs], self.llm.loaded.name)
 
     def _llm_logits(
         self, prompts: Sequence[Sequence[int]], generated: Sequence[Sequence[int]]

@@ -20,6 +20,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from s2t.config import FitConfig
+from s2t.errors import ModelError
 from s2t.files import RunFolder, read_jsonl, write_bytes, write_text
 from s2t.progress import progress
 from s2t.train.dataset import plan_batches
@@ -146,10 +147,15 @@ class Fit(ABC):
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         values = {"loss": float(total.detach())} | {name: float(value.detach()) for name, value in terms.items()}
+        sums = self.processes.sum(values)
+        if not math.isfinite(sums["loss"]):
+            raise ModelError(
+                f"the loss of step {self.step} is not finite (NaN or infinity); lower --learning-rate, or try --dtype float32."
+            )
         return {
             "step": self.step,
             "epoch": self.step / self.steps_per_epoch,
-            **self.processes.sum(values),
+            **sums,
             "learning_rate": rate,
         }
 
