@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from s2t.config import NEEDS_LLM, ModelConfig, RemoteConfig, ServedConfig
 from s2t.core.support import resolve_support
+from s2t.decode.context import context_length, fit
 from s2t.decode.continuous import ContinuousDecoder
 from s2t.decode.label import ExactAt, Labels, label, label_by_text, label_listed
 from s2t.decode.loop import Decoder, Request
@@ -172,6 +173,11 @@ class Session:
         return self.adapter.config if self.adapter is not None else None
 
     @property
+    def context_length(self) -> int | None:
+        """Tokens that prompt and answer may have together, by what the loaded models can read; None for no limit."""
+        return context_length(model for model in (self.slm, self.llm) if isinstance(model, LoadedModel))
+
+    @property
     def stop_ids(self) -> frozenset[int]:
         """Ids that end a sequence of either model."""
         return self.slm.stop_ids | (self.llm.stop_ids if self.llm is not None else frozenset())
@@ -251,8 +257,17 @@ class Session:
         self, strategy: Strategy, requests: Sequence[Request], max_new_tokens: int, stop: Sequence[str] = ()
     ) -> Iterator[Step]:
         """The raw stream of steps of some requests, with everything traced; for streaming and tracing."""
-        decoder = self.decoder(strategy, max_new_tokens, len(requests), trace=True, stop=stop)
+        requests, longest = self._fitted(strategy, requests, max_new_tokens)
+        decoder = self.decoder(strategy, longest, len(requests), trace=True, stop=stop)
         return decoder.run(_for(strategy, requests))
+
+    def _fitted(
+        self, strategy: Strategy, requests: Sequence[Request], max_new_tokens: int
+    ) -> tuple[list[Request], int]:
+        """The requests cut to what the models read (not what servers do, which know it), and the longest answer among them."""
+        is_remote = strategy.name == "llm" and isinstance(self.llm, RemoteLLM)
+        fitted = fit(requests, max_new_tokens, None if is_remote else self.context_length)
+        return fitted, max((request.max_new_tokens or 1 for request in fitted), default=1)
 
     def run(
         self,
@@ -270,7 +285,8 @@ class Session:
         `trace` (as `keep_steps` unless given) has the kept steps carry candidates where nothing fired, too.
         """
         is_traced = keep_steps if trace is None else trace
-        decoder = self.decoder(strategy, max_new_tokens, len(requests), is_traced, stop)
+        requests, longest = self._fitted(strategy, requests, max_new_tokens)
+        decoder = self.decoder(strategy, longest, len(requests), is_traced, stop)
         place = {request.index: i for i, request in enumerate(requests)}
         done = [Generated() for _ in requests]
         for step in decoder.run(_for(strategy, requests)):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from s2t.config import ShardConfig, TaskConfig
+from s2t.decode.context import check_fits
 from s2t.decode.loop import Request
 from s2t.decode.remote.counts import merge_reports
 from s2t.decode.session import Session
@@ -94,6 +95,7 @@ def requests_for(
     requests = []
     for place, problem in enumerate(problems):
         request = session.request(place * num_samples, task.prompt(problem), system=system)
+        check_fits(request, session.context_length, f"problem {problem.problem_id}")
         for k in range(num_samples):
             requests.append(replace(request, index=request.index + k, key=f"{problem.problem_id}/{k}"))
     return requests
