@@ -1,4 +1,4 @@
-"""What models cannot read is refused, an answer ends where their context does, in every command alike and as the server does it."""
+"""What models cannot read is refused, and an answer ends where their context does, in every command as in the server."""
 
 from __future__ import annotations
 
@@ -101,6 +101,15 @@ def test_a_limit_past_the_context_is_cut_in_every_command(tmp_path, capsys):
     assert cost["slm_processed"] <= 1024
     rows = [{"question": f"{n}: {question}", "answer": "1"} for n in range(8)]
     (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = ["--task", str(tmp_path / "problems.jsonl"), "--limit", "1", "--max-new-tokens", "100000", "--split", "train"]
+    words = [
+        "--task",
+        str(tmp_path / "problems.jsonl"),
+        "--limit",
+        "1",
+        "--max-new-tokens",
+        "100000",
+        "--split",
+        "train",
+    ]
     for command in (["eval", "--strategies", "greedy"], ["measure"], ["collect", "--threshold", "1"]):
         assert main([*command, *words, "--out", str(tmp_path / command[0])]) == 0

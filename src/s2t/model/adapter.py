@@ -82,9 +82,23 @@ class AdapterConfig:
     versions: dict[str, str] = field(default_factory=dict)
     s2t_version: str = __version__
 
+    def was_trained_on(self, task: str) -> bool:
+        """Whether a task is among those of the selector's training; its options do not count."""
+        return self.task is None or any(is_same_source(name, task) for name in self.task.split(";"))
+
     def heldout_of(self, task: str) -> tuple[str, ...]:
-        """The templates of a task that were held out of the selector's training."""
-        return self.heldout_by_task.get(task, self.heldout_templates)
+        """The templates of a task that were held out of the selector's training; none of a task it was not trained on."""
+        if not self.was_trained_on(task):
+            return ()
+        alike = (name for name in (task, *self.heldout_by_task) if is_same_source(name, task))
+        return next(
+            (self.heldout_by_task[name] for name in alike if name in self.heldout_by_task), self.heldout_templates
+        )
+
+
+def is_same_source(one: str, other: str) -> bool:
+    """Whether two tasks take their problems, and so their templates, from the same place: they are alike but for options."""
+    return one.partition(",")[0] == other.partition(",")[0]
 
 
 class SelectorReader:
