@@ -233,7 +233,7 @@ def test_an_adapter_of_several_tasks_has_unseen_templates_of_its_own_in_each(tas
 
 ADAPTED = {
     "of this task": ("rg:gsm_symbolic", ("1", "2"), {"1", "2"}),
-    "of this task under other options": ("rg:gsm_symbolic,max_number=7", ("1", "no such"), {"1"}),
+    "of this task under other options": ("rg:gsm_symbolic,max_number=7", ("1",), {"1"}),
     "of two tasks": ("rg:chain_sum;rg:gsm_symbolic,max_number=7", ("2",), {"2"}),
     "of another task": ("rg:chain_sum", ("1", "2"), set()),
     "of another file": ("data/one.jsonl,answer=x", ("1", "2"), set()),

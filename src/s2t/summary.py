@@ -82,7 +82,7 @@ def _heldout(config: EvalConfig, task: Task, adapter: AdapterConfig | None) -> s
         lists.append(set(adapter.heldout_of(config.task)))
     if distilled is not None and is_same_source(distilled["task"], config.task):
         lists.append(set(distilled["heldout_templates"]))
-    return own & set.intersection(*lists) if lists else set()
+    return set.intersection(*lists) if own and lists else set()
 
 
 def _section(rows: Mapping[str, Rows], seconds: Mapping[str, float] | None, seed: int) -> dict[str, Any]:
