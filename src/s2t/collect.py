@@ -30,9 +30,10 @@ from s2t.decode.workload import (
     task_for_workers,
 )
 from s2t.errors import ConfigError, DataError
-from s2t.files import RunFolder, read_tables, write_json, write_table
+from s2t.files import MANIFEST, RunFolder, read_json, read_tables, write_json, write_table
 from s2t.records import Problem, Provenance, SelectionGroup
 from s2t.scale import Shard, to_files, write_missing
+from s2t.shards import check_whole
 from s2t.tasks.problems import Task, heldout_templates
 
 _LISTS = {
@@ -171,6 +172,8 @@ def _counts(run: RunFolder, num_problems: int, threshold: float, heldout: frozen
 def read_groups(folder: str | Path) -> Iterator[SelectionGroup]:
     """Every selection group of a collected run, in order; raises DataError where there are none."""
     paths = sorted(Path(folder).glob("groups-*.parquet"))
+    if (Path(folder) / MANIFEST).is_file():
+        check_whole(Path(folder), read_json(Path(folder) / MANIFEST))
     if not paths:
         raise DataError(f"{folder} holds no groups-*.parquet; pass a folder written by `s2t collect`.")
     for path in paths:

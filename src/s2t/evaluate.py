@@ -62,7 +62,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     server = ServerReport(run, _servers(config)).section()
     summary = summarize(config, task, problems, results, adapter, read_json(run.file("pair.json")), server)
     write_text(run.file("results.jsonl"), "".join(_line(r) for each in found.values() for r in each[0]))
-    write_lines(run.file("traces.jsonl"), _trace_lines(run, contestants))
+    if not run.is_complete or not run.file("traces.jsonl").exists():  # they follow from the shards alone
+        write_lines(run.file("traces.jsonl"), _trace_lines(run, contestants))
     write_json(run.file("summary.json"), summary)
     run.finish()
     if config.card and config.adapter is not None:

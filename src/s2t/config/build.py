@@ -9,7 +9,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from s2t.config.checks import require
+from s2t.config.checks import check_folder, require
 from s2t.errors import ConfigError
 
 C = TypeVar("C")
@@ -28,7 +28,10 @@ def build_config(cls: type[C], file: str | Path | None = None, flags: Mapping[st
     unknown = sorted(set(values) - known)
     require(not unknown, f"unknown setting {', '.join(unknown)}; known: {', '.join(sorted(known))}.")
     hints = get_type_hints(cls)
-    return cls(**{name: _typed(name, value, hints[name]) for name, value in values.items()})
+    typed = {name: _typed(name, value, hints[name]) for name, value in values.items()}
+    if isinstance(typed.get("out"), str):
+        check_folder("out", typed["out"])
+    return cls(**typed)
 
 
 def config_dict(config: Any) -> dict[str, Any]:
