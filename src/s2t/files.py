@@ -35,7 +35,9 @@ def write_text(path: str | Path, text: str) -> None:
         data = text.encode()
     except UnicodeEncodeError as error:
         half = ascii(error.object[error.start])
-        raise DataError(f"{path} cannot be written: its text holds {half}, half of a character; take it out.") from error
+        raise DataError(
+            f"{path} cannot be written: its text holds {half}, half of a character; take it out."
+        ) from error
     write_bytes(path, data)
 
 
@@ -55,7 +57,7 @@ def write_json(path: str | Path, obj: Any) -> None:
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
-    """Write bytes atomically, unless they are there already (the disk may be read-only); DataError when they cannot be written."""
+    """Write bytes atomically, unless they are there already; DataError when the place cannot be written."""
 
     def write(temporary: Path) -> None:
         temporary.write_bytes(data)

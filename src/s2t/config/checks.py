@@ -38,4 +38,6 @@ def check_folder(name: str, value: str) -> None:
     require(bool(value.strip()), f"{name} must name a folder, and is empty; pass a path.")
     longest = max(len(os.fsencode(part)) for part in value.split(os.sep))
     is_one = longest <= _LONGEST_NAME and len(os.fsencode(value)) < _LONGEST_PATH and "\0" not in value
-    require(is_one, f"{name} must be a path that a folder can have; got one of {len(value)} characters: {value[:60]!r}.")
+    require(
+        is_one, f"{name} must be a path that a folder can have; got one of {len(value)} characters: {value[:60]!r}."
+    )
