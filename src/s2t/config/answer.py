@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from s2t.config.checks import check_at_least, check_choice, check_positive, check_range, require
+from s2t.config.effects import check_effects
 from s2t.config.shared import (
     MANY_SAMPLES,
+    READERS,
     STRATEGIES,
     TRIGGERED,
     TRIGGERS,
@@ -35,6 +38,11 @@ class GenerateConfig(DecodeConfig, ServedConfig, ModelConfig):
         check_at_least(0, seed=self.seed)
         if self.strategy is not None:
             check_choice("strategy", self.strategy, STRATEGIES)
+
+    def check_given(self, names: Collection[str]) -> None:
+        """Raise ConfigError where one of these settings has no effect; without a strategy the loaded model decides."""
+        if self.strategy is not None:
+            check_effects(names, [self.strategy], READERS)
 
 
 @dataclass(frozen=True)
@@ -138,6 +146,10 @@ class EvalConfig(DecodeConfig, TaskConfig, ServedConfig, ShardConfig, ModelConfi
                 require(base in TRIGGERED, f"strategies: only {', '.join(TRIGGERED)} take a trigger; got {name!r}.")
                 check_choice(f"trigger of {base}", trigger, TRIGGERS)
             require(names.count(name) == 1, f"strategies must differ; got {name} more than once.")
+
+    def check_given(self, names: Collection[str]) -> None:
+        """Raise ConfigError where one of these settings has no effect on any of the strategies."""
+        check_effects(names, [name.partition("@")[0] for name in self.strategy_names], READERS)
 
     @property
     def strategy_names(self) -> tuple[str, ...]:

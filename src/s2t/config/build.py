@@ -20,7 +20,7 @@ def build_config(cls: type[C], file: str | Path | None = None, flags: Mapping[st
     """Merge defaults, a JSON config file and flags (None = not given) into one checked config.
 
     Accepts a saved manifest.json too (its `config` object is read). Raises ConfigError for an unreadable
-    file, an unknown key, a value of the wrong type, or one out of range.
+    file, an unknown key, a value of the wrong type, one out of range, or a flag that has no effect beside the others.
     """
     values = _read_config_file(Path(file)) if file is not None else {}
     values |= {key: value for key, value in (flags or {}).items() if value is not None and value != []}
@@ -31,7 +31,10 @@ def build_config(cls: type[C], file: str | Path | None = None, flags: Mapping[st
     typed = {name: _typed(name, value, hints[name]) for name, value in values.items()}
     if isinstance(typed.get("out"), str):
         check_folder("out", typed["out"])
-    return cls(**typed)
+    config = cls(**typed)
+    if (check := getattr(config, "check_given", None)) is not None:
+        check({key for key, value in (flags or {}).items() if value is not None and value != []})
+    return config
 
 
 def config_dict(config: Any) -> dict[str, Any]:

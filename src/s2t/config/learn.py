@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from s2t.config.checks import check_at_least, check_choice, check_positive, check_range
+from s2t.config.effects import check_effects
 from s2t.config.shared import (
     CRITICALITY_READINGS,
     DISTILLATIONS,
@@ -98,6 +100,10 @@ class CollectConfig(StepConfig, TaskConfig, ShardConfig, ModelConfig):
         check_range("heldout_templates", self.heldout_templates, 0, 0.9)
         check_at_least(1, num_candidates=self.num_candidates, shard_size=self.shard_size)
         check_positive("; use policy greedy for 0", temperature=self.temperature)
+
+    def check_given(self, names: Collection[str]) -> None:
+        """Raise ConfigError where one of these settings has no effect on the policy."""
+        check_effects(names, [self.policy], {"temperature": ("sample",), "adapter": ("s2t-local",)}, "policy")
 
 
 @dataclass(frozen=True)
@@ -242,6 +248,12 @@ class DistillConfig(FitConfig, TaskConfig, ModelConfig):
         check_at_least(1, batch_answers=self.batch_answers, shard_size=self.shard_size)
         if self.max_steps is not None:
             check_at_least(1, max_steps=self.max_steps)
+
+    def check_given(self, names: Collection[str]) -> None:
+        """Raise ConfigError where one of these settings has no effect on the policy or the method."""
+        check_effects(names, [self.policy], {"temperature": ("sample",)}, "policy")
+        kept = dict.fromkeys(("kd_temperature", "support_size"), ("kd", "on-policy-kd"))
+        check_effects(names, [self.method], kept, "method")
 
 
 @dataclass(frozen=True)
