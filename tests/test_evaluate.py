@@ -17,7 +17,8 @@ import s2t
 from s2t.config import EvalConfig
 from s2t.decode.strategies import choose_sample
 from s2t.errors import ConfigError
-from s2t.evaluate import evaluate
+from s2t.decode.session import Session
+from s2t.evaluate import _num_traces, evaluate
 from s2t.model.adapter import AdapterConfig, SelectorAdapter, adapter_config
 from s2t.model.load import load_model
 from s2t.records import Candidates, Step
@@ -272,3 +273,33 @@ def test_an_adapter_with_held_out_templates_is_evaluated_on_a_task_without(tmp_p
         summary = evaluate(config)
         assert not {"seen_templates", "unseen_templates"} & summary.keys()
         assert evaluate(config) == summary
+
+
+@pytest.mark.parametrize(
+    ("strategies", "asked", "num_problems", "expected"),
+    [
+        ("greedy,s2t", None, 64, 1),
+        ("greedy,s2t@entropy", None, 500, 5),
+        ("llm", None, 10_000, 32),
+        ("greedy,s2t-local", None, 500, 32),
+        ("greedy,s2t", 1000, 500, 1000),
+        ("greedy,s2t", 0, 500, 0),
+    ],
+)
+def test_few_answers_are_read_again_unless_more_are_asked_for(strategies, asked, num_problems, expected):
+    assert _num_traces(EvalConfig(strategies=strategies, num_traces=asked), num_problems) == expected
+
+
+def test_what_the_report_shows_is_a_small_part_of_what_is_read(tmp_path, monkeypatch):
+    read = []
+    label = Session.label
+
+    def counted(self, requests, *args, **kwargs):
+        read.extend(requests)
+        return label(self, requests, *args, **kwargs)
+
+    monkeypatch.setattr(Session, "label", counted)
+    common = {"llm": "tiny:llm", "strategies": "greedy,llm", "max_new_tokens": 8, "limit": 250, "shard_size": 100}
+    evaluate(EvalConfig(out=str(tmp_path / "run"), **common))
+    assert len(read) == 2 * 2
+    assert len((tmp_path / "run" / "traces.jsonl").read_text().splitlines()) == 2 * 2

@@ -120,8 +120,9 @@ class EvalConfig(DecodeConfig, TaskConfig, ServedConfig, ShardConfig, ModelConfi
     """Share of templates reported as unseen; the adapter's own list goes first."""
     shard_size: int = 128
     """Problems per file; a killed run loses one shard at most."""
-    num_traces: int = 1000
-    """Problems of which every token is kept, for the report to show; the first ones of the run."""
+    num_traces: int | None = None
+    """Problems of which every token is kept, for the report to show; the first ones of the run. None keeps 32; beside an LLM,
+    which reads them again, one in a hundred, so that this costs little."""
     num_seeds: int = 1
     """Seeds of whatever draws at random (samples and the trigger random); the problems are those of --seed."""
     card: bool = False
@@ -137,7 +138,8 @@ class EvalConfig(DecodeConfig, TaskConfig, ServedConfig, ShardConfig, ModelConfi
         )
         check_range("heldout_templates", self.heldout_templates, 0, 0.9)
         check_at_least(1, shard_size=self.shard_size, num_seeds=self.num_seeds)
-        check_at_least(0, num_traces=self.num_traces)
+        if self.num_traces is not None:
+            check_at_least(0, num_traces=self.num_traces)
         names = self.strategy_names
         for name in names or ("",):
             base, mark, trigger = name.partition("@")
