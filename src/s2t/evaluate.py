@@ -35,6 +35,7 @@ from s2t.errors import ConfigError
 from s2t.files import RunFolder, read_json, write_json, write_lines, write_text
 from s2t.model.adapter import AdapterConfig, selector_config, selector_problems
 from s2t.model.card import EVAL_FILE, measured, with_accuracy
+from s2t.progress import counted_as
 from s2t.records import Cost, Grade, Problem, Result
 from s2t.scale import Shard, to_files, write_missing
 from s2t.summary import Run, summarize
@@ -186,9 +187,15 @@ class _Evaluator:
         requests = requests_for(session, self.task, problems, samples, self.config.system)
         start = time.perf_counter()
         traced = max(0, num_traces - shard.index * self.config.shard_size) if samples == 1 and one.is_first else 0
-        done = session.run(
-            strategy, requests, self.config.max_new_tokens, keep_steps=traced > 0, trace=False, stop=self.config.stop
-        )
+        with counted_as(1 / samples):
+            done = session.run(
+                strategy,
+                requests,
+                self.config.max_new_tokens,
+                keep_steps=traced > 0,
+                trace=False,
+                stop=self.config.stop,
+            )
         seconds = time.perf_counter() - start
         answers = [done[i * samples : (i + 1) * samples] for i in range(len(problems))]
         texts = [[session.text(sample, self.config.stop, strategy.name) for sample in row] for row in answers]
@@ -279,7 +286,8 @@ class _Evaluator:
         written = [sequence.token_ids for sequence in done]
         fired = [[step.index for step in sequence.steps if step.fired] for sequence in done]
         settings = (strategy.num_candidates, config.support_size, config.divergence, config.support)
-        return session.label(requests, written, *settings, exact_at=lambda i, own: _shown(fired[i], own))
+        with counted_as(0):
+            return session.label(requests, written, *settings, exact_at=lambda i, own: _shown(fired[i], own))
 
 
 def _shown(fired: Sequence[int], labels: Labels) -> list[int]:
@@ -299,7 +307,8 @@ def _pair(session: Session) -> dict[str, Any]:
 
 def _warm_up(session: Session) -> None:
     """One short batch before the clock starts, so that no strategy pays for the libraries' first call."""
-    session.run(build_strategy("greedy", EvalConfig(), {}), [session.request(0, "1 + 1 =")], 4)
+    with counted_as(0):
+        session.run(build_strategy("greedy", EvalConfig(), {}), [session.request(0, "1 + 1 =")], 4)
 
 
 def _read_results(run: RunFolder, one: _Contestant) -> Run:

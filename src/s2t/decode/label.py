@@ -22,6 +22,7 @@ from s2t.decode.text_reference import TextReference
 from s2t.model.engine import Engine
 from s2t.model.load import LoadedModel
 from s2t.model.text import VocabularyMap
+from s2t.progress import count
 
 # Work stays near a CPU's caches in small chunks; a GPU wants large ones. Keyed by device type.
 _LOGITS_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}  # floats per model
@@ -74,6 +75,7 @@ def label(
         reader = _PairReader(Engine(slm, len(batch)), Engine(llm, len(batch)), k, support_size, kind, support)
         found = reader.read([prompts[i] for i in batch], [generated[i] for i in batch])
         labels.update(zip(batch, found, strict=True))
+        _count(generated, batch)
     return [labels[i] for i in range(len(prompts))]
 
 
@@ -100,6 +102,7 @@ def label_listed(
         reader = _PairReader(Engine(slm, len(batch)), None, k, support_size, kind, support)
         found = reader.read([prompts[i] for i in batch], [generated[i] for i in batch], [listed[i] for i in batch])
         labels.update(zip(batch, found, strict=True))
+        _count(generated, batch)
     done = [labels[i] for i in range(len(prompts))]
     if exact_at is not None and llm.abilities.logprob_token_ids:
         _make_exact(llm, prompts, generated, listed, done, exact_at)
@@ -156,6 +159,7 @@ def llm_targets(
         check_numbers([part[1] for part in parts], llm.name)
         columns = [np.split(np.concatenate([part[c] for part in parts]), ends) for c in range(2)]
         found.update((i, Targets(*both)) for i, both in zip(batch, zip(*columns, strict=True), strict=True))
+        _count(generated, batch)
     return [found[i] for i in range(len(prompts))]
 
 
@@ -190,7 +194,12 @@ def label_by_text(
         slm, llm = Engine(vocabulary.slm, rows), Engine(vocabulary.llm, rows)
         reader = _PairReader(slm, llm, k, support_size, kind, support)
         labels += reader.read_text(TextReference(llm, vocabulary), prompts[part], llm_prompts[part], generated[part])
+        _count(generated, range(*part.indices(len(prompts))))
     return labels
+
+
+def _count(generated: Sequence[Sequence[int]], batch: Sequence[int]) -> None:
+    count(len(batch), tokens=sum(len(generated[i]) for i in batch))
 
 
 def _batches(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.utils import logging as hub_logging
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -26,7 +25,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as transformers_logging
 
 from s2t.errors import ConfigError, ModelError, S2TError
 from s2t.hub import offline_unless_it_answers
@@ -36,8 +34,10 @@ from s2t.model.checkpoint import check_complete, check_config, check_generation_
 from s2t.model.lora import Lora, find_lora, lora_base, merge_lora
 from s2t.model.merged import MergedConfig, local_folder, open_merged
 from s2t.model.quantization import missing_package, quantization_config
+from s2t.model.quiet import quiet
 from s2t.model.reserved import ReservedIds, choose_reserved_ids
 from s2t.model.tiny import embedded_path, is_embedded
+from s2t.progress import progress
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -113,11 +113,11 @@ def load_model(
         )
     check_is_no_file(name)
     place = torch.device(pick_device(device)) if device_map is None else None
-    with one_line(name, revision, quantization):
+    with one_line(name, revision, quantization), progress(f"load {name}", 0, unit="tensors", brief=True) as bar:
         source = name if is_embedded(name) else local_folder(name, revision)
         merged = None if is_embedded(name) else open_merged(source)
         reading = _Reading(name, dtype, place, device_map, quantization, {"trust_remote_code": trust_remote_code})
-        with quiet(), nullcontext() if _is_here(name) else offline_unless_it_answers():
+        with quiet(bar), nullcontext() if _is_here(name) else offline_unless_it_answers():
             lora = None if is_embedded(name) or merged is not None else find_lora(name, revision)
             tokenizer, model = reading.merged(lora, revision) if lora else reading.plain(source, revision)
         identity = fingerprint(model)  # before any cast that cannot hold every value of the checkpoint
@@ -372,21 +372,3 @@ def why_not_loaded(name: str, error: Exception, revision: str | None = None, qua
         "was not found: give a hub id (owner/name), a folder, or tiny:slm / tiny:llm.": True,
     }
     return f"model {name} {next(reason for reason, applies in reasons.items() if applies)}"
-
-
-class quiet:
-    """Silence progress bars and warnings of transformers and the hub while loading; restores them after."""
-
-    def __enter__(self) -> None:
-        self.hub_verbosity = hub_logging.get_verbosity()
-        hub_logging.set_verbosity_error()
-        self.verbosity = transformers_logging.get_verbosity()
-        self.bars = transformers_logging.is_progress_bar_enabled()
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
-
-    def __exit__(self, *exc: object) -> None:
-        hub_logging.set_verbosity(self.hub_verbosity)
-        transformers_logging.set_verbosity(self.verbosity)
-        if self.bars:
-            transformers_logging.enable_progress_bar()

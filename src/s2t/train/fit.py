@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from s2t.config import FitConfig
 from s2t.errors import ModelError
 from s2t.files import RunFolder, read_jsonl, write_bytes, write_text
-from s2t.progress import progress
+from s2t.progress import count, progress
 from s2t.train.dataset import plan_batches
 from s2t.train.processes import Processes, Whole, full, like
 
@@ -94,10 +94,11 @@ class Fit(ABC):
         """Run all remaining steps."""
         self.begin()
         self.train_mode()
-        with progress("train", self.num_steps, self.step, self.processes.is_first) as advance:
+        with progress("train", self.num_steps, self.step, self.processes.is_first, "steps") as advance:
             for chosen in self._batches():
                 self.log.append(self.optimize(self.shared_terms(chosen)))
                 advance(1)
+                count(tokens=sum(self.lengths[i] for i in chosen))
                 if self.step % self.recipe.checkpoint_steps == 0:
                     self._save()
         self._save()
