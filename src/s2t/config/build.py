@@ -13,6 +13,7 @@ from s2t.config.checks import check_folder, require
 from s2t.errors import ConfigError
 
 C = TypeVar("C")
+_TOO_LARGE = 2**31  # for what numbers of problems, tokens and seeds are passed on to
 _KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
 
 
@@ -70,11 +71,13 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
             raise ConfigError(f"{name} must be text or a list of texts; got {value!r}.")
         return list(texts)
     kinds = get_args(hint) or (hint,)
-    if float in kinds and type(value) is int:
+    if float in kinds and int not in kinds and type(value) is int and abs(value) < _TOO_LARGE:
         value = float(value)
     if type(value) not in kinds or (isinstance(value, float) and math.isnan(value)):
         expected = " or ".join(_KINDS[kind] for kind in kinds)
-        raise ConfigError(f"{name} must be {expected}; got {value!r}.")
+        raise ConfigError(f"{name} must be {expected}; got {str(value)[:200]!r}.")
+    if type(value) is int and abs(value) >= _TOO_LARGE:
+        raise ConfigError(f"{name} must be below {_TOO_LARGE}; got a number of {len(f'{value:x}') * 4} bits.")
     return value
 
 
@@ -82,9 +85,9 @@ def _read_config_file(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"config file {path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:  # no JSON, or no UTF-8
-        raise ConfigError(f"config file {path} is not JSON: {error}.") from error
+        raise ConfigError(f"config file {str(path)[:200]} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:  # no JSON or UTF-8, a number or nesting that is too large, no path
+        raise ConfigError(f"config file {str(path)[:200]} is not JSON: {' '.join(str(error).split())}.") from error
     if isinstance(data, dict) and isinstance(data.get("config"), dict):
         data = data["config"]
     if not isinstance(data, dict):

@@ -252,8 +252,8 @@ class DistillConfig(FitConfig, TaskConfig, ModelConfig):
     def check_given(self, names: Collection[str]) -> None:
         """Raise ConfigError where one of these settings has no effect on the policy or the method."""
         check_effects(names, [self.policy], {"temperature": ("sample",)}, "policy")
-        kept = dict.fromkeys(("kd_temperature", "support_size"), ("kd", "on-policy-kd"))
-        check_effects(names, [self.method], kept, "method")
+        with_targets = ("kd", "on-policy-kd")
+        check_effects(names, [self.method], {"kd_temperature": with_targets, "support_size": with_targets}, "method")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -106,10 +107,15 @@ def read_thresholds(calibration: str | Path | None) -> dict[str, float]:
     if calibration is None:
         return {}
     path = Path(calibration)
-    path = path / "calibration.json" if path.is_dir() else path
+    path = path / "calibration.json" if os.path.isdir(path) else path
     data = read_json(path)
     if not isinstance(data, dict) or not isinstance(data.get("thresholds"), dict):
         raise DataError(f"{path} holds no thresholds; pass the calibration.json that `s2t calibrate` wrote.")
+    for name, value in data["thresholds"].items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise DataError(
+                f"{path}: the threshold of {name} must be a number; got {str(value)[:60]!r}; calibrate again."
+            )
     return {str(name): float(value) for name, value in data["thresholds"].items()}
 
 

@@ -223,9 +223,10 @@ class _Reading:
             options["device_map"] = self.device_map
         elif quantization is not None:
             options["device_map"] = {"": self.place}
-        model, found = AutoModelForCausalLM.from_pretrained(
+        read: Any = AutoModelForCausalLM.from_pretrained(
             source, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
+        model, found = read
         check_complete(name, model, found, source, revision)
         check_generation_config(source, revision)
         check_on_one_device(self.name, model)
