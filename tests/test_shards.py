@@ -152,6 +152,14 @@ def test_an_out_that_is_no_folder_is_one_line(command, kind, runs, tmp_path, cap
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r.toml"]
 
 
+def test_a_loss_that_is_no_number_ends_the_training(runs, tmp_path, capsys):
+    words = ["--groups", str(runs[0] / "collect"), "--num-candidates", "4", "--out", str(tmp_path / "train")]
+    assert main(["train", *words, "--learning-rate", "1e30", "--lora-rank", "2", "--epochs", "20"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "is not finite" in line and "--learning-rate" in line
+    assert not (tmp_path / "train" / "adapter").exists()
+
+
 def test_settings_that_differ_are_still_refused(runs):
     from s2t.errors import ConfigError
 

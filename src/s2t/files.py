@@ -168,12 +168,14 @@ class RunFolder:
         values = json.loads(json.dumps(asdict(config), default=_plain))
         with _usable(folder):
             old = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else None
-            if old is not None and _has_work(folder, old):
+            has_work = old is not None and _has_work(folder, old)
+            if has_work:
                 _check_same_run(folder, old, command, values, ignore)
                 if old.get("status") == "complete":
                     return cls(folder, old)
             found = sorted(item.name for item in folder.iterdir() if item.name != MANIFEST) if folder.is_dir() else []
-        run = cls(folder, _new_manifest(command, values, old) | {"already_there": _before(old) or found})
+        before = _before(old) if has_work else found
+        run = cls(folder, _new_manifest(command, values, old) | {"already_there": before})
         run._save()
         return run
 
