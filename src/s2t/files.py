@@ -168,13 +168,12 @@ class RunFolder:
         values = json.loads(json.dumps(asdict(config), default=_plain))
         with _usable(folder):
             old = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else None
-            has_work = old is not None and _has_work(folder, old)
-            if has_work:
+            before = sorted(item.name for item in folder.iterdir() if item.name != MANIFEST) if folder.is_dir() else []
+            if old is not None and _has_work(folder, old):
                 _check_same_run(folder, old, command, values, ignore)
                 if old.get("status") == "complete":
                     return cls(folder, old)
-            found = sorted(item.name for item in folder.iterdir() if item.name != MANIFEST) if folder.is_dir() else []
-        before = _before(old) if has_work else found
+                before = _before(old)
         run = cls(folder, _new_manifest(command, values, old) | {"already_there": before})
         run._save()
         return run

@@ -41,7 +41,8 @@ def check_complete(name: str, model: Any, found: Mapping[str, Any], source: str,
     """Raise ModelError unless every tensor of the model was read, in its own shape and kind, and no part of it was left over.
 
     `found` is the loading info of transformers; `source` the folder or hub id that was read. A tensor of another module (a
-    value head, say) may be left over. Of quantized weights the kinds are the quantizer's business.
+    value head, say) may be left over. Of quantized weights the kinds are the quantizer's business, and of a model with code of
+    its own that code's.
     """
     if faults := sorted(_shape_faults(found)):
         raise ModelError(_damaged(name, faults))
@@ -50,11 +51,16 @@ def check_complete(name: str, model: Any, found: Mapping[str, Any], source: str,
     known = {key for key, _ in model.named_parameters(remove_duplicate=False)}
     extra = found["unexpected_keys"]
     faults = [f"{key} is in its weights and not in its config" for key in sorted(extra) if _belongs(key, model)]
-    faults += kind_faults(
-        (key, kind)
-        for path in _weight_files(source, revision)
-        for key, kind in tensor_kinds(path).items()
-        if key not in extra and (key in known or key.endswith(".weight"))
+    own_code = not type(model).__module__.startswith("transformers.")
+    faults += (
+        []
+        if own_code
+        else kind_faults(
+            (key, kind)
+            for path in _weight_files(source, revision)
+            for key, kind in tensor_kinds(path).items()
+            if key not in extra and (key in known or key.endswith(".weight"))
+        )
     )
     if faults:
         raise ModelError(_damaged(name, faults))
