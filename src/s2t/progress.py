@@ -155,7 +155,7 @@ def progress(
             over.set()
             thread.join()
         if not brief and not console.is_terminal:
-            _print(console, f"{description}: {bar.total} done, {_span(time.monotonic() - bar.start)}")
+            _print(console, f"{description}: {bar.total} done")
     finally:
         _shown.remove(bar)
 
