@@ -75,10 +75,18 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         value = float(value)
     if type(value) not in kinds or (isinstance(value, float) and math.isnan(value)):
         expected = " or ".join(_KINDS[kind] for kind in kinds)
-        raise ConfigError(f"{name} must be {expected}; got {str(value)[:200]!r}.")
+        raise ConfigError(f"{name} must be {expected}; got {_shown(value)}.")
     if type(value) is int and abs(value) >= _TOO_LARGE:
-        raise ConfigError(f"{name} must be below {_TOO_LARGE}; got a number of {len(f'{value:x}') * 4} bits.")
+        raise ConfigError(f"{name} must be below {_TOO_LARGE}; got {_shown(value)}.")
     return value
+
+
+def _shown(value: Any) -> str:
+    """A value in a message, not at any length."""
+    try:
+        return repr(value)[:200]
+    except ValueError:  # a whole number of thousands of digits
+        return f"a number of {value.bit_length()} bits"
 
 
 def _read_config_file(path: Path) -> dict[str, Any]:
