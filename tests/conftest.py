@@ -58,6 +58,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name != "test_docs.py")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def rare_lines() -> Iterator[None]:
+    """On a busy machine anything may take seconds: lines of progress come where a test wants them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("s2t.progress._SECONDS_BETWEEN_LINES", 60.0)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     """The tokenizer of the embedded pair: 1,024 byte-level tokens, 28 of them reserved."""

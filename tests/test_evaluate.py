@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 import s2t
 from s2t.config import EvalConfig
+from s2t.decode.session import Session
 from s2t.decode.strategies import choose_sample
 from s2t.errors import ConfigError
-from s2t.evaluate import evaluate
-from s2t.model.adapter import AdapterConfig, adapter_config
+from s2t.evaluate import _num_traces, evaluate
+from s2t.model.adapter import AdapterConfig, SelectorAdapter, adapter_config
 from s2t.model.load import load_model
 from s2t.records import Candidates, Step
 from s2t.summary import _heldout
@@ -229,3 +230,76 @@ def test_an_adapter_of_several_tasks_has_unseen_templates_of_its_own_in_each(tas
     )
     named: Any = SimpleNamespace(templates=lambda: ("a", "b", "c"))
     assert _heldout(EvalConfig(task=task), named, adapter_config(saved)) == held
+
+
+ADAPTED = {
+    "of this task": ("rg:gsm_symbolic", ("1", "2"), {"1", "2"}),
+    "of this task under other options": ("rg:gsm_symbolic,max_number=7", ("1",), {"1"}),
+    "of two tasks": ("rg:chain_sum;rg:gsm_symbolic,max_number=7", ("2",), {"2"}),
+    "of another task": ("rg:chain_sum", ("1", "2"), set()),
+    "of another file": ("data/one.jsonl,answer=x", ("1", "2"), set()),
+    "with none held out": ("rg:gsm_symbolic", (), set()),
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTED)
+def test_held_out_templates_of_one_task_say_nothing_about_another(kind):
+    trained, templates, held = ADAPTED[kind]
+    adapter = AdapterConfig("base", "0", task=trained, heldout_templates=templates)
+    named: Any = SimpleNamespace(templates=lambda: ("1", "2", "3"))
+    bare: Any = SimpleNamespace(templates=lambda: ())
+    config = EvalConfig(task="rg:gsm_symbolic,max_number=100")
+    assert _heldout(config, named, adapter) == held
+    assert _heldout(config, bare, adapter) == set()
+
+
+def test_an_adapter_with_held_out_templates_is_evaluated_on_a_task_without(tmp_path):
+    loaded = load_model("tiny:slm")
+    settings = {"task": "rg:gsm_symbolic,max_number=100", "heldout_templates": ("1", "2")}
+    config = AdapterConfig("tiny:slm", loaded.fingerprint, lora_rank=2, thresholds={"criticality": 0.5}, **settings)
+    SelectorAdapter(loaded, config).save(tmp_path / "adapter")
+    rows = [{"question": f"What is {n} + {n}?", "answer": str(2 * n), "kind": "ab"[n % 2]} for n in range(90)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for task in ("sums.jsonl", "sums.jsonl,template=kind"):
+        config = EvalConfig(
+            task=str(tmp_path / task),
+            strategies="greedy,s2t-local",
+            adapter=str(tmp_path / "adapter"),
+            out=str(tmp_path / f"run-{len(task)}"),
+            max_new_tokens=8,
+            split="train",
+            limit=12,
+        )
+        summary = evaluate(config)
+        assert not {"seen_templates", "unseen_templates"} & summary.keys()
+        assert evaluate(config) == summary
+
+
+@pytest.mark.parametrize(
+    ("strategies", "asked", "num_problems", "expected"),
+    [
+        ("greedy,s2t", None, 64, 1),
+        ("greedy,s2t@entropy", None, 500, 5),
+        ("llm", None, 10_000, 32),
+        ("greedy,s2t-local", None, 500, 32),
+        ("greedy,s2t", 1000, 500, 1000),
+        ("greedy,s2t", 0, 500, 0),
+    ],
+)
+def test_few_answers_are_read_again_unless_more_are_asked_for(strategies, asked, num_problems, expected):
+    assert _num_traces(EvalConfig(strategies=strategies, num_traces=asked), num_problems) == expected
+
+
+def test_what_the_report_shows_is_a_small_part_of_what_is_read(tmp_path, monkeypatch):
+    read = []
+    label = Session.label
+
+    def counted(self, requests, *args, **kwargs):
+        read.extend(requests)
+        return label(self, requests, *args, **kwargs)
+
+    monkeypatch.setattr(Session, "label", counted)
+    common = {"llm": "tiny:llm", "strategies": "greedy,llm", "max_new_tokens": 8, "limit": 250, "shard_size": 100}
+    evaluate(EvalConfig(out=str(tmp_path / "run"), **common))
+    assert len(read) == 2 * 2
+    assert len((tmp_path / "run" / "traces.jsonl").read_text().splitlines()) == 2 * 2

@@ -14,7 +14,7 @@ import s2t
 ROOT = Path(s2t.__file__).parent
 FLOORS = (
     {"errors", "records", "config"},
-    {"core", "files", "hub", "progress", "scale", "tasks", "web", "workers"},
+    {"core", "files", "hub", "progress", "scale", "shards", "tasks", "web", "workers"},
     {"model"},
     {"decode"},
     {"summary", "traces"},

@@ -17,12 +17,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from s2t.config import (
     MANY_SAMPLES,
     NEEDS_LLM,
+    READERS,
     STRATEGIES,
     ChatConfig,
     DecodeConfig,
     ModelConfig,
     ServedConfig,
     build_config,
+    check_effects,
 )
 from s2t.decode.loop import Request
 from s2t.decode.prompts import ids_key, prompt_key, sample_key
@@ -319,6 +321,7 @@ def _check_settings(name: str, settings: dict[str, Any], session: Session) -> No
         raise ConfigError(f"unknown setting {', '.join(unknown)}; known: {', '.join(sorted(known))}.")
     if name not in STRATEGIES:
         raise ConfigError(f"strategy must be one of {', '.join(STRATEGIES)}; got {name!r}.")
+    check_effects([key for key, value in settings.items() if value is not None], [name], READERS)
     if name in NEEDS_LLM and session.llm is None:
         raise ConfigError(f"strategy {name} needs the LLM; pass --llm MODEL, or s2t.load(llm=...).")
     if name == "s2t-local" and session.selector is None:

@@ -30,9 +30,11 @@ from s2t.decode.workload import (
     task_for_workers,
 )
 from s2t.errors import ConfigError, DataError
-from s2t.files import RunFolder, read_tables, write_json, write_table
+from s2t.files import MANIFEST, RunFolder, read_json, read_tables, write_json, write_table
+from s2t.progress import counted_as
 from s2t.records import Problem, Provenance, SelectionGroup
 from s2t.scale import Shard, to_files, write_missing
+from s2t.shards import check_whole
 from s2t.tasks.problems import Task, heldout_templates
 
 _LISTS = {
@@ -113,17 +115,18 @@ class _Collector:
         """One shard's table (write, label, pack), and what asking servers took."""
         config, session, problems = self.config, self.session, shard.items
         requests = requests_for(session, self.task, problems)
-        done = session.run(self.strategy, requests, config.max_new_tokens)
-        prompts, generated = [r.prompt_ids for r in requests], [s.token_ids for s in done]
-        labels = session.label(
-            requests,
-            generated,
-            config.num_candidates,
-            config.support_size,
-            config.divergence,
-            config.support,
-            exact_at=lambda _, found: self._chosen(found),
-        )
+        with counted_as(1 / 2):  # written, then read
+            done = session.run(self.strategy, requests, config.max_new_tokens)
+            prompts, generated = [r.prompt_ids for r in requests], [s.token_ids for s in done]
+            labels = session.label(
+                requests,
+                generated,
+                config.num_candidates,
+                config.support_size,
+                config.divergence,
+                config.support,
+                exact_at=lambda _, found: self._chosen(found),
+            )
         rows = [self._row(*row) for row in zip(problems, prompts, generated, labels, strict=True)]
         return pa.Table.from_pylist(rows, schema=SCHEMA), session.take_report()
 
@@ -171,6 +174,8 @@ def _counts(run: RunFolder, num_problems: int, threshold: float, heldout: frozen
 def read_groups(folder: str | Path) -> Iterator[SelectionGroup]:
     """Every selection group of a collected run, in order; raises DataError where there are none."""
     paths = sorted(Path(folder).glob("groups-*.parquet"))
+    if (Path(folder) / MANIFEST).is_file():
+        check_whole(Path(folder), read_json(Path(folder) / MANIFEST))
     if not paths:
         raise DataError(f"{folder} holds no groups-*.parquet; pass a folder written by `s2t collect`.")
     for path in paths:

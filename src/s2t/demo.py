@@ -38,6 +38,7 @@ TRAIN_SETTINGS: dict[str, Any] = {
     "lora_dropout": 0.1,
 }
 """What calibration problems chose for the embedded pair; every try is in docs/log.md."""
+NUM_TRACES = 32  # of the report; reading more again would take as long as the evaluation
 SUFFICIENCY = ("num_problems", "num_divergence_points", "trigger_rate", "hit_rate", "hit_rate_ci95")
 
 
@@ -82,6 +83,7 @@ def demo(out: str = "runs/demo", seed: int = 0, limit: int | None = None, groups
             strategies=STRATEGIES,
             calibration=calibration,
             adapter=str(Path(names["train"]) / "adapter"),
+            num_traces=NUM_TRACES,
             card=True,
         )
     )

@@ -24,6 +24,10 @@ class ModelError(S2TError):
     """A model, tokenizer or adapter is missing, unsupported, or does not fit the other one."""
 
 
+class ContextError(ModelError):
+    """A prompt is longer than a model can read."""
+
+
 class OverlapError(DataError):
     """Problems appear in two splits that must be disjoint."""
 

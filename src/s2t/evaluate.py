@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from s2t.config import HOW_IT_RUNS, MANY_SAMPLES, EvalConfig
+from s2t.config import HOW_IT_RUNS, MANY_SAMPLES, NEEDS_LLM, EvalConfig
 from s2t.decode.label import Labels
 from s2t.decode.loop import Request
 from s2t.decode.session import Generated, Session, check_needs
@@ -35,11 +35,14 @@ from s2t.errors import ConfigError
 from s2t.files import RunFolder, read_json, write_json, write_lines, write_text
 from s2t.model.adapter import AdapterConfig, selector_config, selector_problems
 from s2t.model.card import EVAL_FILE, measured, with_accuracy
+from s2t.progress import counted_as
 from s2t.records import Cost, Grade, Problem, Result
 from s2t.scale import Shard, to_files, write_missing
 from s2t.summary import Run, summarize
 from s2t.tasks.problems import Task, check_disjoint
 from s2t.traces import TokenTexts, trace_steps
+
+_NUM_TRACES = 32
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
@@ -62,7 +65,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     server = ServerReport(run, _servers(config)).section()
     summary = summarize(config, task, problems, results, adapter, read_json(run.file("pair.json")), server)
     write_text(run.file("results.jsonl"), "".join(_line(r) for each in found.values() for r in each[0]))
-    write_lines(run.file("traces.jsonl"), _trace_lines(run, contestants))
+    if not run.is_complete or not run.file("traces.jsonl").exists():  # they follow from the shards alone
+        write_lines(run.file("traces.jsonl"), _trace_lines(run, contestants))
     write_json(run.file("summary.json"), summary)
     run.finish()
     if config.card and config.adapter is not None:
@@ -148,7 +152,17 @@ def _run_missing(
             judges = [one, one.voter] if judged_twice and one.name == "self-certainty" else [one]
             shards = to_files(parts, partial(run.shard, judges[-1].shards, suffix="json"))
             title = one.name if one.is_first else f"{one.name}, seed {one.seed}"
-            write_missing(workers, partial(_Evaluator.shard, judges=judges), shards, partial(write, judges), title)
+            work = partial(_Evaluator.shard, judges=judges, num_traces=_num_traces(config, len(problems)))
+            write_missing(workers, work, shards, partial(write, judges), title)
+
+
+def _num_traces(config: EvalConfig, num_problems: int) -> int:
+    """How many problems are traced. Where an LLM reads each again with the SLM that costs more than writing it, so one in a
+    hundred."""
+    if config.num_traces is not None:
+        return config.num_traces
+    is_read = any(name.partition("@")[0] in NEEDS_LLM for name in config.strategy_names)
+    return max(1, min(_NUM_TRACES, num_problems // 100)) if is_read else _NUM_TRACES
 
 
 def _servers(config: EvalConfig) -> str:
@@ -164,7 +178,7 @@ class _Evaluator:
         self.session = Session.open(config, names, config.adapter, config.batch_size)
         _warm_up(self.session)
 
-    def shard(self, shard: Shard[Problem], judges: Sequence[_Contestant]) -> dict[str, Any]:
+    def shard(self, shard: Shard[Problem], judges: Sequence[_Contestant], num_traces: int) -> dict[str, Any]:
         """What one strategy wrote for a shard: per judge of its answers the results, traces and seconds; the models' names and
         sizes, and what asking servers took."""
         one, problems = judges[0], shard.items
@@ -172,10 +186,16 @@ class _Evaluator:
         samples = self.config.num_samples if strategy.name in MANY_SAMPLES else 1
         requests = requests_for(session, self.task, problems, samples, self.config.system)
         start = time.perf_counter()
-        traced = self._num_traced(shard.index) if samples == 1 and one.is_first else 0
-        done = session.run(
-            strategy, requests, self.config.max_new_tokens, keep_steps=traced > 0, trace=False, stop=self.config.stop
-        )
+        traced = max(0, num_traces - shard.index * self.config.shard_size) if samples == 1 and one.is_first else 0
+        with counted_as(1 / samples):
+            done = session.run(
+                strategy,
+                requests,
+                self.config.max_new_tokens,
+                keep_steps=traced > 0,
+                trace=False,
+                stop=self.config.stop,
+            )
         seconds = time.perf_counter() - start
         answers = [done[i * samples : (i + 1) * samples] for i in range(len(problems))]
         texts = [[session.text(sample, self.config.stop, strategy.name) for sample in row] for row in answers]
@@ -231,10 +251,6 @@ class _Evaluator:
             samples=votes,
         )
 
-    def _num_traced(self, shard: int) -> int:
-        """How many of a shard's problems are among the run's first `num_traces`."""
-        return max(0, self.config.num_traces - shard * self.config.shard_size)
-
     def _traces(
         self,
         one: _Contestant,
@@ -270,7 +286,8 @@ class _Evaluator:
         written = [sequence.token_ids for sequence in done]
         fired = [[step.index for step in sequence.steps if step.fired] for sequence in done]
         settings = (strategy.num_candidates, config.support_size, config.divergence, config.support)
-        return session.label(requests, written, *settings, exact_at=lambda i, own: _shown(fired[i], own))
+        with counted_as(0):
+            return session.label(requests, written, *settings, exact_at=lambda i, own: _shown(fired[i], own))
 
 
 def _shown(fired: Sequence[int], labels: Labels) -> list[int]:
@@ -290,7 +307,8 @@ def _pair(session: Session) -> dict[str, Any]:
 
 def _warm_up(session: Session) -> None:
     """One short batch before the clock starts, so that no strategy pays for the libraries' first call."""
-    session.run(build_strategy("greedy", EvalConfig(), {}), [session.request(0, "1 + 1 =")], 4)
+    with counted_as(0):
+        session.run(build_strategy("greedy", EvalConfig(), {}), [session.request(0, "1 + 1 =")], 4)
 
 
 def _read_results(run: RunFolder, one: _Contestant) -> Run:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from s2t.errors import ConfigError, DataError
+from s2t.shards import check_whole, digests
 
 if TYPE_CHECKING:
     import pyarrow
@@ -29,8 +30,15 @@ _ABSENT = object()
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text atomically; DataError when the place cannot be written."""
-    write_bytes(path, text.encode())
+    """Write UTF-8 text atomically; DataError when the place cannot be written, or the text holds half of a character."""
+    try:
+        data = text.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise DataError(
+            f"{path} cannot be written: its text holds {half}, half of a character; take it out."
+        ) from error
+    write_bytes(path, data)
 
 
 def write_lines(path: str | Path, lines: Iterable[str]) -> None:
@@ -49,12 +57,20 @@ def write_json(path: str | Path, obj: Any) -> None:
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
-    """Write bytes atomically; DataError when the place cannot be written."""
+    """Write bytes atomically, unless they are there already; DataError when the place cannot be written."""
 
     def write(temporary: Path) -> None:
         temporary.write_bytes(data)
 
-    _write_atomically(Path(path), write)
+    if not _holds(Path(path), data):
+        _write_atomically(Path(path), write)
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    try:
+        return path.stat().st_size == len(data) and path.read_bytes() == data
+    except OSError:  # not there, or not to be read: to be written
+        return False
 
 
 def write_table(path: str | Path, table: pyarrow.Table) -> None:
@@ -69,10 +85,29 @@ def write_table(path: str | Path, table: pyarrow.Table) -> None:
 
 def read_json(path: str | Path) -> Any:
     """The JSON document at `path`; DataError when it is missing or not JSON."""
+    return parse_json(_read_text(Path(path)), str(path), "write it again")
+
+
+def parse_json(text: str, where: str, next_step: str = "fix it") -> Any:
+    """The value of a JSON text; DataError names `where` it stands, whatever the parser raises.
+
+    So are numbers and nestings that Python does not take, and half of a character (a lone surrogate), which no file can hold.
+    """
     try:
-        return json.loads(_read_text(Path(path)))
+        value = json.loads(text)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not JSON (line {error.lineno}: {error.msg}); write it again.") from error
+        place = f"line {error.lineno}: " if "\n" in text.strip() else f"column {error.colno}: "
+        raise DataError(f"{where} is not JSON ({place}{error.msg}); {next_step}.") from error
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise DataError(f"{where} holds {half}, half of a character; {next_step}.") from error
+    except RecursionError as error:
+        raise DataError(f"{where} is nested too deeply to be read; {next_step}.") from error
+    except ValueError as error:  # a whole number of thousands of digits
+        raise DataError(f"{where} cannot be read as JSON: {_one_line(error)}; {next_step}.") from error
+    return value
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
@@ -125,16 +160,21 @@ class RunFolder:
         """Make the folder, or reopen it for the same command and config (keys in `ignore` may differ).
 
         A complete run stays complete, so a rerun can see there is nothing left to do. ConfigError when the
-        folder holds work of another command or config; DataError when it cannot be written.
+        folder holds work of another command or config, or has no name; DataError when it cannot be written.
         """
+        if not str(path):
+            raise ConfigError("out must name a folder, and is empty; pass --out FOLDER.")
         folder = Path(path)
         values = json.loads(json.dumps(asdict(config), default=_plain))
-        old = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else None
-        if old is not None and _has_work(folder, old):
-            _check_same_run(folder, old, command, values, ignore)
-            if old.get("status") == "complete":
-                return cls(folder, old)
-        run = cls(folder, _new_manifest(command, values, old))
+        with _usable(folder):
+            old = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else None
+            before = sorted(item.name for item in folder.iterdir() if item.name != MANIFEST) if folder.is_dir() else []
+            if old is not None and _has_work(folder, old):
+                _check_same_run(folder, old, command, values, ignore)
+                if old.get("status") == "complete":
+                    return cls(folder, old)
+                before = _before(old)
+        run = cls(folder, _new_manifest(command, values, old) | {"already_there": before})
         run._save()
         return run
 
@@ -160,20 +200,26 @@ class RunFolder:
         return self.manifest["status"] == "complete"
 
     def finish(self, **extra: Any) -> None:
-        """Mark the run complete and save `extra` in the manifest; removes what killed processes left half-written."""
+        """Mark the run complete and save `extra` and the digests of its shards in the manifest, if that is news.
+
+        Removes what killed processes left half-written.
+        """
         for path in self.path.glob(".*.????????.tmp"):
             _remove_quietly(path)
-        self.manifest.update(extra, status="complete", finished=_now())
-        self._save()
+        facts = extra | {"shards": digests(self.path)}
+        if not self.is_complete or any(self.manifest.get(key) != value for key, value in facts.items()):
+            self.manifest.update(facts, status="complete", finished=_now())
+            self._save()
 
     def _save(self) -> None:
         write_json(self.path / MANIFEST, self.manifest)
 
 
 def load_run(path: str | Path, command: str) -> dict[str, Any]:
-    """The manifest of a complete run of `command`; DataError when the folder is anything else."""
+    """The manifest of a complete run of `command`; DataError when the folder is anything else, or its shards are not those
+    that the run wrote: one is gone, doubled or changed."""
     file = Path(path) / MANIFEST
-    if not file.exists():
+    if not os.path.exists(file):
         raise DataError(f"{path} is not a run folder (no {MANIFEST}); run s2t {command} --out {path} first.")
     manifest = read_json(file)
     if not isinstance(manifest, dict) or manifest.get("command") != command:
@@ -181,13 +227,29 @@ def load_run(path: str | Path, command: str) -> dict[str, Any]:
         raise DataError(f"{path} must be a folder written by s2t {command}; got one of s2t {got}.")
     if manifest.get("status") != "complete":
         raise DataError(f"{path} is an unfinished run of s2t {command}; rerun the same command to finish it.")
+    check_whole(Path(path), manifest)
     return manifest
+
+
+def _before(old: Any) -> list[str]:
+    """What lay in the folder when its manifest was made."""
+    found = old.get("already_there") if isinstance(old, dict) else None
+    return found if isinstance(found, list) else []
 
 
 def _has_work(folder: Path, old: Any) -> bool:
     """False for a run that ended before it wrote anything, such as one started with a mistyped setting."""
     is_running = isinstance(old, dict) and old.get("status") == "running"
-    return not is_running or any(item.name != MANIFEST for item in folder.iterdir())
+    return not is_running or any(item.name not in (MANIFEST, *_before(old)) for item in folder.iterdir())
+
+
+@contextlib.contextmanager
+def _usable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:  # a name that no folder can have, too
+        reason = getattr(error, "strerror", None) or _one_line(error)
+        raise DataError(f"{str(folder)[:200]} cannot be used: {reason}; choose another --out.") from error
 
 
 def _check_same_run(folder: Path, old: Any, command: str, values: dict[str, Any], ignore: tuple[str, ...]) -> None:
@@ -223,16 +285,16 @@ def _write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        reason = error.strerror or _one_line(error)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or _one_line(error)
         next_step = "make room or choose another --out"
-        raise DataError(f"{path} cannot be written: {reason}; {next_step}.") from error
+        raise DataError(f"{str(path)[:200]} cannot be written: {reason}; {next_step}.") from error
     finally:
         _remove_quietly(temporary)
 
 
 def _remove_quietly(path: Path) -> None:
-    with contextlib.suppress(OSError):  # an unusable folder, which the write has already reported
+    with contextlib.suppress(OSError, ValueError):  # an unusable folder, which the write has already reported
         path.unlink(missing_ok=True)
 
 
@@ -254,16 +316,13 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}; check the path.") from error
+        raise DataError(f"{str(path)[:200]} cannot be read: {error.strerror or error}; check the path.") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from error
 
 
 def _json_object(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where} is not JSON (column {error.colno}: {error.msg}); fix that line.") from error
+    row = parse_json(line, where, "fix that line")
     if not isinstance(row, dict):
         raise DataError(f"{where} must be one JSON object; got {type(row).__name__}; fix that line.")
     return row

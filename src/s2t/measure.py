@@ -32,6 +32,7 @@ from s2t.decode.workload import (
 from s2t.errors import DataError
 from s2t.files import RunFolder, load_run, read_tables, write_json, write_table
 from s2t.model.load import load_model
+from s2t.progress import counted_as
 from s2t.records import Problem
 from s2t.scale import Shard, to_files, write_missing
 from s2t.tasks.problems import Task
@@ -80,15 +81,16 @@ class _Measurer:
         """One shard's steps, and what asking servers took."""
         config, session, problems = self.config, self.session, shard.items
         requests = requests_for(session, self.task, problems)
-        done = session.run(build_strategy("greedy", DecodeConfig(), {}), requests, config.max_new_tokens)
-        labels = session.label(
-            requests,
-            [sequence.token_ids for sequence in done],
-            max(KS),
-            config.support_size,
-            config.divergence,
-            config.support,
-        )
+        with counted_as(1 / 2):  # written, then read
+            done = session.run(build_strategy("greedy", DecodeConfig(), {}), requests, config.max_new_tokens)
+            labels = session.label(
+                requests,
+                [sequence.token_ids for sequence in done],
+                max(KS),
+                config.support_size,
+                config.divergence,
+                config.support,
+            )
         tables = [_steps_table(*row, config.warmup_steps) for row in zip(problems, done, labels, strict=True)]
         return pa.concat_tables(tables), session.take_report()
 

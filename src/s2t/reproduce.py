@@ -125,7 +125,7 @@ def _load(path: str) -> dict[str, Any]:
             return tomllib.load(file)
     except OSError as error:
         raise ConfigError(f"recipe {path} cannot be read: {error.strerror}; pass a .toml file of recipes/.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, or nothing that a file can be called
         raise ConfigError(f"recipe {path} is not TOML: {error}.") from error
 
 

@@ -81,7 +81,7 @@ def write_missing(
     with progress(title, total, total - left, shown) as advance:
         for shard, result in workers.map(work, missing):
             write(shard.path, result)
-            advance(len(shard.items))
+            advance(len(shard.items))  # of workers elsewhere, who count nothing here
 
 
 class RayWorkers(Generic[S]):

@@ -12,6 +12,7 @@ from s2t.core.stats import bootstrap_interval, clustered_rate_interval, holm_p_v
 from s2t.decode.strategies import choose_sample
 from s2t.model.adapter import AdapterConfig
 from s2t.model.lora import distilled_from
+from s2t.model.metadata import is_same_source
 from s2t.records import Problem
 from s2t.tasks.problems import Task, heldout_templates
 
@@ -52,7 +53,7 @@ def summarize(
     }
     for title, is_held in (("seen_templates", False), ("unseen_templates", True)):
         part = {
-            name: [[r for r in found if (r["template"] in held) == is_held] for found in seeds]
+            name: [[r for r in found if _is_of(r["template"], held, is_held)] for found in seeds]
             for name, seeds in rows.items()
         }
         if held and all(seeds[0] for seeds in part.values()):
@@ -65,12 +66,24 @@ def summarize(
     return summary
 
 
+def _is_of(template: str | None, held: set[str], is_held: bool) -> bool:
+    """Whether a problem belongs to the held-out templates, or to the others; one without a template belongs to neither."""
+    return template is not None and (template in held) == is_held
+
+
 def _heldout(config: EvalConfig, task: Task, adapter: AdapterConfig | None) -> set[str]:
-    """The templates that neither the selector nor the distillation of the SLM has seen; where there is neither, the setting's."""
-    lists = [set(adapter.heldout_of(config.task))] if adapter is not None else []
-    if (distilled := distilled_from(config.slm)) is not None:
+    """The task's templates that neither the selector nor the distillation of the SLM has seen; where there is neither, the
+    setting's. Empty, too, where they were trained on other tasks, whose templates say nothing about this one."""
+    own = set(task.templates())
+    distilled = distilled_from(config.slm)
+    if adapter is None and distilled is None:
+        return set(heldout_templates(own, config.heldout_templates))
+    lists = []
+    if adapter is not None and adapter.was_trained_on(config.task):
+        lists.append(set(adapter.heldout_of(config.task)))
+    if distilled is not None and is_same_source(distilled["task"], config.task):
         lists.append(set(distilled["heldout_templates"]))
-    return set.intersection(*lists) if lists else set(heldout_templates(task.templates(), config.heldout_templates))
+    return set.intersection(*lists) if own and lists else set()
 
 
 def _section(rows: Mapping[str, Rows], seconds: Mapping[str, float] | None, seed: int) -> dict[str, Any]:

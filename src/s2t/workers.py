@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from typing import Any, Generic, TypeVar
 
+from s2t.progress import shared_counts, tell, tell_through
+
 S = TypeVar("S")
 J = TypeVar("J")
 R = TypeVar("R")
@@ -113,17 +115,19 @@ class Workers(Generic[S]):
         import torch
 
         threads = max(1, torch.get_num_threads() // self._count)
+        context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
         return ProcessPoolExecutor(
             self._count,
-            mp_context=multiprocessing.get_context("spawn"),  # torch's threads do not survive a fork
+            mp_context=context,
             initializer=_begin,
-            initargs=(self._open, threads),
+            initargs=(self._open, threads, shared_counts(context)),
         )
 
 
-def _begin(open: Callable[[], Any], threads: int) -> None:
+def _begin(open: Callable[[], Any], threads: int, counts: Any) -> None:
     import torch
 
+    tell_through(counts)
     _worker["open"] = open
     torch.set_num_threads(threads)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -140,4 +144,7 @@ def _end_with_parent() -> None:
 def _call(work: Callable[[Any, Any], Any], job: Any) -> Any:
     if "state" not in _worker:
         _worker["state"] = _worker["open"]()
-    return work(_worker["state"], job)
+    try:
+        return work(_worker["state"], job)
+    finally:
+        tell()

@@ -21,7 +21,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     device = torch.device(pick_device(config.device))
     work: Any = {"decode": DecodeBench, "collect": CollectBench, "train": TrainBench}[config.work](config)
     contestants = work.contestants()
-    with progress(f"bench {config.work}", config.repeats + 1) as advance:
+    with progress(f"bench {config.work}", config.repeats + 1, unit="rounds") as advance:
         seconds = in_turns(contestants, device, config.repeats, 1, 4 * config.batch_size, lambda: advance(1))
     result = {
         "work": config.work,

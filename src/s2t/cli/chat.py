@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from s2t.cli.options import with_options
-from s2t.cli.reasoner import decode_settings, load_reasoner
+from s2t.cli.reasoner import decode_settings, load_reasoner, say_who_answers
 from s2t.config import GenerateConfig
 
 
@@ -25,8 +25,10 @@ def command(
     turns: list[dict[str, str]] = []
     for question in _questions():
         prompt = _with_history(turns, question) if history and turns else question
-        pieces = []
-        for piece in reasoner.stream(prompt, **decode_settings(config)):
+        pieces, answer = [], reasoner.stream(prompt, **decode_settings(config))
+        if not turns:
+            say_who_answers(config)
+        for piece in answer:
             pieces.append(piece)
             print(piece, end="", flush=True)
         print(flush=True)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from s2t.cli.options import with_options
-from s2t.cli.reasoner import decode_settings, load_reasoner
+from s2t.cli.reasoner import decode_settings, load_reasoner, say_who_answers
 from s2t.config import GenerateConfig
 from s2t.errors import ConfigError
 
@@ -32,8 +32,11 @@ def command(
     text = _read_prompt(prompt)
     reasoner = load_reasoner(config)
     if trace is None and not as_json:
-        return _stream(reasoner.stream(text, **decode_settings(config)))
+        pieces = reasoner.stream(text, **decode_settings(config))  # raises for what cannot be asked
+        say_who_answers(config)
+        return _stream(pieces)
     generation = reasoner.generate(text, trace=trace is not None, **decode_settings(config))
+    say_who_answers(config)
     if trace is not None:
         _write_trace(Path(trace), generation.steps)
     return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from s2t.config import NEEDS_LLM, DecodeConfig, GenerateConfig, RemoteConfig
+from s2t.config import NEEDS_LLM, READERS, DecodeConfig, GenerateConfig, RemoteConfig
 
 if TYPE_CHECKING:
     from s2t.api import Reasoner
@@ -31,6 +31,18 @@ def load_reasoner(config: GenerateConfig) -> Reasoner:
 
 
 def decode_settings(config: GenerateConfig) -> dict[str, Any]:
-    """Keyword arguments of `Reasoner.generate` and `Reasoner.stream`: strategy, decode settings and seed."""
+    """Keyword arguments of `Reasoner.generate` and `Reasoner.stream`: strategy, seed and decode settings; of those that not
+    every strategy reads, the ones that are not as they are by default."""
     names = {item.name for item in fields(DecodeConfig)} - {"adapter"}
+    names -= {name for name in READERS if getattr(config, name) == getattr(DecodeConfig, name)}
     return {name: getattr(config, name) for name in sorted(names | {"strategy", "seed"})}
+
+
+def say_who_answers(config: GenerateConfig) -> None:
+    """A line on stderr where it is the embedded model, which few people mean to ask."""
+    from s2t.model.tiny import is_embedded
+    from s2t.progress import note
+
+    name = config.llm if config.strategy == "llm" and config.llm is not None else config.slm
+    if is_embedded(name):
+        note(f"{name} answers, a tiny model of s2t's own that can do little but sums; pass --slm MODEL for another.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any
@@ -15,6 +16,10 @@ from s2t.config import StudyConfig
 
 def show(found: Mapping[str, Any]) -> None:
     from s2t.studies.run import cell
+
+    if "studies" in found:
+        print_table("s2t study NAME", ("name", "what it asks"), list(found["studies"].items()))
+        return
 
     columns = tuple(found["columns"])
     rows = [[cell(name, value) for name, value in zip(columns, row, strict=True)] for row in found["rows"]]
@@ -30,6 +35,15 @@ def command(
     "training, size, transfer, distillation, knowledge, slips or data.")] = "",
 ) -> Any:  # fmt: skip
     """Answer one question about a pair or a selector: a table and a picture, from runs that resume."""
+    from s2t.studies import STUDIES
     from s2t.studies import study as run
 
-    return run(replace(config, name=study) if study else config)
+    name = study or config.name
+    if not name:
+        return {"studies": {known: _question(function) for known, function in STUDIES.items()}}
+    return run(replace(config, name=name))
+
+
+def _question(function: Any) -> str:
+    """What a study asks: the first line of its own description."""
+    return (inspect.getdoc(function) or "").split("\n\n")[0].replace("\n", " ")

@@ -7,6 +7,7 @@ and the same command accepts it back. Knows no model and reads no problem.
 from s2t.config.answer import EvalConfig, GenerateConfig, ServeConfig
 from s2t.config.build import build_config, config_dict, parse_settings
 from s2t.config.checks import check_range, read_variables
+from s2t.config.effects import check_effects
 from s2t.config.learn import (
     CalibrateConfig,
     CollectConfig,
@@ -26,6 +27,7 @@ from s2t.config.shared import (
     MANY_SAMPLES,
     NEEDS_LLM,
     PLACES,
+    READERS,
     SCOPES,
     STRATEGIES,
     SUPPORTS,
@@ -52,6 +54,7 @@ __all__ = [
     "MANY_SAMPLES",
     "NEEDS_LLM",
     "PLACES",
+    "READERS",
     "SCOPES",
     "STRATEGIES",
     "SUPPORTS",
@@ -79,6 +82,7 @@ __all__ = [
     "TaskConfig",
     "TrainConfig",
     "build_config",
+    "check_effects",
     "check_range",
     "config_dict",
     "parse_settings",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from s2t.config.checks import check_at_least, check_choice, check_positive, check_range, require
+from s2t.config.effects import check_effects
 from s2t.config.shared import (
     MANY_SAMPLES,
+    READERS,
     STRATEGIES,
     TRIGGERED,
     TRIGGERS,
@@ -37,6 +40,11 @@ class GenerateConfig(DecodeConfig, ServedConfig, ChatConfig, ModelConfig):
         check_at_least(0, seed=self.seed)
         if self.strategy is not None:
             check_choice("strategy", self.strategy, STRATEGIES)
+
+    def check_given(self, names: Collection[str]) -> None:
+        """Raise ConfigError where one of these settings has no effect; without a strategy the loaded model decides."""
+        if self.strategy is not None:
+            check_effects(names, [self.strategy], READERS)
 
 
 @dataclass(frozen=True)
@@ -115,8 +123,9 @@ class EvalConfig(DecodeConfig, TaskConfig, ServedConfig, ShardConfig, ChatConfig
     """Share of templates reported as unseen; the adapter's own list goes first."""
     shard_size: int = 128
     """Problems per file; a killed run loses one shard at most."""
-    num_traces: int = 1000
-    """Problems of which every token is kept, for the report to show; the first ones of the run."""
+    num_traces: int | None = None
+    """Problems of which every token is kept, for the report to show; the first ones of the run. None keeps 32; beside an LLM,
+    which reads them again, one in a hundred, so that this costs little."""
     num_seeds: int = 1
     """Seeds of whatever draws at random (samples and the trigger random); the problems are those of --seed."""
     card: bool = False
@@ -133,7 +142,8 @@ class EvalConfig(DecodeConfig, TaskConfig, ServedConfig, ShardConfig, ChatConfig
         )
         check_range("heldout_templates", self.heldout_templates, 0, 0.9)
         check_at_least(1, shard_size=self.shard_size, num_seeds=self.num_seeds)
-        check_at_least(0, num_traces=self.num_traces)
+        if self.num_traces is not None:
+            check_at_least(0, num_traces=self.num_traces)
         names = self.strategy_names
         for name in names or ("",):
             base, mark, trigger = name.partition("@")
@@ -142,6 +152,10 @@ class EvalConfig(DecodeConfig, TaskConfig, ServedConfig, ShardConfig, ChatConfig
                 require(base in TRIGGERED, f"strategies: only {', '.join(TRIGGERED)} take a trigger; got {name!r}.")
                 check_choice(f"trigger of {base}", trigger, TRIGGERS)
             require(names.count(name) == 1, f"strategies must differ; got {name} more than once.")
+
+    def check_given(self, names: Collection[str]) -> None:
+        """Raise ConfigError where one of these settings has no effect on any of the strategies."""
+        check_effects(names, [name.partition("@")[0] for name in self.strategy_names], READERS)
 
     @property
     def strategy_names(self) -> tuple[str, ...]:

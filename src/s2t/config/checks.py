@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 from s2t.errors import ConfigError
@@ -11,6 +12,7 @@ _TAKEN = (
     *("messages", "conversation", "conversations", "chat_template", "tools", "documents", "tokenize"),
     *("add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask"),
 )
+_LONGEST_NAME, _LONGEST_PATH = 255, 4096  # bytes, as file systems have it
 
 
 def check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
@@ -57,3 +59,13 @@ def read_variables(given: Any, name: str = "chat_template_kwargs") -> dict[str, 
         not taken, f"{name} cannot set {', '.join(taken)}; give variables of the template, such as enable_thinking."
     )
     return values
+
+
+def check_folder(name: str, value: str) -> None:
+    """Raise ConfigError for a path that no folder can have: empty, with a part that is too long, or with a null character."""
+    require(bool(value.strip()), f"{name} must name a folder, and is empty; pass a path.")
+    longest = max(len(os.fsencode(part)) for part in value.split(os.sep))
+    is_one = longest <= _LONGEST_NAME and len(os.fsencode(value)) < _LONGEST_PATH and "\0" not in value
+    require(
+        is_one, f"{name} must be a path that a folder can have; got one of {len(value)} characters: {value[:60]!r}."
+    )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from s2t.config.checks import check_at_least, check_choice, check_positive, check_range, require
+from s2t.config.effects import check_effects
 from s2t.config.shared import (
     CRITICALITY_READINGS,
     DISTILLATIONS,
@@ -101,6 +103,10 @@ class CollectConfig(StepConfig, TaskConfig, ShardConfig, ChatConfig, ModelConfig
         check_range("heldout_templates", self.heldout_templates, 0, 0.9)
         check_at_least(1, num_candidates=self.num_candidates, shard_size=self.shard_size)
         check_positive("; use policy greedy for 0", temperature=self.temperature)
+
+    def check_given(self, names: Collection[str]) -> None:
+        """Raise ConfigError where one of these settings has no effect on the policy."""
+        check_effects(names, [self.policy], {"temperature": ("sample",), "adapter": ("s2t-local",)}, "policy")
 
 
 @dataclass(frozen=True)
@@ -269,6 +275,12 @@ class DistillConfig(FitConfig, TaskConfig, ChatConfig, ModelConfig):
             1, support_size=self.support_size, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size
         )
         check_at_least(1, batch_answers=self.batch_answers, shard_size=self.shard_size)
+
+    def check_given(self, names: Collection[str]) -> None:
+        """Raise ConfigError where one of these settings has no effect on the policy or the method."""
+        check_effects(names, [self.policy], {"temperature": ("sample",)}, "policy")
+        with_targets = ("kd", "on-policy-kd")
+        check_effects(names, [self.method], {"kd_temperature": with_targets, "support_size": with_targets}, "method")
 
 
 @dataclass(frozen=True)

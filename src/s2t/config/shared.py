@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from s2t.config.checks import check_at_least, check_choice, check_positive, check_range, read_variables, require
+from s2t.config.effects import Readers
 
 STRATEGIES = ("greedy", "sample", "self-consistency", "self-certainty", "llm", "takeover", "s2t", "s2t-local")
 MANY_SAMPLES = ("self-consistency", "self-certainty")
@@ -22,6 +23,9 @@ DISTILLATIONS = ("sft", "kd", "on-policy-kd")
 
 TRIGGERED = ("takeover", "s2t", "s2t-local")
 NEEDS_LLM = frozenset({"llm", "takeover", "s2t"})
+SAMPLED = ("sample", *MANY_SAMPLES)
+READERS: Readers = dict.fromkeys(("temperature", "top_p", "top_k", "min_p"), SAMPLED)
+"""Which strategies read the settings that say how tokens are drawn; with others they would look as if they did something."""
 
 
 @dataclass(frozen=True)

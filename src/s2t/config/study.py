@@ -19,7 +19,7 @@ class StudyConfig(TaskConfig, ChatConfig, ModelConfig):
 
     llm: str | None = "tiny:llm"
     """Hub id, folder, or `tiny:llm`: the reference."""
-    name: str = field(default="sufficiency", metadata={"hidden": True})
+    name: str = field(default="", metadata={"hidden": True})
     """baselines, sufficiency, positions, scaling, triggers, criticality, candidates, training, size, transfer, distillation,
     knowledge, slips or data."""
     out: str = "runs/study"

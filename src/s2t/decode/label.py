@@ -15,12 +15,14 @@ from torch import Tensor
 
 from s2t.core.candidates import mask_forbidden, propose
 from s2t.core.support import align_vocabulary, bucket_probs, divergence, entropy, rank_of
+from s2t.decode.finite import check_numbers
 from s2t.decode.remote.llm import Listed, RemoteLLM
 from s2t.decode.state import log_softmax_at
 from s2t.decode.text_reference import TextReference
 from s2t.model.engine import Engine
 from s2t.model.load import LoadedModel
 from s2t.model.text import VocabularyMap
+from s2t.progress import count
 
 # Work stays near a CPU's caches in small chunks; a GPU wants large ones. Keyed by device type.
 _LOGITS_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}  # floats per model
@@ -73,6 +75,7 @@ def label(
         reader = _PairReader(Engine(slm, len(batch)), Engine(llm, len(batch)), k, support_size, kind, support)
         found = reader.read([prompts[i] for i in batch], [generated[i] for i in batch])
         labels.update(zip(batch, found, strict=True))
+        _count(generated, batch)
     return [labels[i] for i in range(len(prompts))]
 
 
@@ -99,6 +102,7 @@ def label_listed(
         reader = _PairReader(Engine(slm, len(batch)), None, k, support_size, kind, support)
         found = reader.read([prompts[i] for i in batch], [generated[i] for i in batch], [listed[i] for i in batch])
         labels.update(zip(batch, found, strict=True))
+        _count(generated, batch)
     done = [labels[i] for i in range(len(prompts))]
     if exact_at is not None and llm.abilities.logprob_token_ids:
         _make_exact(llm, prompts, generated, listed, done, exact_at)
@@ -152,8 +156,10 @@ def llm_targets(
             ids = logits.topk(size, dim=-1).indices
             parts.append((ids.int().cpu().numpy(), bucket_probs(logits / temperature, ids).cpu().numpy()))
         ends = np.cumsum([len(generated[i]) for i in batch])[:-1]
+        check_numbers([part[1] for part in parts], llm.name)
         columns = [np.split(np.concatenate([part[c] for part in parts]), ends) for c in range(2)]
         found.update((i, Targets(*both)) for i, both in zip(batch, zip(*columns, strict=True), strict=True))
+        _count(generated, batch)
     return [found[i] for i in range(len(prompts))]
 
 
@@ -188,7 +194,12 @@ def label_by_text(
         slm, llm = Engine(vocabulary.slm, rows), Engine(vocabulary.llm, rows)
         reader = _PairReader(slm, llm, k, support_size, kind, support)
         labels += reader.read_text(TextReference(llm, vocabulary), prompts[part], llm_prompts[part], generated[part])
+        _count(generated, range(*part.indices(len(prompts))))
     return labels
+
+
+def _count(generated: Sequence[Sequence[int]], batch: Sequence[int]) -> None:
+    count(len(batch), tokens=sum(len(generated[i]) for i in batch))
 
 
 def _batches(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
@@ -229,6 +240,7 @@ class _PairReader:
             for i in range(0, len(slm_hidden), size)
         ]
         columns = [np.concatenate([part[c] for part in parts]) for c in range(6)]
+        self._check(columns)
         ends = np.cumsum([len(g) for g in generated])[:-1]
         return [Labels(*split) for split in zip(*(np.split(column, ends) for column in columns), strict=True)]
 
@@ -256,7 +268,15 @@ class _PairReader:
             for place, row in enumerate(rows):
                 found[row].append(tuple(column[place] for column in columns))
                 reference.settle(row, drafts[row], drafts[row])
+            self._check(columns)
         return [Labels(*(np.stack(column) for column in zip(*steps, strict=True))) for steps in found]
+
+    def _check(self, columns: Sequence[np.ndarray]) -> None:
+        """Raise ModelError where a model's distribution was none: the SLM's own readings first, then those of both."""
+        of_both, entropies, _, _, logprobs, llm_probs = columns
+        check_numbers([entropies, logprobs], self.slm.loaded.name)
+        if self.llm is not None:
+            check_numbers([of_both, llm_probs], self.llm.loaded.name)
 
     def _llm_logits(
         self, prompts: Sequence[Sequence[int]], generated: Sequence[Sequence[int]]

@@ -19,12 +19,14 @@ from s2t.core.candidates import propose
 from s2t.core.sampling import filter_logits, sample, uniforms
 from s2t.decode.adapter_stream import AdapterStream
 from s2t.decode.draft import DraftLength
+from s2t.decode.finite import best_tokens, numbers
 from s2t.decode.reference import Reference
 from s2t.decode.rows import Choice, Places, Request, Row
 from s2t.decode.selectors import LocalSelector, Selection
 from s2t.decode.state import State
 from s2t.decode.strategies import Sampling, Strategy
 from s2t.errors import ConfigError
+from s2t.model.checkpoint import not_finite
 from s2t.model.engine import Engine, Work
 from s2t.records import Candidates, Cost, Step
 
@@ -143,10 +145,9 @@ class Decoder:
         for depth in range(self.max_new_tokens):
             hidden.append(states)
             logits.append(self._logits(active, states))
-            best = logits[-1].argmax(-1)
             rows += active
             offsets += [depth] * len(active)
-            greedy += best.tolist()
+            greedy += best_tokens(logits[-1], self.engine.loaded.name)
             tokens += self._tokens(active, logits[-1], greedy[-len(active) :])
             if self.reference is None:
                 break
@@ -210,7 +211,8 @@ class Decoder:
             None if reference is None else lambda *asked: self._look_up(reference, places, *asked),
         )
         values = strategy.trigger.read(state)
-        choice = Choice(None if values is None else values.tolist(), self._fired(places, values))
+        read = None if values is None else numbers(values.tolist(), self._read_from(strategy.trigger.needs_llm))
+        choice = Choice(read, self._fired(places, values))
         if self.trace:
             choice.details = self._trace_details(state)
         if choice.fired:
@@ -219,6 +221,17 @@ class Decoder:
             if strategy.selector is not None and not self._scores_itself:
                 self._note(choice, strategy.selector.select(state, choice.fired, choice.candidate_ids, choice.logprobs))
         return choice
+
+    @property
+    def _llm_tells_all(self) -> bool:
+        """Whether the LLM's probabilities are known of every token: not where servers list some."""
+        return self.reference is not None and self.reference.num_listed is None
+
+    def _read_from(self, is_llm: bool) -> str:
+        """The name of the model that a number was read from."""
+        if is_llm and self.reference is not None:
+            return self.reference.name
+        return self.engine.loaded.name + ("" if self.engine.adapter is None else " under its adapter")
 
     def _llm_logits(self, places: Places, wanted: Sequence[int]) -> Tensor:
         """The LLM's logits at some places, after one forward over what it has not read of those rows; [n, V]."""
@@ -272,6 +285,9 @@ class Decoder:
         index = selection.index.tolist()
         scores = _known(selection.scores) if selection.scores is not None else None
         llm_probs = _known(selection.llm_probs) if selection.llm_probs is not None else None
+        own = scores if self._scores_itself else llm_probs if self._llm_tells_all else None
+        if any(None in row for row in own or ()):
+            raise not_finite(self._read_from(not self._scores_itself))
         for i, (place, token) in enumerate(zip(choice.fired, selection.token_ids.tolist(), strict=True)):
             choice.chosen[place] = token
             detail = choice.details.setdefault(place, {})

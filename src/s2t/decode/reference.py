@@ -28,6 +28,11 @@ class Reference(ABC):
     """Likeliest tokens that its distribution is true of; None for all."""
 
     @property
+    def name(self) -> str:
+        """What the LLM is called."""
+        return "the LLM"
+
+    @property
     @abstractmethod
     def work(self) -> list[Work]:
         """What each row cost so far."""
@@ -78,6 +83,10 @@ class EngineReference(Reference):
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+
+    @property
+    def name(self) -> str:
+        return self.engine.loaded.name
 
     @property
     def work(self) -> list[Work]:

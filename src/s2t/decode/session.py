@@ -14,7 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from s2t.config import NEEDS_LLM, ModelConfig, RemoteConfig, ServedConfig
 from s2t.core.support import resolve_support
+from s2t.decode.context import context_length, fit
 from s2t.decode.continuous import ContinuousDecoder
+from s2t.decode.generated import Generated
 from s2t.decode.label import ExactAt, Labels, label, label_by_text, label_listed
 from s2t.decode.loop import Decoder, Request
 from s2t.decode.prompts import checked_ids, note_unread, variables_of
@@ -34,29 +36,10 @@ from s2t.model.merged import is_merged, local_folder
 from s2t.model.outline import load_outline
 from s2t.model.stops import Stops, cut
 from s2t.model.text import VocabularyMap, same_tokens
-from s2t.progress import note
+from s2t.progress import count, note
 from s2t.records import Cost, Step
 
 R = TypeVar("R", bound=Request)
-
-
-@dataclass(slots=True)
-class Generated:
-    """One finished sequence; `steps` is filled only when asked for."""
-
-    token_ids: list[int] = field(default_factory=list)
-    steps: list[Step] = field(default_factory=list)
-    cost: Cost = field(default_factory=Cost)
-    finish_reason: str = ""
-    num_triggered: int = 0
-    num_flips: int = 0
-    value: float = 0.0
-    """Sum of the trigger's readings over the steps."""
-
-    @property
-    def mean_value(self) -> float:
-        """The trigger's mean reading over the sequence, in its own unit."""
-        return self.value / max(len(self.token_ids), 1)
 
 
 @dataclass
@@ -197,6 +180,11 @@ class Session:
         return self.adapter.config if self.adapter is not None else None
 
     @property
+    def context_length(self) -> int | None:
+        """Tokens that prompt and answer may have together, by what the loaded models can read; None for no limit."""
+        return context_length(model for model in (self.slm, self.llm) if isinstance(model, LoadedModel))
+
+    @property
     def stop_ids(self) -> frozenset[int]:
         """Ids that end a sequence of either model."""
         return self.slm.stop_ids | (self.llm.stop_ids if self.llm is not None else frozenset())
@@ -276,8 +264,17 @@ class Session:
         self, strategy: Strategy, requests: Sequence[Request], max_new_tokens: int, stop: Sequence[str] = ()
     ) -> Iterator[Step]:
         """The raw stream of steps of some requests, with everything traced; for streaming and tracing."""
-        decoder = self.decoder(strategy, max_new_tokens, len(requests), trace=True, stop=stop)
+        requests, longest = self._fitted(strategy, requests, max_new_tokens)
+        decoder = self.decoder(strategy, longest, len(requests), trace=True, stop=stop)
         return decoder.run(_for(strategy, requests))
+
+    def _fitted(
+        self, strategy: Strategy, requests: Sequence[Request], max_new_tokens: int
+    ) -> tuple[list[Request], int]:
+        """The requests cut to what the models read (not what servers do, which know it), and the longest answer among them."""
+        is_remote = strategy.name == "llm" and isinstance(self.llm, RemoteLLM)
+        fitted = fit(requests, max_new_tokens, None if is_remote else self.context_length)
+        return fitted, max((request.max_new_tokens or 1 for request in fitted), default=1)
 
     def run(
         self,
@@ -295,13 +292,17 @@ class Session:
         `trace` (as `keep_steps` unless given) has the kept steps carry candidates where nothing fired, too.
         """
         is_traced = keep_steps if trace is None else trace
-        decoder = self.decoder(strategy, max_new_tokens, len(requests), is_traced, stop)
+        requests, longest = self._fitted(strategy, requests, max_new_tokens)
+        decoder = self.decoder(strategy, longest, len(requests), is_traced, stop)
         place = {request.index: i for i, request in enumerate(requests)}
         done = [Generated() for _ in requests]
+        shares = [1 / (request.max_new_tokens or longest) for request in requests]
         for step in decoder.run(_for(strategy, requests)):
-            sequence = done[place[step.request]]
-            _add(sequence, step, keep_steps)
-            if step.finish_reason is not None:
+            sequence, share = done[place[step.request]], shares[place[step.request]]
+            sequence.add(step, keep_steps)
+            is_last = step.finish_reason is not None
+            count(is_last, 1 - share * step.index if is_last else share, 1)
+            if is_last:
                 cost = decoder.costs[step.request]
                 sequence.cost = _as_llm_cost(cost) if strategy.name == "llm" else cost
                 if on_finish is not None:
@@ -366,17 +367,6 @@ def as_read(strategy: str, request: R) -> R:
     if strategy != "llm" or request.llm_prompt_ids is None:
         return request
     return replace(request, prompt_ids=request.llm_prompt_ids)
-
-
-def _add(sequence: Generated, step: Step, keep: bool) -> None:
-    sequence.token_ids.append(step.token_id)
-    sequence.num_triggered += step.fired
-    sequence.num_flips += step.flip and step.fired
-    sequence.value += step.value or 0.0
-    if keep:
-        sequence.steps.append(step)
-    if step.finish_reason is not None:
-        sequence.finish_reason = step.finish_reason
 
 
 def _as_llm_cost(cost: Cost) -> Cost:

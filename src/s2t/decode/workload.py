@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from s2t.config import ShardConfig, TaskConfig
+from s2t.decode.context import check_fits
 from s2t.decode.loop import Request
 from s2t.decode.remote.counts import merge_reports
 from s2t.decode.session import Session
@@ -94,6 +96,7 @@ def requests_for(
     requests = []
     for place, problem in enumerate(problems):
         request = session.request(place * num_samples, task.prompt(problem), system=system)
+        check_fits(request, session.context_length, f"problem {problem.problem_id}")
         for k in range(num_samples):
             requests.append(replace(request, index=request.index + k, key=f"{problem.problem_id}/{k}"))
     return requests
@@ -104,10 +107,15 @@ def read_thresholds(calibration: str | Path | None) -> dict[str, float]:
     if calibration is None:
         return {}
     path = Path(calibration)
-    path = path / "calibration.json" if path.is_dir() else path
+    path = path / "calibration.json" if os.path.isdir(path) else path
     data = read_json(path)
     if not isinstance(data, dict) or not isinstance(data.get("thresholds"), dict):
         raise DataError(f"{path} holds no thresholds; pass the calibration.json that `s2t calibrate` wrote.")
+    for name, value in data["thresholds"].items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise DataError(
+                f"{path}: the threshold of {name} must be a number; got {str(value)[:60]!r}; calibrate again."
+            )
     return {str(name): float(value) for name, value in data["thresholds"].items()}
 
 

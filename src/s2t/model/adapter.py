@@ -7,6 +7,7 @@ model itself. Knows nothing of decoding or losses.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -40,6 +41,7 @@ from s2t.model.merged import (
     read_merged,
     sha256,
 )
+from s2t.model.metadata import check_kinds, is_same_source
 from s2t.model.reserved import ReservedIds
 
 LORA_FILE = "adapter_model.safetensors"  # PEFT's name
@@ -89,9 +91,18 @@ class AdapterConfig:
     versions: dict[str, str] = field(default_factory=dict)
     s2t_version: str = __version__
 
+    def was_trained_on(self, task: str) -> bool:
+        """Whether a task is among those of the selector's training; its options do not count."""
+        return self.task is None or any(is_same_source(name, task) for name in self.task.split(";"))
+
     def heldout_of(self, task: str) -> tuple[str, ...]:
-        """The templates of a task that were held out of the selector's training."""
-        return self.heldout_by_task.get(task, self.heldout_templates)
+        """The templates of a task that were held out of the selector's training; none of a task it was not trained on."""
+        if not self.was_trained_on(task):
+            return ()
+        alike = (name for name in (task, *self.heldout_by_task) if is_same_source(name, task))
+        return next(
+            (self.heldout_by_task[name] for name in alike if name in self.heldout_by_task), self.heldout_templates
+        )
 
 
 class SelectorReader:
@@ -306,8 +317,8 @@ def attached_adapter(model: nn.Module) -> SelectorAdapter | None:
 
 def _what_it_is(folder: Path) -> str:
     """Why a path is no adapter folder, in words."""
-    if not folder.exists():
-        return f"adapter {folder} does not exist"
+    if not os.path.exists(folder):
+        return f"adapter {str(folder)[:200]} does not exist"
     if (folder / "adapter" / CONFIG_FILE).is_file():
         return f"{folder} is a run, its adapter is {folder / 'adapter'}"
     return f"{folder} is no adapter folder: {CONFIG_FILE} is missing"
@@ -317,7 +328,7 @@ def read_adapter_config(folder: str | Path) -> AdapterConfig:
     """The metadata of an adapter, a folder or a hub id; raises ModelError where it is none."""
     folder = adapter_folder(folder)
     path = folder / CONFIG_FILE
-    if not path.is_file():
+    if not os.path.isfile(path):  # a name that no file can have is none, too
         raise ModelError(f"{_what_it_is(folder)}; pass the folder `s2t train` wrote.")
     if is_merged(folder):
         raise ModelError(f"{folder} is a merged model, not an adapter; pass --slm {folder} without --adapter.")
@@ -332,10 +343,14 @@ def read_adapter_config(folder: str | Path) -> AdapterConfig:
 
 
 def adapter_config(data: dict[str, Any]) -> AdapterConfig:
-    """The metadata from what was written."""
-    values: dict[str, Any] = {**data, **{name: tuple(data.get(name, ())) for name in _TUPLES}}
-    values["heldout_by_task"] = {task: tuple(held) for task, held in data.get("heldout_by_task", {}).items()}
-    return AdapterConfig(**values)
+    """The metadata from what was written; raises ModelError, one line, for a value of another kind."""
+    try:
+        check_kinds(data, AdapterConfig("", ""))
+        values: dict[str, Any] = {**data, **{name: tuple(data.get(name, ())) for name in _TUPLES}}
+        values["heldout_by_task"] = {task: tuple(held) for task, held in data.get("heldout_by_task", {}).items()}
+        return AdapterConfig(**values)
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{CONFIG_FILE} of an adapter is damaged: {error}; copy the folder again.") from error
 
 
 def load_adapter(folder: str | Path, loaded: LoadedModel) -> SelectorAdapter:

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from s2t.errors import ConfigError
+from s2t.model.checkpoint import check_ids
 from s2t.model.encode import encode
 from s2t.model.size import check_size
 from s2t.model.template import render
@@ -87,7 +88,7 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, generation_eos: int | list[int]
     found += generation_eos if isinstance(generation_eos, list) else [generation_eos]
     template = str(tokenizer.chat_template or "")
     found += [_id_of(tokenizer, token) for token in END_OF_TURN if token in template]
-    return frozenset(int(i) for i in found if i is not None)
+    return frozenset(check_ids("eos_token_id", [i for i in found if i is not None]))
 
 
 def _id_of(tokenizer: PreTrainedTokenizerBase, token: str) -> int | None:

@@ -33,7 +33,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bo
     if spelled and not spelled.isdisjoint(tokenizer.get_vocab()):
         ids = list(_twin(tokenizer, spelled).encode(text, add_special_tokens=add_special_tokens).ids)
     else:
-        ids = list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+        ids = list(
+            tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+        )  # silent when long
     bos = tokenizer.bos_token_id
     return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 

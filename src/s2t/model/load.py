@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from contextlib import nullcontext, suppress
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.utils import logging as hub_logging
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -25,20 +25,21 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as transformers_logging
 
-from s2t.errors import ConfigError, ModelError
+from s2t.errors import ConfigError, ModelError, S2TError
 from s2t.hub import offline_unless_it_answers
 from s2t.model.cache import check_cacheable
 from s2t.model.chat import stop_ids
+from s2t.model.checkpoint import check_complete, check_config, check_generation_config, check_runs
 from s2t.model.lora import Lora, find_lora, lora_base, merge_lora
 from s2t.model.merged import MergedConfig, local_folder, open_merged
 from s2t.model.quantization import missing_package, quantization_config
+from s2t.model.quiet import quiet
 from s2t.model.reserved import ReservedIds, choose_reserved_ids
 from s2t.model.tiny import embedded_path, is_embedded
+from s2t.progress import progress
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-LOAD_ERRORS = (OSError, ValueError, TypeError, ImportError, KeyError, RuntimeError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -106,26 +107,49 @@ def load_model(
     """
     if device_map is not None and device != "auto":
         raise ConfigError(f"device {device} and device_map {device_map} were both given; pass one of them.")
-    if revision is not None and (is_embedded(name) or Path(name).exists()):
+    if revision is not None and (is_embedded(name) or os.path.exists(name)):
         raise ConfigError(
             f"revision {revision} is one of a repository on the hub, and {name} is not there; leave it out."
         )
+    check_is_no_file(name)
     place = torch.device(pick_device(device)) if device_map is None else None
-    source = name if is_embedded(name) else local_folder(name, revision)
-    merged = None if is_embedded(name) else open_merged(source)
-    reading = _Reading(name, dtype, place, device_map, quantization, {"trust_remote_code": trust_remote_code})
-    with quiet(), nullcontext() if _is_here(name) else offline_unless_it_answers():
-        try:
+    with one_line(name, revision, quantization), progress(f"load {name}", 0, unit="tensors", brief=True) as bar:
+        source = name if is_embedded(name) else local_folder(name, revision)
+        merged = None if is_embedded(name) else open_merged(source)
+        reading = _Reading(name, dtype, place, device_map, quantization, {"trust_remote_code": trust_remote_code})
+        with quiet(bar), nullcontext() if _is_here(name) else offline_unless_it_answers():
             lora = None if is_embedded(name) or merged is not None else find_lora(name, revision)
             tokenizer, model = reading.merged(lora, revision) if lora else reading.plain(source, revision)
-        except LOAD_ERRORS as error:
-            raise ModelError(why_not_loaded(name, error, revision, quantization)) from error
-    identity = fingerprint(model)  # before any cast that cannot hold every value of the checkpoint
-    reading.cast(model)
-    loaded = replace(wrap_model(name, model, tokenizer, merged), execution=execution)
+        identity = fingerprint(model)  # before any cast that cannot hold every value of the checkpoint
+        reading.cast(model)
+        loaded = replace(wrap_model(name, model, tokenizer, merged), execution=execution)
+        check_runs(name, model)
     if merged is None or merged.scope == "always":
         loaded.__dict__["fingerprint"] = identity
     return loaded
+
+
+@contextmanager
+def one_line(name: str, revision: str | None = None, quantization: str | None = None) -> Iterator[None]:
+    """The boundary to files of others: whatever a parser, a download or a model's own code raises in it becomes a ModelError."""
+    try:
+        yield
+    except S2TError:
+        raise
+    except Exception as error:
+        raise ModelError(why_not_loaded(name, error, revision, quantization)) from error
+
+
+def check_is_no_file(name: str) -> None:
+    """Raise ModelError for a model that is given as one file, with what that file is."""
+    kind = os.path.splitext(name)[1].lower()
+    if kind == ".gguf":
+        raise ModelError(
+            f"{name} is a GGUF file, weights of llama.cpp, which s2t does not load yet; pass the hub id or the folder "
+            "(safetensors) of the model that it was made from."
+        )
+    if os.path.isfile(name):
+        raise ModelError(f"{name} is a file; pass the folder it is in, with config.json, weights and tokenizer.")
 
 
 def load_without_weights(name: str, revision: str | None = None, trust_remote_code: bool = False) -> LoadedModel:
@@ -133,22 +157,20 @@ def load_without_weights(name: str, revision: str | None = None, trust_remote_co
 
     Raises ModelError, one line, for what `load_model` would not find, and for a PEFT adapter, which no server merges.
     """
-    source = str(embedded_path(name)) if is_embedded(name) else local_folder(name)
-    merged = None if is_embedded(name) else open_merged(source)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    with quiet():
-        try:
-            if not is_embedded(name) and merged is None and find_lora(name, revision):
-                raise ModelError(f"{name} is an adapter; serve a model, and name that.")
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            config = AutoConfig.from_pretrained(source, **options)
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        except LOAD_ERRORS as error:
-            raise ModelError(why_not_loaded(name, error, revision)) from error
+    check_is_no_file(name)
+    with one_line(name, revision), quiet():
+        source = str(embedded_path(name)) if is_embedded(name) else local_folder(name)
+        merged = None if is_embedded(name) else open_merged(source)
+        if not is_embedded(name) and merged is None and find_lora(name, revision):
+            raise ModelError(f"{name} is an adapter; serve a model, and name that.")
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        config = AutoConfig.from_pretrained(source, **options)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         with suppress(OSError):  # it has none
             model.generation_config = GenerationConfig.from_pretrained(source, revision=revision or "main")
-    return wrap_model(name, model, tokenizer, merged)
+        return wrap_model(name, model, tokenizer, merged)
 
 
 @dataclass
@@ -170,7 +192,7 @@ class _Reading:
         if self.dtype == "float16" and self.quantization is None:
             kind, self.final = "auto", torch.float16
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, **self.options)
-        return tokenizer, self._weights(source, kind, revision)
+        return tokenizer, self._weights(source, kind, revision, self.name)
 
     def merged(self, lora: Lora, revision: str | None) -> tuple[PreTrainedTokenizerBase, Any]:
         """Tokenizer and model of a base with an adapter merged into it, in float32 so that it is the same for every dtype."""
@@ -180,19 +202,19 @@ class _Reading:
             )
         source = str(embedded_path(lora.base)) if is_embedded(lora.base) else lora.base
         try:
-            config = AutoConfig.from_pretrained(source, revision=lora.base_revision, **self.options)
-            model = self._weights(source, torch.float32, lora.base_revision)
-            origin, version = (lora.name, revision) if lora.has_tokenizer else (source, lora.base_revision)
-            tokenizer = AutoTokenizer.from_pretrained(origin, revision=version, **self.options)
-        except LOAD_ERRORS as error:
-            why = why_not_loaded(lora.base, error, lora.base_revision)
-            raise ModelError(f"adapter {lora.name} needs its base model: {why}") from error
+            with one_line(lora.base, lora.base_revision):
+                config = AutoConfig.from_pretrained(source, revision=lora.base_revision, **self.options)
+                model = self._weights(source, torch.float32, lora.base_revision, lora.base)
+                origin, version = (lora.name, revision) if lora.has_tokenizer else (source, lora.base_revision)
+                tokenizer = AutoTokenizer.from_pretrained(origin, revision=version, **self.options)
+        except ModelError as error:
+            raise ModelError(f"adapter {lora.name} needs its base model: {error}") from error
         if lora.has_tokenizer and len(tokenizer) > model.get_input_embeddings().weight.shape[0]:  # it added tokens
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         self.final = _DTYPES.get(self.dtype) or getattr(config, "dtype", None) or torch.float32
         return tokenizer, merge_lora(model, lora)
 
-    def _weights(self, source: str, kind: Any, revision: str | None) -> Any:
+    def _weights(self, source: str, kind: Any, revision: str | None, name: str) -> Any:
         quantization = quantization_config(self.quantization)
         options = {**self.options, "revision": revision, "use_safetensors": True, "dtype": kind}
         if quantization is not None:
@@ -201,7 +223,12 @@ class _Reading:
             options["device_map"] = self.device_map
         elif quantization is not None:
             options["device_map"] = {"": self.place}
-        model: Any = AutoModelForCausalLM.from_pretrained(source, **options)
+        read: Any = AutoModelForCausalLM.from_pretrained(
+            source, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+        model, found = read
+        check_complete(name, model, found, source, revision)
+        check_generation_config(source, revision)
         check_on_one_device(self.name, model)
         is_quantized = getattr(model, "hf_quantizer", None) is not None
         if self.place is not None and not (is_quantized and model.device.type == self.place.type):
@@ -230,6 +257,7 @@ def wrap_model(
     name: str, model: Any, tokenizer: PreTrainedTokenizerBase, merged: MergedConfig | None = None
 ) -> LoadedModel:
     """A model already in memory (of a merged folder, perhaps) as a LoadedModel; checks that its cache can be branched."""
+    check_config(name, model.config)
     check_cacheable(model.config)
     if getattr(model, "_is_stateful", False):
         raise ModelError(
@@ -306,19 +334,19 @@ def _plain_name(name: str) -> str:
 def _is_here(name: str) -> bool:
     """Whether the model is on this machine, and its base too, so that nobody asks the hub."""
     source = lora_base(name) or name
-    return is_embedded(source) or Path(source).exists()
+    return is_embedded(source) or os.path.exists(source)
 
 
 def why_not_loaded(name: str, error: Exception, revision: str | None = None, quantization: str | None = None) -> str:
     """One line for a model that cannot be loaded: what is wrong and what to do."""
     if quantization is not None and isinstance(error, ImportError):
         return missing_package(quantization, error)
-    text = " ".join(str(error).split())
-    is_folder = Path(name).exists()
+    text = " ".join(str(error).split()) or type(error).__name__
+    is_folder = os.path.exists(name)
     is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1
     wanted = (
         ("config.json", "tokenizer_config.json")
-        if is_folder and not Path(name, "adapter_config.json").is_file()
+        if is_folder and not os.path.isfile(os.path.join(name, "adapter_config.json"))
         else ()
     )
     missing = [file for file in wanted if not Path(name, file).is_file()]
@@ -345,21 +373,3 @@ def why_not_loaded(name: str, error: Exception, revision: str | None = None, qua
         "was not found: give a hub id (owner/name), a folder, or tiny:slm / tiny:llm.": True,
     }
     return f"model {name} {next(reason for reason, applies in reasons.items() if applies)}"
-
-
-class quiet:
-    """Silence progress bars and warnings of transformers and the hub while loading; restores them after."""
-
-    def __enter__(self) -> None:
-        self.hub_verbosity = hub_logging.get_verbosity()
-        hub_logging.set_verbosity_error()
-        self.verbosity = transformers_logging.get_verbosity()
-        self.bars = transformers_logging.is_progress_bar_enabled()
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
-
-    def __exit__(self, *exc: object) -> None:
-        hub_logging.set_verbosity(self.hub_verbosity)
-        transformers_logging.set_verbosity(self.verbosity)
-        if self.bars:
-            transformers_logging.enable_progress_bar()

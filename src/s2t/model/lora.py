@@ -6,6 +6,7 @@ Everything above sees an ordinary model. Weights load from safetensors only. Kno
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from transformers.utils.hub import cached_file
 
-from s2t.errors import ModelError, missing_extra
+from s2t.errors import ModelError, S2TError, missing_extra
 from s2t.files import read_json, write_bytes, write_json, write_text
 from s2t.hub import offline_unless_it_answers
+from s2t.model.checkpoint import kind_faults, tensor_kinds
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -65,12 +66,16 @@ def merge_lora(model: Any, lora: Lora) -> Any:
     """The base with the adapter added to its weights, and no trace of PEFT; raises ModelError for what cannot be merged."""
     peft = import_peft()
     try:
-        with safe_open(lora.folder / PEFT_WEIGHTS, framework="pt"):  # its header and length, before PEFT reads it
-            pass
+        kinds = tensor_kinds(lora.folder / PEFT_WEIGHTS)  # the header and length, before PEFT reads it
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            merged = peft.PeftModel.from_pretrained(model, str(lora.folder)).merge_and_unload()
-    except (OSError, ValueError, TypeError, RuntimeError, KeyError, AttributeError, SafetensorError) as error:
+            adapted = peft.PeftModel.from_pretrained(model, str(lora.folder))
+            _check_adapter(lora, set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)), kinds)
+            _untie(adapted.get_base_model())
+            merged = adapted.merge_and_unload()
+    except S2TError:
+        raise
+    except Exception as error:  # the boundary to PEFT and to what its files say
         text = " ".join(str(error).split())[:200]
         raise ModelError(f"adapter {lora.name} cannot be merged into {lora.base}: {text}") from error
     for parameter in merged.parameters():
@@ -78,10 +83,41 @@ def merge_lora(model: Any, lora: Lora) -> Any:
     return merged
 
 
+def _check_adapter(lora: Lora, expected: set[str], kinds: Mapping[str, str]) -> None:
+    """Raise ModelError unless the file holds every tensor of the adapter, and none beside; PEFT makes up what is missing."""
+    faults = [f"{key} is missing from {PEFT_WEIGHTS}" for key in sorted(expected - kinds.keys())]
+    extra = sorted(key for key in kinds.keys() - expected if "lora_" in key)  # embeddings may lie beside them
+    faults += [f"{key} belongs to no layer of {lora.base}" for key in extra]
+    if faults := faults + kind_faults(kinds.items()):
+        raise ModelError(f"adapter {lora.name} is damaged: {faults[0]}; get it again.")
+
+
+def _untie(model: Any) -> None:
+    """Give the output embedding weights of its own where the adapter changes one of two tied embeddings.
+
+    Merged into shared weights the change would be in both, which is another model than the one that was trained.
+    """
+    inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
+    source, target = _plain(inner), _plain(outer)
+    if (source is inner and target is outer) or source.weight is not target.weight:
+        return
+    target.weight = type(target.weight)(target.weight.detach().clone(), requires_grad=False)
+    for config in {id(part): part for part in (model.config, model.config.get_text_config(decoder=True))}.values():
+        config.tie_word_embeddings = False
+
+
+def _plain(layer: Any) -> Any:
+    """The layer of the base model that PEFT has wrapped, or the layer itself."""
+    for name in ("base_layer", "original_module"):
+        if (inside := getattr(layer, name, None)) is not None:
+            return _plain(inside)
+    return layer
+
+
 def lora_base(folder: str | Path) -> str | None:
     """The base model that an adapter in a folder of this machine names; None for anything else."""
     path = Path(folder) / PEFT_CONFIG
-    if not path.is_file():
+    if not os.path.isfile(path):
         return None
     config = read_json(path)
     return config.get("base_model_name_or_path") if isinstance(config, dict) else None
@@ -90,7 +126,7 @@ def lora_base(folder: str | Path) -> str | None:
 def distilled_from(folder: str | Path) -> dict[str, Any] | None:
     """What `s2t distill` wrote of an adapter in a folder of this machine: method, task, held-out templates; else None."""
     path = Path(folder) / DISTILL_CONFIG
-    return read_json(path) if path.is_file() else None
+    return read_json(path) if os.path.isfile(path) else None
 
 
 def new_lora(model: Any, rank: int, alpha: float, dropout: float) -> Any:

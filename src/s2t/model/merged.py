@@ -7,6 +7,7 @@ no weights.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
@@ -85,7 +86,7 @@ def adapter_folder(name: str | Path) -> Path:
 
 def _downloaded(name: str, revision: str | None, what: str, fits: Callable[[Path], bool]) -> Path | None:
     """The snapshot of a repository of the hub that has an `s2t_config.json` of the kind asked for; else None."""
-    if not _HUB_ID.fullmatch(name) or Path(name).exists():
+    if not _HUB_ID.fullmatch(name) or os.path.exists(name):
         return None
     from huggingface_hub import snapshot_download
     from transformers.utils.hub import cached_file
@@ -114,7 +115,7 @@ def _downloaded(name: str, revision: str | None, what: str, fits: Callable[[Path
 def is_merged(name: str | Path) -> bool:
     """Whether this is a folder that `s2t merge` wrote, sound or not."""
     path = Path(name) / CONFIG_FILE
-    if not path.is_file():
+    if not os.path.isfile(path):  # of a name that is no path, too
         return False
     try:
         data = read_json(path)
@@ -187,4 +188,4 @@ def problem_hashes(folder: str | Path) -> frozenset[str]:
     """Hashes of the problems that an adapter (a selector's, or a distilled SLM's) or a merged folder was trained on; empty
     without the list."""
     places: Iterable[Path] = (Path(folder) / PROBLEMS_FILE, Path(folder) / ADAPTER_FOLDER / PROBLEMS_FILE)
-    return frozenset(word for path in places if path.is_file() for word in path.read_text().split())
+    return frozenset(word for path in places if os.path.isfile(path) for word in path.read_text().split())

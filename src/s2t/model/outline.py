@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from s2t.errors import ModelError
 from s2t.model.chat import stop_ids
 from s2t.model.engine import FlopCount
-from s2t.model.load import LOAD_ERRORS, count_params, quiet, why_not_loaded
+from s2t.model.load import check_is_no_file, count_params, one_line, quiet
 from s2t.model.reserved import choose_reserved_ids
 from s2t.model.tiny import embedded_path, is_embedded
 
@@ -37,27 +36,25 @@ def load_outline(name: str, revision: str | None = None, trust_remote_code: bool
     """Read tokenizer and config of a hub id, a folder or an embedded model; raises ModelError, one line, without a tokenizer."""
     source = str(embedded_path(name)) if is_embedded(name) else name
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    with quiet():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        except LOAD_ERRORS as error:
-            raise ModelError(why_not_loaded(name, error, revision)) from error
+    check_is_no_file(name)
+    with quiet(), one_line(name, revision):
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
         try:
             config = AutoConfig.from_pretrained(source, **options)
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        except LOAD_ERRORS:  # a tokenizer alone is enough
+        except Exception:  # whatever a config raises: a tokenizer alone is enough
             return Outline(name, tokenizer, max(tokenizer.get_vocab().values()) + 1, stop_ids(tokenizer, None))
         try:
             eos = GenerationConfig.from_pretrained(source, revision=revision or "main").eos_token_id
-        except LOAD_ERRORS:
+        except OSError:  # it has none
             eos = getattr(config, "eos_token_id", None)
-    rows = model.get_input_embeddings().weight.shape[0]
-    return Outline(
-        name,
-        tokenizer,
-        min(max(tokenizer.get_vocab().values()) + 1, rows),
-        stop_ids(tokenizer, eos),
-        count_params(model),
-        FlopCount(model, model.config.get_text_config(decoder=True)),
-    )
+        rows = model.get_input_embeddings().weight.shape[0]
+        return Outline(
+            name,
+            tokenizer,
+            min(max(tokenizer.get_vocab().values()) + 1, rows),
+            stop_ids(tokenizer, eos),
+            count_params(model),
+            FlopCount(model, model.config.get_text_config(decoder=True)),
+        )

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from s2t.config import ServeConfig, read_variables
+from s2t.decode.context import prompt_length
 from s2t.decode.continuous import OwnRequest
 from s2t.decode.loop import Request
 from s2t.decode.prompts import ids_key, prompt_key, sample_key
@@ -190,7 +191,7 @@ class Intake:
 
     def _limit(self, body: Body, prompt: Request) -> int:
         """Tokens that may be written behind a prompt."""
-        length = max(len(prompt.prompt_ids), len(prompt.llm_prompt_ids or ()))
+        length = prompt_length(prompt)
         asked = body.token_limit
         if length + (asked or 1) > self.max_length:
             wanted = f"{length} tokens of prompt" + (f" and {asked} of answer" if asked else "")
@@ -204,9 +205,7 @@ class Intake:
 
 def longest(config: ServeConfig, session: Session) -> int:
     """Tokens that prompt and answer may have together: the setting, or what models and servers can read, if that is less."""
-    models = [session.slm, *([session.llm] if session.llm is not None else [])]
-    texts = [loaded.model.config.get_text_config(decoder=True) for loaded in models]
-    own = [getattr(text, "max_position_embeddings", None) for text in texts]
+    own = [session.context_length]
     if session.served_slm is not None:
         served = [model.get("max_model_len") for model in session.served_slm.client.models()]
         own += [length - 1 for length in served if length]  # selecting writes one token behind the last

@@ -26,6 +26,7 @@ from s2t.decode.workload import check_shards, open_task, requests_for, shards_of
 from s2t.errors import ConfigError, DataError, ModelError
 from s2t.files import RunFolder, read_tables, write_table
 from s2t.model.load import load_model
+from s2t.progress import counted_as
 from s2t.records import Problem
 from s2t.scale import Shard, open_workers, to_files, write_missing
 from s2t.tasks.problems import Task
@@ -103,11 +104,12 @@ class _Writer:
         """One shard's table: write, grade, read with the LLM, pack."""
         problems = shard.items
         requests = requests_for(self.session, self.task, problems)
-        done = self.session.run(self.strategy, requests, self.config.max_new_tokens)
-        answers = [self._in_slm_tokens(sequence) for sequence in done]
-        rows = [self._row(*row) for row in zip(problems, requests, done, answers, strict=True)]
-        for row, targets in zip(rows, self._targets(requests, answers), strict=True):
-            row.update(target_ids=targets.ids.ravel(), target_probs=targets.probs.ravel())
+        with counted_as(1 if self.config.method == "sft" else 1 / 2):  # written, and read
+            done = self.session.run(self.strategy, requests, self.config.max_new_tokens)
+            answers = [self._in_slm_tokens(sequence) for sequence in done]
+            rows = [self._row(*row) for row in zip(problems, requests, done, answers, strict=True)]
+            for row, targets in zip(rows, self._targets(requests, answers), strict=True):
+                row.update(target_ids=targets.ids.ravel(), target_probs=targets.probs.ravel())
         return pa.Table.from_pylist(rows, schema=SCHEMA)
 
     def _in_slm_tokens(self, sequence: Generated) -> list[int]:

@@ -128,6 +128,7 @@ def _read_run(folder: Path, num_candidates: int) -> GroupData:
     summary, config = read_json(folder / "collect.json"), manifest["config"]
     table = read_tables(sorted(folder.glob("groups-*.parquet")))
     rows = table.to_pylist()
+    _check_rows(folder, rows, summary)
     stored = min((row["num_candidates"] for row in rows), default=0)
     if stored < num_candidates:
         raise ConfigError(
@@ -146,6 +147,16 @@ def _read_run(folder: Path, num_candidates: int) -> GroupData:
         rows[0]["pair"],
         tuple(summary["heldout_templates"]),
     )
+
+
+def _check_rows(folder: Path, rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
+    """Raise DataError unless these are the trajectories that were counted, one a problem."""
+    wanted = summary.get("num_problems", len(rows))
+    if len(rows) != wanted or len({row["problem_id"] for row in rows}) != wanted:
+        raise DataError(
+            f"{folder} holds {len(rows)} trajectories where s2t collect wrote {wanted}, one a problem: a shard is gone or "
+            "doubled; run s2t collect again."
+        )
 
 
 def _trajectory(row: dict[str, Any], num_candidates: int) -> Trajectory:

@@ -20,8 +20,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from s2t.config import FitConfig
+from s2t.errors import ModelError
 from s2t.files import RunFolder, read_jsonl, write_bytes, write_text
-from s2t.progress import progress
+from s2t.progress import count, progress
 from s2t.train.dataset import plan_batches
 from s2t.train.processes import Processes, Whole, full, like
 
@@ -92,11 +93,12 @@ class Fit(ABC):
         """Run all remaining steps."""
         self.begin()
         self.train_mode()
-        with progress("train", self.num_steps, self.step, self.processes.is_first) as advance:
+        with progress("train", self.num_steps, self.step, self.processes.is_first, "steps") as advance:
             for chosen in self._batches():
                 self.log.append(self.optimize(self.shared_terms(chosen)))
                 advance(1)
                 self.after_step()
+                count(tokens=sum(self.lengths[i] for i in chosen))
                 if self.step % self.recipe.checkpoint_steps == 0:
                     self._save()
         self._save()
@@ -156,10 +158,15 @@ class Fit(ABC):
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         values = {"loss": float(total.detach())} | {name: float(value.detach()) for name, value in terms.items()}
+        sums = self.processes.sum(values)
+        if not math.isfinite(sums["loss"]):
+            raise ModelError(
+                f"the loss of step {self.step} is not finite (NaN or infinity); lower --learning-rate, or try --dtype float32."
+            )
         return {
             "step": self.step,
             "epoch": self.step / self.steps_per_epoch,
-            **self.processes.sum(values),
+            **sums,
             "learning_rate": rate,
         }
 

@@ -23,7 +23,7 @@ from s2t.core.losses import lm_preserving_kl
 from s2t.model.adapter import SelectorAdapter
 from s2t.model.head import Head
 from s2t.model.tree import causal_mask, layer_masks
-from s2t.progress import progress
+from s2t.progress import count, progress
 from s2t.train.dataset import Batch, Trajectory, pad_ids
 from s2t.train.processes import Processes
 
@@ -87,7 +87,7 @@ class FrozenPrefixes:
         adapter.act(False)
         chunks = _chunks(lengths)
         turns = [chunks[i : i + processes.count] for i in range(0, len(chunks), processes.count)]
-        with torch.no_grad(), progress("read prefixes", len(trajectories), shown=processes.is_first) as advance:
+        with torch.no_grad(), progress("read prefixes", len(trajectories), 0, processes.is_first) as advance:
             for turn in turns:
                 chunk = turn[min(processes.index, len(turn) - 1)]  # in the last turn some read what another reads
                 ids = pad_ids([trajectories[i] for i in chunk]).to(self._starts.device)
@@ -96,6 +96,7 @@ class FrozenPrefixes:
                 if processes.index < len(turn):
                     self._keep(chunk, hidden, cache)
                 advance(sum(map(len, turn)))
+                count(tokens=sum(int(lengths[i]) for part in turn for i in part))
         processes.gather([self._hidden, *(tensor for layer in self._layers for tensor in layer)])
 
     @staticmethod

@@ -33,9 +33,13 @@ class RemoteWriter:
         """Yield every request's steps, request by request, once all answers are there."""
         requests = list(requests)
         extra = self._extra()
-        asked = [CompletionRequest(r.prompt_ids, self.max_new_tokens, key=str(r.index), extra=extra) for r in requests]
-        for request, done in zip(requests, self.llm.client.complete_all(asked), strict=True):
-            yield from self._steps(request, self._ids(done))
+        limits = [request.max_new_tokens or self.max_new_tokens for request in requests]
+        asked = [
+            CompletionRequest(request.prompt_ids, limit, key=str(request.index), extra=extra)
+            for request, limit in zip(requests, limits, strict=True)
+        ]
+        for request, limit, done in zip(requests, limits, self.llm.client.complete_all(asked), strict=True):
+            yield from self._steps(request, self._ids(done, limit))
 
     def _extra(self) -> dict:
         if not self.llm.abilities.speaks_ids:
@@ -47,11 +51,11 @@ class RemoteWriter:
         }
         return extra | ({"stop": self.stop, "include_stop_str_in_output": True} if self.stop else {})
 
-    def _ids(self, done: Completion) -> list[int]:
+    def _ids(self, done: Completion, limit: int) -> list[int]:
         """Generated ids with the stop id at the end; from the text, where a server does not name ids."""
         if done.token_ids:
             return done.token_ids
-        ids = encode(self.llm.tokenizer, done.text, add_special_tokens=False)[: self.max_new_tokens]
+        ids = encode(self.llm.tokenizer, done.text, add_special_tokens=False)[:limit]
         if done.finish_reason == "stop" or not ids:
             ids.append(min(self.llm.stop_ids))
         return ids
