@@ -192,7 +192,9 @@ class RemoteDecoder:
         sequence.read += len(told.ids)
         for place, greedy in enumerate(told.ids):
             token, details = greedy, {}
-            if place in told.passed:
+            if place in told.passed and plugged.reading.adapter_weight == 0:  # then the greedy token wins unasked
+                details = {"fired": True, "selected_index": 0}
+            elif place in told.passed:
                 row = await client.complete(plugged.ranked(sequence.ids, name, place, sequence.key))
                 ranked, written = plugged.told(row, 1), len(row.token_ids)
                 self._count_scored(sequence, written, written)
