@@ -97,7 +97,7 @@ def section_same_tokens() -> dict[str, float]:
 def section_tree() -> dict[str, float]:
     """One triggered step: the row's token and its K candidates in one forward, against K forwards of the whole prefix."""
     loaded = open_model(SHAPE, "bfloat16", "cpu", False)
-    adapter = untrained_adapter(loaded, "always")
+    adapter = untrained_adapter(loaded, "bins", "always")
     prompt = torch.randint(4, loaded.vocab_size, (512,), generator=torch.Generator().manual_seed(0)).tolist()
     engine = Engine(loaded, 1, adapter)
     logits = engine.logits(engine.extend([0], [prompt]))
@@ -107,7 +107,7 @@ def section_tree() -> dict[str, float]:
     def tree() -> Iterator[object]:
         hidden = engine.step([0], [[int(ids[0, 0])]], [0], ids)[1]
         engine.crop([0], [512])
-        scores["tree"] = adapter.scores(hidden, logprobs)[0]
+        scores["tree"] = adapter.scores(hidden, ids, logprobs)[0]
         yield
 
     def slow() -> Iterator[object]:
@@ -129,7 +129,7 @@ def _pair(strategies: list[str], batch_size: int = 64) -> tuple[Session, list[Re
 
 def section_maj8() -> dict[str, float]:
     session, requests, sampled = _pair([])
-    session.adapter = untrained_adapter(session.slm, "candidates")
+    session.adapter = untrained_adapter(session.slm, "rank", "step")
     local = Strategy("s2t-local", Random(), RATE, LocalSelector())
     sample = build_strategy("self-consistency", DecodeConfig(), {})
     tokens: dict[str, int] = {}
@@ -237,7 +237,7 @@ def section_train_memory_ours() -> dict[str, float]:
 
 def _decode_memory(with_selection: bool) -> dict[str, float]:
     loaded = replace(open_model(SHAPE, "bfloat16", "cpu", False), stop_ids=frozenset())
-    adapter = untrained_adapter(loaded, "candidates")
+    adapter = untrained_adapter(loaded, "rank", "step")
     session = Session(loaded, None, adapter, 8)
     rate = RATE if with_selection else 0.0
     keys = exact_keys(rate, 8, 50, 3, 0)

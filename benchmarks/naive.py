@@ -27,13 +27,14 @@ from s2t.train.trainer import Trainer
 def score_candidates(
     adapter: SelectorAdapter, prefix_ids: list[int], candidate_ids: list[int], logprobs: Tensor
 ) -> Tensor:
-    """Selection scores by K forwards over the whole prefix, no cache; -> [K]. Equals a tree step under scope `always`."""
+    """Selection scores of bins by K forwards over the whole prefix, no cache; -> [K]. Equals a tree step, scope `always`."""
     adapter.act(True)
     states = []
     for token in candidate_ids:
         ids = torch.tensor([[*prefix_ids, token]], device=adapter.loaded.device)
         states.append(adapter.base_model.get_decoder()(ids, use_cache=False).last_hidden_state[0, -1])
-    return adapter.scores(torch.stack(states), logprobs)
+    ids = torch.tensor(candidate_ids, device=adapter.loaded.device)
+    return adapter.scores(torch.stack(states)[None], ids[None], logprobs[None])[0]
 
 
 def training_step(trainer: Trainer, batch: Batch) -> float:
@@ -75,9 +76,10 @@ def _group_loss(trainer: Trainer, batch: Batch, group: int) -> Tensor:
     steps = column[row == batch.group_row[group]]
     steps = steps[steps < length]
     critical = batch.is_critical[row == batch.group_row[group]][: len(steps)]
-    loss = config.ce_weight * selection_cross_entropy(scores, llm_probs)
-    loss = loss + config.pairwise_weight * pairwise_margin(expected_bin(bins), llm_probs, config.pairwise_margin)
-    loss = loss + config.listwise_weight * listwise_kl(scores, llm_probs)
+    weights = config.selection_weights
+    loss = weights["ce"] * selection_cross_entropy(scores, llm_probs)
+    loss = loss + weights["pairwise"] * pairwise_margin(expected_bin(bins), llm_probs, config.pairwise_margin)
+    loss = loss + weights["listwise"] * listwise_kl(scores, llm_probs)
     loss = loss + config.lm_weight * lm_preserving_kl(base[0, steps], output.logits[0, steps])
     return loss + config.criticality_weight * criticality_loss(
         adapter.selector.criticality_logits(hidden[0, steps]), critical, trainer.positive_weight

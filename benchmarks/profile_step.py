@@ -46,9 +46,9 @@ def main() -> None:
         plain.logits(plain.extend(rows, tokens)).argmax(-1).tolist()
 
     def selecting() -> None:
-        state, branch = local.step(rows, tokens, [0], ids[:1])
+        state, branch = local.step(rows, tokens, [0], bench.prompts[:1, -1:], back=1)
         local.logits(state).argmax(-1).tolist()
-        bench.adapter.scores(branch, ids[:1] * 0.0).argmax(-1).tolist()
+        bench.adapter.scores(branch, ids[:1], ids[:1] * 0.0).argmax(-1).tolist()
 
     result = {"ordinary step": _profile(ordinary), "step with one selection": _profile(selecting)}
     for name, parts in result.items():

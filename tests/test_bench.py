@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from s2t.bench import bench
-from s2t.bench.decode import DecodeBench, exact_keys, untrained_adapter
+from s2t.bench.decode import DecodeBench, exact_keys, local_name, untrained_adapter
 from s2t.bench.shapes import SHAPES, open_model
 from s2t.bench.timing import in_turns, ratio
 from s2t.bench.train import TrainBench
@@ -130,7 +130,7 @@ def test_the_naive_training_step_has_the_loss_of_ours(naive):
 
 def test_naive_scores_are_those_of_a_tree_step(naive):
     loaded = open_model("tiny:slm-small", "float32", "cpu", False)
-    adapter = untrained_adapter(loaded, "always")
+    adapter = untrained_adapter(loaded, "bins", "always")
     prompt = list(range(20, 50))
     engine = Engine(loaded, 1, adapter)
     logprobs, ids = engine.logits(engine.extend([0], [prompt])).log_softmax(-1).topk(5)
@@ -138,6 +138,14 @@ def test_naive_scores_are_those_of_a_tree_step(naive):
     torch.testing.assert_close(
         tree, naive.score_candidates(adapter, prompt, ids[0].tolist(), logprobs[0]), rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.parametrize(("readout", "scope"), [("rank", "step"), ("rank", "stream"), ("bins", "candidates")])
+def test_what_is_timed_flips_some_of_its_triggers(readout, scope):
+    config = {"dtype": "float32", "batch_size": 2, "prompt_tokens": 16, "max_new_tokens": 20, "trigger_rates": "0.5"}
+    timed = DecodeBench(BenchConfig(slm="random:qwen2.5-0.5b,layers=1", readout=readout, adapter_scope=scope, **config))
+    steps = list(timed.contestants()[local_name(0.5)]())
+    assert 0 < sum(step.flip for step in steps) < sum(step.fired for step in steps)
 
 
 def test_a_shape_is_that_of_the_real_model():

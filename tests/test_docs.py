@@ -145,7 +145,7 @@ def made(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("made")
     runs = folder / "runs"
-    adapter = untrained_adapter(load_model("tiny:slm"), "candidates")
+    adapter = untrained_adapter(load_model("tiny:slm"), "rank", "step")
     adapter.config = replace(adapter.config, thresholds={"criticality": 0.7})
     for name in ("train", "demo/train"):
         adapter.save(runs / name / "adapter")

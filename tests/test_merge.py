@@ -186,6 +186,28 @@ def test_under_scope_candidates_the_weights_are_the_base_bit_for_bit(shape, tmp_
     assert torch.equal(plain, folder)
 
 
+@pytest.mark.parametrize("shape", ["untied", "tied", "added"])
+@pytest.mark.parametrize("criticality", ["head", "reserved"])
+def test_readout_rank_leaves_every_row_that_it_does_not_read(criticality, shape, tmp_path, random_model):
+    base, adapter, merged = made(tmp_path, random_model, shape, "rank-stream", criticality)
+    before, after = load_file(Path(base) / "model.safetensors"), load_file(Path(merged) / "model.safetensors")
+    yes_no = list(read_merged(merged).reserved.criticality)
+    settings = json.loads((Path(merged) / "generation_config.json").read_text())
+    card = (Path(merged) / "README.md").read_text()
+    if criticality == "head":
+        assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+        assert "suppress_tokens" not in settings
+        assert "base model, unchanged" in card and "reserved ids" not in card
+        return
+    head = AutoModelForCausalLM.from_pretrained(merged).get_output_embeddings().weight
+    own = AutoModelForCausalLM.from_pretrained(base).get_output_embeddings().weight
+    assert torch.equal(head[yes_no], load_adapter(adapter, load_model(base)).selector.yes_no)
+    others = [i for i in range(len(own)) if i not in yes_no]
+    assert torch.equal(head[others], own[others])
+    assert set(yes_no) <= set(settings["suppress_tokens"])
+    assert f"| reserved ids | {min(yes_no)} to {max(yes_no)} (" in card and "| bins |" not in card
+
+
 def test_plain_generate_never_writes_a_reserved_id(tmp_path, random_model):
     base = base_of(tmp_path / "base", random_model)
     folder = tmp_path / "adapter"

@@ -1,8 +1,8 @@
 """`s2t merge`: an adapter and its base model become one folder that loads like any causal LM and brings its selector.
 
 Scope `always`: LoRA, bins and criticality rows are in the weights. Scopes `step` and `candidates`: the weights are the base's
-and the adapter lies beside them. Scope `stream`: the same, with the rows it reads in the base's weights. The folder is
-written under another name and renamed when it is whole. Decodes nothing.
+and the adapter lies beside them. Scope `stream`: the same, with the rows it reads (readout `rank`: those of criticality
+alone) in the base's weights. The folder is written under another name and renamed when it is whole. Decodes nothing.
 """
 
 from __future__ import annotations
@@ -109,8 +109,9 @@ def _write_model(folder: Path, loaded: LoadedModel, adapter: SelectorAdapter, dt
         model = _merged(adapter)
     else:
         adapter.detach()
-    if adapter.scope not in BRANCH_SCOPES:
-        _write_rows(model, adapter)
+    rows = _rows(adapter)
+    if rows:
+        _write_rows(model, rows, max(adapter.reserved.all) + 1)
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(_DTYPES.get(dtype) or kinds[name])
     try:
@@ -119,7 +120,7 @@ def _write_model(folder: Path, loaded: LoadedModel, adapter: SelectorAdapter, dt
         loaded.tokenizer.save_pretrained(folder)
     except (ValueError, RuntimeError) as error:
         raise ModelError(f"{loaded.name} cannot be saved: {' '.join(str(error).split())[:200]}") from error
-    if adapter.scope not in BRANCH_SCOPES:
+    if rows:
         size = model.get_output_embeddings().weight.shape[0]
         _forbid(folder, {*adapter.reserved.all, *range(num_rows, size)})
     return str(model.dtype).removeprefix("torch.")
@@ -132,22 +133,29 @@ def _merged(adapter: SelectorAdapter) -> Any:
         raise ModelError(f"the adapter cannot be merged: {' '.join(str(error).split())[:200]}") from error
 
 
+def _rows(adapter: SelectorAdapter) -> dict[tuple[int, ...], Tensor]:
+    """What of the selector becomes output rows: bins (of readout `bins`) and yes, no (where criticality is read from them)."""
+    reserved, selector = adapter.reserved, adapter.selector
+    rows: dict[tuple[int, ...], Tensor] = {}
+    if adapter.scope not in BRANCH_SCOPES and not adapter.ranks:
+        rows[reserved.bins] = selector.bins
+    if adapter.scope not in BRANCH_SCOPES and adapter.config.criticality == "reserved":
+        rows[reserved.criticality] = selector.yes_no
+    return rows
+
+
 @torch.no_grad()
-def _write_rows(model: Any, adapter: SelectorAdapter) -> None:
+def _write_rows(model: Any, rows: dict[tuple[int, ...], Tensor], num_needed: int) -> None:
     """Put bins (and yes, no) into the output rows of the reserved ids, as they are: `hidden @ weight[ids].T` reads them.
 
     Where input and output embeddings are tied the input rows of those ids change as well, which is harmless: no tokenizer
     writes them and no decoder accepts them. A scale or a softcap that a model puts on its logits comes after these rows; the
     bins were trained without, so who reads them through the model's own logits has to undo it (`head` in s2t_config.json).
     """
-    reserved, selector = adapter.reserved, adapter.selector
-    missing = max(reserved.all) + 1 - model.get_output_embeddings().weight.shape[0]
+    missing = num_needed - model.get_output_embeddings().weight.shape[0]
     if missing > 0:
         _add_rows(model, missing)
     head = model.get_output_embeddings()
-    rows = {} if adapter.ranks else {reserved.bins: selector.bins}
-    if adapter.config.criticality == "reserved":
-        rows[reserved.criticality] = selector.yes_no
     for ids, values in rows.items():
         head.weight[list(ids)] = values.to(head.weight)
         if getattr(head, "bias", None) is not None:
@@ -242,6 +250,9 @@ def _card(adapter: AdapterConfig, document: MergedConfig) -> str:
         "tags": ["select-to-think", "s2t"],
     }
     head = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
+    reserved = document.reserved
+    read = reserved.bins if adapter.readout == "bins" else ()
+    read += reserved.criticality if adapter.criticality == "reserved" else ()
     settings = {
         "readout": adapter.readout,
         "scope": adapter.scope,
@@ -250,7 +261,7 @@ def _card(adapter: AdapterConfig, document: MergedConfig) -> str:
         "candidates": adapter.num_candidates,
         "bins": adapter.num_bins if adapter.readout == "bins" else None,
         "adapter weight": adapter.adapter_weight,
-        "reserved ids": f"{min(document.reserved.all)} to {max(document.reserved.all)} ({document.reserved.kind})",
+        "reserved ids": f"{min(read)} to {max(read)} ({reserved.kind})" if read else None,
         "dtype": document.dtype,
         "trained on": adapter.task,
         "reference (LLM)": adapter.llm,
@@ -259,7 +270,7 @@ def _card(adapter: AdapterConfig, document: MergedConfig) -> str:
     return _CARD.format(
         front=head,
         base=adapter.base_model,
-        what=_WHAT[adapter.scope],
+        what=_WHAT[adapter.scope if read or adapter.scope != "stream" else "stream, no rows"],
         accuracy=accuracy_section(document.eval),
         settings=rows,
         version=document.s2t_version,
@@ -279,6 +290,8 @@ _WHAT = {
     "alone, so without s2t this folder is the base model.",
     "stream": "The weights are those of the base model but for the output rows of ids that no text uses, which hold what "
     "the selector reads from them; the adapter in `s2t_adapter` is read beside it. A vLLM server takes it as a LoRA.",
+    "stream, no rows": "The weights are those of the base model, unchanged; the adapter in `s2t_adapter` is read beside it, so "
+    "without s2t this folder is the base model. A vLLM server takes it as a LoRA.",
 }
 _CARD = """---
 {front}

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from s2t.core.insampler import Plugin
-from s2t.core.onserver import AT, GROUP, MOST_PASSED, READING, ROOM, ROWS, WARMUP, Reading, ranges, read
+from s2t.core.onserver import AT, GROUP, MOST_PASSED, RANKED, READING, ROOM, ROWS, WARMUP, Reading, ranges, read
 
 V, STOP = 64, 5
 BINS, YES_NO = tuple(range(40, 56)), (56, 57)
@@ -38,6 +38,8 @@ WRONG = (
     {"forbidden": [[1]]},
     {"version": 1},
     {"other": 1},
+    {"adapter_weight": None},
+    {"ranks": 1},
 )
 
 
@@ -219,6 +221,105 @@ def test_a_group_that_never_fills_gives_up():
         plugin.apply(logits, [(0, row, len(out))])
         out.append(int(logits.argmax()))
     assert out[-1] == how.lost and len(out) < 100
+
+
+# Readout rank
+
+
+def adapted(ids):
+    """The logits of the same prefix under a LoRA."""
+    return logits_after([*ids, -1]) + logits_after(ids)
+
+
+def ranked_by_the_rules(prompt, how, room, warmup=0, at=()):
+    ids, chosen = list(prompt), {}
+    for step in range(room):
+        allowed = logits_after(ids)
+        value = float((allowed[YES_NO[0]] - allowed[YES_NO[1]]).sigmoid())
+        allowed[list(FORBIDDEN)] = float("-inf")
+        values, tokens = allowed.topk(how.num_candidates)
+        index = 0
+        if step >= warmup and (value > how.threshold if how.threshold is not None else step in at):
+            index = int((how.adapter_weight * adapted(ids)[tokens] + how.prior_weight * values).argmax())
+            chosen[step] = index
+        ids.append(int(tokens[index]))
+        if ids[-1] == STOP:
+            break
+    return ids[len(prompt) :], chosen
+
+
+def run_row(plugin, ids, args, how, logits_of, parts=0):
+    """One request alone in its batch; its prompt is read in so many parts and a last one."""
+    row, out = plugin.new_row(args), []
+    for part in range(parts):
+        plugin.apply(logits_of([*ids, 50 + part])[None].clone(), [(0, row, 0)])
+    while not out or out[-1] not in how.marks:
+        logits = logits_of([*ids, *out])[None].clone()
+        plugin.apply(logits, [(0, row, len(out))])
+        out.append(int(logits.argmax()))
+    return out
+
+
+def write_ranked(prompt, how, room, warmup=0, at=(), parts=0):
+    """What a client would do: chunks, and a row under the adapter for every trigger; tokens and choices."""
+    plugin, ids, chosen = Plugin(V), list(prompt), {}
+    while (done := len(ids) - len(prompt)) < room and not (done and ids[-1] == STOP):
+        left = min(12, room - done)
+        args = {READING: how.to_json(), ROOM: left, WARMUP: max(0, warmup - done), AT: [i - done for i in at]}
+        told = read(run_row(plugin, ids, args | {GROUP: f"text {done}"}, how, logits_after, parts), how, left)
+        assert not told.is_lost and told.ids and told.num_rows == 0
+        for place, greedy in enumerate(told.ids):
+            token = greedy
+            if place in told.passed:
+                args = {READING: how.to_json(), ROOM: 1, GROUP: f"text {done}", RANKED: place}
+                row = read(run_row(plugin, ids, args, how, adapted, parts), how, 1)
+                assert not row.is_lost
+                chosen[done + place] = max(0, row.num_rows - 1)
+                token = row.ids[0] if row.ids else greedy
+            ids.append(token)
+            if token != greedy:
+                break
+    return ids[len(prompt) :], chosen
+
+
+RANK = {"ranks": True, "temperature": 1.0, "prior_weight": 0.0}
+
+
+@pytest.mark.parametrize("parts", [0, 2], ids=["prompts whole", "prompts in parts"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"adapter_weight": 0.3, "prior_weight": 0.7},
+        {"adapter_weight": 0.0, "prior_weight": 1.0},
+        {"threshold": 0.05},
+        {"num_candidates": 12},
+        {"threshold": None},
+    ],
+    ids=str,
+)
+def test_rows_under_the_adapter_choose_what_the_rules_say(settings, parts):
+    how, at, flips = reading(**RANK | settings), [0, 4, 5, 6, 17, 39], 0
+    for prompt in ([1], [2, 3], [9, 9, 9], [30, 4, 7]):
+        wanted = ranked_by_the_rules(prompt, how, 40, 3 if how.threshold is not None else 0, at)
+        assert write_ranked(prompt, how, 40, 3 if how.threshold is not None else 0, at, parts) == wanted
+        flips += sum(index > 0 for index in wanted[1].values())
+    assert (flips > 0) == (how.adapter_weight > 0)
+
+
+def test_a_row_whose_candidates_are_not_known_is_lost():
+    how, plugin = reading(**RANK), Plugin(V)
+    args = {READING: how.to_json(), ROOM: 1, GROUP: "elsewhere", RANKED: 3}
+    assert read(run_row(plugin, [1], args, how, adapted), how, 1).is_lost
+    logits = adapted([1])[None]
+    plugin.apply(logits, [(0, plugin.new_row(args, written=1), 1)])  # one that was interrupted
+    assert int(logits.argmax()) == how.lost
+
+
+@pytest.mark.parametrize("changed", [{}, {GROUP: "a", RANKED: None}, {GROUP: "a", RANKED: "x"}], ids=str)
+def test_candidates_need_a_name_and_a_step(changed):
+    with pytest.raises(ValueError, match=r"s2t|invalid"):
+        Plugin(V).new_row({READING: reading(**RANK).to_json(), ROOM: 4} | changed)
 
 
 @pytest.mark.parametrize("number", [0, 1, 13, 14, 200, 4095])

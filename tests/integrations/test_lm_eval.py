@@ -35,20 +35,25 @@ PROBLEMS = [
 GREEDY = {"do_sample": False, "temperature": 0.0, "until": ["\n\n"], "max_gen_toks": 48}
 
 
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory):
-    """An adapter that acts strongly but has learned nothing."""
+def new_adapter(folder, **settings):
+    """The folder of an adapter that acts strongly but has learned nothing."""
     loaded = load_model("tiny:slm")
-    config = AdapterConfig("tiny:slm", loaded.fingerprint, thresholds={"criticality": 0.0}, prior_weight=0.0)
+    config = AdapterConfig(
+        "tiny:slm", loaded.fingerprint, thresholds={"criticality": 0.0}, prior_weight=0.0, **settings
+    )
     torch.manual_seed(0)
     selector = SelectorAdapter(loaded, config)
     with torch.no_grad():
         for name, parameter in selector.trainable().items():
             if "lora_B" in name or name.startswith("selector."):
                 parameter.normal_(0, 0.3)
-    folder = tmp_path_factory.mktemp("adapter")
     selector.save(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    return new_adapter(tmp_path_factory.mktemp("adapter"))
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +146,16 @@ def test_batched_is_one_by_one(fixture, request):
 def test_the_adapter_is_what_selects(base, local):
     assert local.strategy == "s2t-local" and base.strategy == "greedy"
     assert generations(base) != generations(local)
+
+
+@pytest.mark.parametrize("scope", ["step", "stream"])
+def test_a_selector_of_readout_rank_generates_as_in_the_api(scope, base, tmp_path):
+    folder = new_adapter(tmp_path / "adapter", readout="rank", scope=scope)
+    found = generations(S2TLM("tiny:slm", adapter=folder, batch_size=4), problems=PROBLEMS[:4])
+    reasoner = s2t.load("tiny:slm", adapter=folder)
+    ids = [base._context_ids(problem["question"]) for problem in PROBLEMS[:4]]
+    wanted = reasoner.complete(ids, max_new_tokens=GREEDY["max_gen_toks"], stop="\n\n")
+    assert found == [answer.text for answer in wanted] != generations(base, problems=PROBLEMS[:4])
 
 
 def test_greedy_is_hflms_own_generation(base):

@@ -34,22 +34,26 @@ torch.set_num_threads(1)
 BASE = str(embedded_path("tiny:slm"))
 QUESTIONS = ["Tom has 12 apples and buys 31 more. How many?", "What is 2 + 2?", "A boy has 21 toys."]
 LENGTH = 24
+RANKS = ("step", "rank-stream")
+SCOPES = (*RANKS, "always", "candidates")
+every_scope = pytest.mark.parametrize("scope", SCOPES)
 
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory):
     """An adapter folder of each scope that triggers at most steps and flips at many."""
     folders = {}
-    for scope in ("always", "candidates"):
+    for scope in SCOPES:
         loaded = load_model("tiny:slm", "float32")
         settings = {"prior_weight": 0.0, "thresholds": {"criticality": 0.4}, "lora_rank": 2, "head_size": 6}
-        config = AdapterConfig("tiny:slm", loaded.fingerprint, scope=scope, num_candidates=4, **settings)
+        settings |= {"readout": "rank" if scope in RANKS else "bins", "scope": scope.removeprefix("rank-")}
+        config = AdapterConfig("tiny:slm", loaded.fingerprint, num_candidates=4, **settings)
         torch.manual_seed(1)
         adapter = SelectorAdapter(loaded, config)
         with torch.no_grad():
             for name, parameter in adapter.trainable().items():
                 if "lora_B" in name or name == "selector.bins":
-                    parameter.normal_(0.0, 0.2 if name == "selector.bins" else 0.05)
+                    parameter.normal_(0.0, 0.2 if name == "selector.bins" or adapter.ranks else 0.05)
         folders[scope] = str(tmp_path_factory.mktemp(scope) / "adapter")
         adapter.save(folders[scope])
     return folders
@@ -163,7 +167,7 @@ def test_criteria_see_the_sequences_after_every_step(model, inputs):
 # The selector
 
 
-@pytest.mark.parametrize("scope", ["always", "candidates"])
+@every_scope
 def test_an_adapter_selects_as_it_does_in_s2t(scope, model, left, inputs, adapters):
     reasoner = s2t.load("tiny:slm", adapter=adapters[scope], dtype="float32")
     wanted = [one.token_ids for one in reasoner.generate(QUESTIONS, max_new_tokens=LENGTH)]
@@ -182,7 +186,7 @@ def new_tokens(ids, inputs, tokenizer):
     return [row[: row.index(1) + 1] if 1 in row else row for row in rows]
 
 
-@pytest.mark.parametrize("scope", ["always", "candidates"])
+@every_scope
 def test_rows_that_step_together_write_what_they_write_freely(scope, model, inputs, adapters):
     """Processors make all rows wait for one another; nothing else may change by that."""
     loop = s2t.custom_generate(adapters[scope])
@@ -193,7 +197,7 @@ def test_rows_that_step_together_write_what_they_write_freely(scope, model, inpu
     assert torch.equal(free, together)
 
 
-@pytest.mark.parametrize("scope", ["always", "candidates"])
+@every_scope
 def test_processors_act_before_candidates_are_proposed(scope, model, inputs, adapters):
     banned = list(range(300, 700))
     plain = model.generate(**inputs, max_new_tokens=LENGTH, custom_generate=s2t.custom_generate(adapters[scope]))
@@ -221,7 +225,7 @@ def test_triggers_and_settings_are_those_of_s2t(trigger, model, left, inputs, ad
 # The caller's model
 
 
-@pytest.mark.parametrize("scope", ["always", "candidates"])
+@every_scope
 def test_the_model_is_as_it_was_afterwards(scope, model, inputs, adapters):
     model.train()
     model.get_input_embeddings().weight.requires_grad_(False)
@@ -288,7 +292,7 @@ def test_a_batch_gives_a_dict_of_sequences(model, inputs):
     assert ours.scores is None and ours.logits is None
 
 
-@pytest.mark.parametrize("scope", ["always", "candidates"])
+@every_scope
 def test_a_streamer_gets_the_prompt_and_then_the_tokens(scope, model, left, adapters):
     one = prompts(left, QUESTIONS[:1])
     loop = s2t.custom_generate(adapters[scope])
@@ -405,7 +409,7 @@ def test_an_adapter_of_another_model_and_a_model_without_a_tokenizer(adapters, r
 # Merged folders
 
 
-@pytest.mark.parametrize("scope", ["always", "candidates"])
+@every_scope
 def test_a_merged_folder_brings_its_own_generate(scope, left, inputs, adapters, merged):
     base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     wanted = base.generate(**inputs, max_new_tokens=LENGTH, custom_generate=s2t.custom_generate(adapters[scope]))
@@ -419,14 +423,14 @@ def test_a_merged_folder_brings_its_own_generate(scope, left, inputs, adapters, 
     assert torch.equal(trusted.generate(**call), wanted)
 
 
-@pytest.mark.parametrize("scope", ["always", "candidates"])
+@every_scope
 def test_without_it_a_merged_folder_is_an_ordinary_model(scope, inputs, merged):
     model = AutoModelForCausalLM.from_pretrained(merged[scope])
     plain = model.generate(**inputs, max_new_tokens=LENGTH)
     call = {**inputs, "max_new_tokens": LENGTH, "custom_generate": merged[scope], "trust_remote_code": True}
     assert torch.equal(model.generate(**call, strategy="greedy"), plain)
     base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).generate(**inputs, max_new_tokens=LENGTH)
-    assert torch.equal(base, plain) == (scope == "candidates")
+    assert torch.equal(base, plain) == (scope != "always")
 
 
 def test_a_merged_folder_takes_streamers_stop_strings_and_settings(left, merged):

@@ -6,11 +6,12 @@ import enum
 import importlib
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import torch
 
-from s2t.core.onserver import GROUP, READING, ROOM, ROWS, Reading, read
+from s2t.core.onserver import GROUP, RANKED, READING, ROOM, ROWS, Reading, read
 
 V, STOP = 64, 5
 HOW = Reading(tuple(range(40, 56)), (56, 57), 0.5, 0.5, 1.0, 4, (STOP,), ((40, 58),))
@@ -73,6 +74,36 @@ def test_a_row_writes_whether_or_not_vllm_knows_its_last_token(plugin, knows):
         shown.append(out[-1] if knows else -1)  # asynchronous scheduling shows what it has not read yet as -1
     told = read(out, HOW, 12)
     assert not told.is_lost and told.ids == greedy([1, 2], 12)
+
+
+@pytest.mark.parametrize("knows", [True, False], ids=["tokens known", "placeholders"])
+def test_a_row_under_the_lora_ranks_what_a_row_of_the_base_has_kept(plugin, knows):
+    how = replace(HOW, ranks=True, temperature=1.0, prior_weight=0.0)
+    processor = plugin.SelectToThink(config(), "cpu", False)
+
+    def run(prompt, args, logits_of):
+        out, shown = [], []
+        params = Params({READING: how.to_json(), GROUP: "text"} | args)
+        processor.update_state(Update(added=[(0, params, prompt, shown)]))
+        while not out or out[-1] not in how.marks:
+            batch = logits_of([*prompt, *out])[None].clone()
+            processor.apply(batch)
+            out.append(int(batch[0].argmax()))
+            shown.append(out[-1] if knows else -1)
+        processor.update_state(Update(removed=[0]))
+        return out
+
+    told = read(run([1, 2], {ROOM: 6}, lambda ids: logits_after(ids, len(ids) in (3, 5))), how, 6)
+    assert told.ids == greedy([1, 2], 6) and told.passed == {1, 3}
+    for place in sorted(told.passed):
+        prefix = [1, 2, *told.ids[:place]]
+        base, adapted = logits_after(prefix), logits_after([*prefix, 33])
+        base[40:58] = float("-inf")
+        candidates = base.topk(4).indices
+        wanted = int(adapted[candidates].argmax())
+        row = read(run(prefix, {ROOM: 1, RANKED: place}, lambda ids: logits_after([*ids, 33])), how, 1)
+        assert (row.ids or [told.ids[place]]) == [int(candidates[wanted])] and max(0, row.num_rows - 1) == wanted
+    assert read(run([1, 2], {ROOM: 1, RANKED: 0}, logits_after), how, 1).is_lost
 
 
 def test_rows_follow_the_batch_and_leave_it(plugin):

@@ -134,6 +134,15 @@ def test_the_folder_explains_itself(saved):
     assert set(config["weights"]) == {"adapter_model.safetensors", "s2t_selector.safetensors"}
 
 
+def test_the_card_of_readout_rank_has_its_weight_and_no_bins(tmp_path):
+    loaded = load_model("tiny:slm", "float32")
+    config = AdapterConfig("tiny:slm", loaded.fingerprint, readout="rank", scope="step", adapter_weight=0.0)
+    SelectorAdapter(loaded, config).save(tmp_path / "adapter")
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert "| readout | rank |" in card and "| adapter weight | 0 |" in card and "| warmup steps | 3 |" in card
+    assert not any(word in card for word in ("num bins", "score temperature", "prior weight"))
+
+
 def test_the_card_shows_what_training_measured(tmp_path):
     make().save(tmp_path / "adapter", training={"num_groups": 1200, "final_loss": 0.51234, "final": {"ce": 1.0}})
     card = (tmp_path / "adapter" / "README.md").read_text()

@@ -54,11 +54,14 @@ class Running:
         return False
 
 
-def new_adapter(loaded: Any, scope: str = "candidates", criticality: str = "head") -> SelectorAdapter:
+def new_adapter(
+    loaded: Any, scope: str = "candidates", criticality: str = "head", readout: str = "bins"
+) -> SelectorAdapter:
     """An adapter that has learned nothing and selects often."""
     config = AdapterConfig(
         loaded.name,
         loaded.fingerprint,
+        readout=readout,
         scope=scope,
         criticality=criticality,
         num_candidates=5,

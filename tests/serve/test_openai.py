@@ -8,6 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 
+from s2t.decode.session import Session
+from s2t.model.load import load_model
+
 NAME = "tiny:slm"
 QUESTIONS = [
     "A boy has 21 toys. His cousin has 5 fewer toys than he has. How many toys do they have together?",
@@ -72,6 +75,25 @@ def test_a_served_answer_is_that_of_the_python_interface(server, strategy, is_st
         assert answer.s2t == {"strategy": strategy, "seed": settings.get("seed")}
     assert usage.completion_tokens == len(whole.token_ids)
     assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+
+
+@pytest.mark.parametrize("scope", ["step", "stream"])
+def test_a_selector_of_readout_rank_is_served_as_any_other(scope, new_adapter, running):
+    loaded = load_model(NAME)
+    with running(Session(loaded, None, new_adapter(loaded, scope, readout="rank")), threshold=0.5) as server:
+        with ThreadPoolExecutor(len(QUESTIONS)) as pool:
+            answers = list(pool.map(lambda question: ask(server.client(), question, "s2t-local"), QUESTIONS))
+        wholes = [expected(server, question, "s2t-local") for question in QUESTIONS]
+        assert [answer.choices[0].message.content for answer in answers] == [whole.text for whole in wholes]
+        assert sum(whole.num_flips for whole in wholes) > 0
+        details = {"strategy": "s2t-local", "details": True}
+        answer = server.client().chat.completions.create(
+            model=NAME, messages=asked(QUESTIONS[0]), max_tokens=TOKENS, extra_body={"s2t": details}
+        )
+        for told, step in zip(answer.choices[0].s2t["steps"], wholes[0].steps, strict=False):
+            assert (told["token_id"], told["fired"]) == (step.token_id, step.fired)
+            if step.fired:
+                assert [one["score"] for one in told["candidates"]] == pytest.approx(step.scores, abs=1e-3)
 
 
 def test_whatever_runs_beside_it_an_answer_is_the_same(server):

@@ -138,6 +138,33 @@ def test_answers_are_those_of_the_model_in_this_process(merged, upstream, serve,
         assert server.idle()
 
 
+def test_a_selector_of_readout_rank_answers_as_in_this_process(new_adapter, running, fakes, tmp_path):
+    new_adapter(load_model("tiny:slm"), "stream", "reserved", "rank").save(tmp_path / "adapter")
+    folder = merge(MergeConfig(adapter=str(tmp_path / "adapter"), out=str(tmp_path / "merged")))["folder"]
+    here, there = load(folder), load(folder).session
+    speak, asked_of = fakes.ModelAnswers(there.slm), []
+
+    def answer(body):
+        asked_of.append(body["model"])
+        there.adapter.act(body["model"] == "s2t")
+        return speak({name: value for name, value in body.items() if name not in ("ignore_eos", "min_tokens")})
+
+    upstream = fakes.FakeServer(answer, models=({"id": "base"}, {"id": "s2t", "parent": "base"}))
+    try:
+        session = load(folder, slm_url=[upstream.url]).session
+        assert not session.served_slm.has_plugin
+        with session.served_slm.client, running(session, served_name=NAME) as server:
+            asked_of.clear()
+            for question in QUESTIONS:
+                wanted = here.generate(asked(question), "s2t-local", max_new_tokens=TOKENS)
+                assert ask(server, question, "s2t-local").choices[0].message.content == wanted.text
+                assert wanted.num_flips > 0
+                assert wanted.num_triggered <= asked_of.count("s2t") <= 2 * wanted.num_triggered
+                asked_of.clear()
+    finally:
+        upstream.close()
+
+
 def test_stops_choices_and_token_ids(merged, upstream, serve):
     with serve(upstream().url) as server:
         whole = expected(merged, QUESTIONS[0], "greedy").text

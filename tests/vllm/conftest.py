@@ -128,28 +128,28 @@ def groups(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def merged(groups: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-    """The merged folder of a selector of one scope, trained for a minute, criticality in reserved ids."""
+    """The merged folder of a selector, trained for a minute, criticality in reserved ids: `rank`, or bins under one scope."""
     from s2t.config import MergeConfig, TrainConfig
     from s2t.merge import merge
     from s2t.train.trainer import train
 
     made: dict[str, str] = {}
 
-    def make(scope: str) -> str:
-        if scope not in made:
-            out = tmp_path_factory.mktemp(scope)
+    def make(kind: str) -> str:
+        if kind not in made:
+            out = tmp_path_factory.mktemp(kind)
             settings = {"learning_rate": 5e-3, "batch_groups": 16, "lm_weight": 1.0}
             train(
                 TrainConfig(
                     groups=groups,
                     out=str(out / "train"),
-                    readout="bins",
-                    adapter_scope=scope,
+                    readout="rank" if kind == "rank" else "bins",
+                    adapter_scope="stream" if kind == "rank" else kind,
                     criticality="reserved",
                     **settings,
                 )
             )
-            made[scope] = merge(MergeConfig(adapter=str(out / "train" / "adapter"), out=str(out / "merged")))["folder"]
-        return made[scope]
+            made[kind] = merge(MergeConfig(adapter=str(out / "train" / "adapter"), out=str(out / "merged")))["folder"]
+        return made[kind]
 
     return make

@@ -119,9 +119,17 @@ def local_name(rate: float) -> str:
 
 
 def untrained_adapter(loaded: LoadedModel, readout: str, scope: str) -> SelectorAdapter:
-    """A new adapter on a model, ready for inference, always of the same weights: it costs what a trained one costs."""
+    """A new adapter on a model, ready for inference, always of the same weights: it costs what a trained one costs.
+
+    Under readout `rank` its LoRA is not the new one, which is greedy: flips have a cost, too.
+    """
     torch.manual_seed(0)
     adapter = SelectorAdapter(loaded, AdapterConfig(loaded.name, loaded.fingerprint, readout=readout, scope=scope))
+    if adapter.ranks:
+        with torch.no_grad():
+            for name, weight in adapter.trainable().items():
+                if "lora_B" in name:
+                    weight.normal_(0.0, 0.01)
     adapter.selector.eval().requires_grad_(False)
     return adapter
 

@@ -85,7 +85,7 @@ class ReadoutConfig:
     beside the base model's; for vLLM), or auto: step, and candidates for bins."""
 
     def check_readout(self) -> None:
-        check_choice("readout", self.readout, READOUTS)
+        check_choice("readout", self.readout, tuple(READOUTS))
         check_choice("adapter_scope", self.adapter_scope, SCOPES)
         require(
             self.adapter_scope in ("auto", *READOUTS[self.readout]),

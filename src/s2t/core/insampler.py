@@ -2,8 +2,9 @@
 
 It sees each step's logits before they are sampled and can force a token. That is enough to end a request at a trigger, to
 pass the triggers that no other candidate could win, and to choose between the candidates where one could: as rows of a
-group, each of which begins with one candidate, and of which the winner goes on. `core.onserver` is how a client asks and
-reads. Knows no server; `integrations.vllm` plugs it in.
+group, each of which begins with one candidate, and of which the winner goes on. Under readout `rank` a request writes
+through its triggers and the candidates of each are kept, for a row under the adapter, on the same prefix, to rank.
+`core.onserver` is how a client asks and reads. Knows no server; `integrations.vllm` plugs it in.
 """
 
 from __future__ import annotations
@@ -11,21 +12,24 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from s2t.core.candidates import argmax_first
-from s2t.core.onserver import AT, GROUP, MOST_PASSED, READING, ROOM, ROWS, WARMUP, Reading
+from s2t.core.onserver import AT, GROUP, MOST_PASSED, RANKED, READING, ROOM, ROWS, WARMUP, Reading
 
 _LONGEST_WAIT = 64  # steps that a row waits for the others of its group
-_MOST_GROUPS = 4096
+_MOST_NAMES = 4096
 _MARGIN = 1e-5  # a candidate that could come so close to the greedy one is looked at
 _NEVER = float("-inf")
 
 Place = tuple[int, "Row", int]
 """Index into the batch, the row's state, tokens written."""
+Kept = dict[int, tuple[Sequence[int], tuple[float, ...]]]
+"""Candidates of the steps of one text, best first, with their logits."""
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -61,6 +65,8 @@ class Row:
     at: frozenset[int]
     group: Group | None = None
     rank: int = 0
+    kept: Kept | None = None  # readout `rank`: where the candidates of its triggers go
+    candidates: Sequence[int] = ()  # those that this row ranks, under the adapter
     is_void: bool = False
     last: int = -1  # the token that was written before
     logits: tuple[float, ...] = ()  # of the K candidates at the step last looked at, best first
@@ -71,7 +77,7 @@ class Row:
     is_frozen: bool = False
 
     @classmethod
-    def of(cls, args: Mapping[str, Any], groups: OrderedDict[str, Group], written: int) -> Row:
+    def of(cls, args: Mapping[str, Any], groups: Names[Group], texts: Names[Kept], written: int) -> Row:
         """From a request's extra arguments; one that has written already was interrupted, and holds nothing."""
         try:
             numbers = (
@@ -79,27 +85,59 @@ class Row:
                 int(args.get(WARMUP, 0)),
                 int(args.get(ROWS, 1)),
                 frozenset(map(int, args.get(AT, ()))),
+                int(args.get(RANKED, 0)),
             )
         except (KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"s2t: {type(error).__name__} {error}") from error
-        reading, (room, warmup, rows, at) = Reading.from_json(str(args[READING])), numbers
+        reading, (room, warmup, rows, at, place) = Reading.from_json(str(args[READING])), numbers
         row = cls(reading, room, warmup, at)
         if row.room < 1 or not 1 <= rows <= reading.num_candidates:
             raise ValueError(f"s2t: {row.room} tokens and {rows} candidates cannot be asked for")
+        if reading.ranks and GROUP not in args:
+            raise ValueError("s2t: candidates are kept under a name, and there is none")
         row.is_void = written > 0
-        if (name := args.get(GROUP)) is not None and not row.is_void:
-            group = groups.get(name)
-            if group is None or group.joined == group.num_rows or (group.num_rows, group.reading) != (rows, reading):
-                group = groups[name] = Group(rows, reading)
-                while len(groups) > _MOST_GROUPS:
-                    groups.popitem(last=False)
-            row.group, row.rank = group, group.joined
-            group.joined += 1
+        if GROUP in args and not row.is_void:
+            name = str(args[GROUP])
+            if reading.ranks:
+                row._share(name, place if RANKED in args else None, texts)
+            else:
+                row._join(name, rows, groups)
         return row
+
+    def _join(self, name: str, num_rows: int, groups: Names[Group]) -> None:
+        """Become one of the rows that begin with the candidates of one step."""
+        group = groups.get(name)
+        if (
+            group is None
+            or group.joined == group.num_rows
+            or (group.num_rows, group.reading) != (num_rows, self.reading)
+        ):
+            group = groups.add(name, Group(num_rows, self.reading))
+        self.group, self.rank = group, group.joined
+        group.joined += 1
+
+    def _share(self, name: str, ranked: int | None, texts: Names[Kept]) -> None:
+        """Keep the candidates of a text's triggers, or rank those of one step; this row is void where they are not known."""
+        text = texts[name] if name in texts else texts.add(name, {})
+        if ranked is None:
+            self.kept = text
+        else:
+            self.candidates, self.logits = text.get(ranked, ((), ()))
+            self.is_void = not self.candidates
 
     def needs_bins(self, written: int) -> bool:
         """Whether the token before is a candidate to score."""
         return self.num_text < 0 and (self.waits_since is not None or (self.group is not None and written == 1))
+
+    def forget(self, written: int) -> None:
+        """Undo what was seen at this very step before: that was a part of a prompt."""
+        if self.waits_since is not None and self.waits_since >= written:
+            self.waits_since = None
+        if self.reading.ranks:
+            while self.passed and self.passed[-1] >= written:
+                self.passed.pop()
+            if written == 0:
+                self.num_text = -1
 
     def triggers(self, written: int, fired: bool) -> bool:
         """Whether the step that comes is one where candidates are looked at."""
@@ -120,10 +158,30 @@ class Row:
         if rows > 1:
             self.finish(written, *reading.opened(rows))
         else:
-            self.passed.append(self.waits_since)
-            if len(self.passed) == MOST_PASSED:
-                self.finish(written, *reading.opened(0))
+            self.pass_by(self.waits_since)
         self.waits_since = None
+
+    def pass_by(self, place: int) -> None:
+        """Go on behind the greedy token of a trigger, of which the client is told at the end."""
+        self.passed.append(place)
+        if len(self.passed) == MOST_PASSED:
+            self.finish(place + 1, *self.reading.opened(0))
+
+    def note(self, written: int, candidates: list[int], logits: list[float]) -> None:
+        """Keep the candidates of a trigger, best first."""
+        self.logits = tuple(logits)
+        if not self.reading.ranks:
+            self.waits_since = written
+        elif self.kept is not None:
+            self.kept[written] = candidates, self.logits
+            self.pass_by(written)
+
+    def choose(self, readings: Sequence[float]) -> int:
+        """The token that a row under the adapter begins with, by its logits of the kept candidates: the winner, or a mark."""
+        scores = [self.reading.score(own, logit) for own, logit in zip(readings, self.logits, strict=True)]
+        best = max(range(len(scores)), key=lambda i: (scores[i], -i))
+        self.finish(min(best, 1), *(self.reading.opened(best + 1) if best else [self.reading.end]))
+        return self.candidates[best] if best else self.reading.end
 
     def follow_group(self, written: int) -> None:
         """Behind its first token: go on as the winner, end as a loser, or wait."""
@@ -176,18 +234,30 @@ class Row:
         return self.tail[at] if 0 <= at < len(self.tail) else reading.lost
 
 
+class Names(OrderedDict[str, T]):
+    """What requests share by a name; the oldest are dropped."""
+
+    def add(self, name: str, value: T) -> T:
+        """Keep a value under a name, and return it."""
+        self[name] = value
+        while len(self) > _MOST_NAMES:
+            self.popitem(last=False)
+        return value
+
+
 class Plugin:
     """The logits processor's work, with no server around it: `apply` at every step, rows in the caller's keeping."""
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
-        self.groups: OrderedDict[str, Group] = OrderedDict()
+        self.groups: Names[Group] = Names()
+        self.texts: Names[Kept] = Names()
 
     def new_row(self, args: Mapping[str, Any] | None, written: int = 0) -> Row | None:
         """The state of a request; None for one that does not ask, or asks for ids that are none."""
         if not args or READING not in args or not Reading.from_json(str(args[READING])).fits(self.vocab_size):
             return None
-        return Row.of(args, self.groups, written)
+        return Row.of(args, self.groups, self.texts, written)
 
     @torch.inference_mode()
     def apply(self, logits: Tensor, places: Sequence[Place], knows_last: bool = False) -> Tensor:
@@ -206,8 +276,7 @@ class Plugin:
         reading = members[0][1].reading
         for _, row, written in members:
             row.is_void |= written > 0 and row.last < 0  # it was interrupted, and what it was is gone
-            if row.waits_since is not None and row.waits_since >= written:  # that was a part of a prompt
-                row.waits_since = None
+            row.forget(written)
         fired = _fired(logits, reading)
         expected = _expected(logits, members, reading)
         _mask(logits, [i for i, _, _ in members], reading)
@@ -218,16 +287,21 @@ class Plugin:
                 row.settle(value)
         forced: dict[int, int] = {}
         looked_at: list[Place] = []
+        ranking: list[tuple[int, Row]] = []
         for place in members:
             i, row, written = place
             if (token := row.next(written)) is not None:
                 forced[i] = token
+            elif row.candidates:
+                ranking.append((i, row))
             elif row.is_first(written) or row.triggers(written, i in fired):
                 looked_at.append(place)
         if not knows_last:
             _note_likeliest(logits, members)
         if looked_at:
             forced |= _look_at(logits, looked_at, reading.num_candidates)
+        if ranking:
+            forced |= _rank(logits, ranking)
         if forced:
             _force(logits, forced)
 
@@ -278,12 +352,20 @@ def _look_at(logits: Tensor, places: Sequence[Place], num_candidates: int) -> di
     values, ids = argmax_first(logits[index], *logits[index].topk(num_candidates))
     forced = {}
     for (i, row, written), best, candidates in zip(places, values.tolist(), ids.tolist(), strict=True):
-        row.logits = tuple(best)
         if row.is_first(written):
+            row.logits = tuple(best)
             forced[i] = row.begin(candidates)
         else:
-            row.waits_since = written
+            row.note(written, candidates, best)
     return forced
+
+
+def _rank(logits: Tensor, rows: Sequence[tuple[int, Row]]) -> dict[int, int]:
+    """What rows under the adapter are forced to: the winners among the candidates that were kept for them."""
+    index = torch.tensor([i for i, _ in rows], device=logits.device)
+    ids = torch.tensor([row.candidates for _, row in rows], device=logits.device)
+    readings = logits[index[:, None], ids].tolist()
+    return {i: row.choose(own) for (i, row), own in zip(rows, readings, strict=True)}
 
 
 def _force(logits: Tensor, forced: Mapping[int, int]) -> None:

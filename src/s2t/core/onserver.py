@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 READING, ROOM, WARMUP, AT, GROUP, ROWS = "s2t", "s2t_room", "s2t_warmup", "s2t_at", "s2t_group", "s2t_rows"
-VERSION = 2
+RANKED = "s2t_ranked"
+"""Of a row under the adapter (readout `rank`): the step of its group's text whose candidates it ranks."""
+VERSION = 3
 """Of what is asked and told; the client and the server have their own copies of this file, and both must agree."""
 _FEWEST_DIGITS = 4
 MOST_PASSED = 8
@@ -26,7 +28,8 @@ MOST_PASSED = 8
 class Reading:
     """How a run reads its selector; equal for all its requests.
 
-    `threshold` is on criticality, None where `Ask.at` lists the steps that trigger. `forbidden` are ranges of ids, [start, end).
+    `threshold` is on criticality, None where requests list the steps that trigger. `forbidden` are ranges [start, end) of ids.
+    With `ranks` the adapter's logits of the candidates are its reading of them, and `bins` are ids to tell numbers in, no more.
     """
 
     bins: tuple[int, ...]
@@ -38,6 +41,8 @@ class Reading:
     stops: tuple[int, ...]
     forbidden: tuple[tuple[int, int], ...]
     scale: float = 1.0
+    adapter_weight: float = 1.0
+    ranks: bool = False
     version: int = VERSION
 
     def __post_init__(self) -> None:
@@ -146,9 +151,10 @@ class Reading:
         """Tokens that a reply may hold behind its text."""
         return MOST_PASSED * self.width(room) + self.width(self.num_candidates) + 1
 
-    def score(self, expected: float, logit: float) -> float:
-        """Of a candidate, up to a constant of the step."""
-        return expected / self.temperature + (self.prior_weight * logit if self.prior_weight else 0.0)
+    def score(self, reading: float, logit: float) -> float:
+        """Of a candidate, up to a constant of the step: `reading` is its expected bin, or its logit under the adapter."""
+        own = self.adapter_weight * reading / self.temperature
+        return own + (self.prior_weight * logit if self.prior_weight else 0.0)
 
 
 @lru_cache(maxsize=256)
@@ -161,8 +167,10 @@ def _reading(text: str) -> Reading:
         found["yes_no"] = tuple(map(_whole, found["yes_no"])) if found["yes_no"] else None
         found["forbidden"] = tuple((_whole(start), _whole(end)) for start, end in found["forbidden"])
         found["num_candidates"] = _whole(found["num_candidates"])
-        for name in ("temperature", "prior_weight", "scale"):
+        for name in ("temperature", "prior_weight", "scale", "adapter_weight"):
             found[name] = _finite(found[name])
+        if type(found["ranks"]) is not bool:
+            raise TypeError(f"{found['ranks']!r} is not true or false")
         found["threshold"] = None if found["threshold"] is None else _finite(found["threshold"])
         if found["temperature"] <= 0 or found["scale"] <= 0:
             raise ValueError("s2t: temperature and scale must be above 0")
@@ -214,7 +222,11 @@ class Told:
     passed: frozenset[int]
     is_lost: bool = False
     num_rows: int = 0
-    """Where it ended at a trigger: how many candidates, best first, might win. The greedy one is the text's last token."""
+    """Where it ended at a trigger: how many candidates, best first, might win. The greedy one is the text's last token.
+
+    Of a row under the adapter (readout `rank`): which candidate won, the second being 2, and the text is that candidate; 0,
+    and no text, where the greedy one won.
+    """
 
 
 def read(ids: Sequence[int], reading: Reading, room: int) -> Told:

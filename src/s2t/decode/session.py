@@ -23,7 +23,9 @@ from s2t.decode.prompts import checked_ids, note_unread, variables_of
 from s2t.decode.reference import ModelReference, Reference
 from s2t.decode.remote.llm import RemoteLLM, remote_settings
 from s2t.decode.remote.reference import RemoteReference
-from s2t.decode.remote.slm import RemoteDecoder, ServedSLM, check_served
+from s2t.decode.remote.selector import check_served
+from s2t.decode.remote.served import ServedSLM
+from s2t.decode.remote.slm import RemoteDecoder
 from s2t.decode.remote.writer import RemoteWriter
 from s2t.decode.strategies import Strategy
 from s2t.decode.text_reference import TextReference

@@ -13,6 +13,7 @@ from typing import Any
 EVAL_FILE = "s2t_eval.json"
 """Beside an adapter: the accuracies of the last `s2t eval --card` of it."""
 _SECTION = re.compile(r"## Accuracy\n.*?(?=^## |\Z)", re.DOTALL | re.MULTILINE)
+_OF_BINS = ("num_bins", "score_temperature", "prior_weight")
 _KEPT = ("accuracy", "ci95", "num_problems", "trigger_rate", "flip_rate")
 
 
@@ -51,7 +52,12 @@ def with_accuracy(card: str, found: Mapping[str, Any]) -> str:
 def adapter_card(config: Mapping[str, Any], training: Mapping[str, Any] | None = None) -> str:
     """The card of an adapter with these settings (`s2t_config.json`) and, where it was trained, the numbers of its training."""
     front = {"library_name": "peft", "base_model": config["base_model"], "tags": ["select-to-think", "s2t"]}
-    plain = {key: value for key, value in config.items() if value and not isinstance(value, (dict, list, tuple))}
+    unread = _OF_BINS if config["readout"] == "rank" else ()
+    plain = {
+        key: value
+        for key, value in config.items()
+        if value is not None and value != "" and not isinstance(value, (dict, list, tuple)) and key not in unread
+    }
     plain |= {"thresholds": json.dumps(config["thresholds"])}
     fitted = {key: value for key, value in (training or {}).items() if isinstance(value, (int, float))}
     return _CARD.format(

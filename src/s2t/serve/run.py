@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from s2t.config import MANY_SAMPLES, STRATEGIES, ServeConfig
-from s2t.decode.remote.slm import check_served
+from s2t.decode.remote.selector import check_served
 from s2t.decode.session import Session
 from s2t.decode.strategies import Strategy, build_strategy
 from s2t.decode.workload import read_thresholds

@@ -6,6 +6,8 @@ The server is a fake that reads a random model without a cache; tests/vllm has t
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,18 +15,26 @@ import torch
 from s2t.core.insampler import Plugin
 from s2t.decode.loop import Decoder, Request
 from s2t.decode.remote import slm as remote
-from s2t.decode.remote.client import RemoteSettings
 from s2t.decode.remote.selector import ServedSelector, check_apart, served_selector
-from s2t.decode.remote.slm import RemoteDecoder, ServedSLM
+from s2t.decode.remote.slm import RemoteDecoder
 from s2t.decode.remote.wire import Completion
-from s2t.decode.session import Session
-from s2t.errors import ConfigError, ModelError, RemoteError
+from s2t.errors import ConfigError, RemoteError
 from s2t.model.engine import Engine
 
 HALF = {"trigger": "random", "threshold": 0.5}
 SETTINGS = [{"threshold": 0.5}, HALF, {"trigger": "random", "threshold": 1.5}, {"trigger": "never"}]
 KNOWN: dict[tuple, torch.Tensor] = {}  # log-probabilities behind a prefix
-every_scope = pytest.mark.parametrize("scope", ["always", "stream"])
+READERS = {
+    "always": {},
+    "stream": {},
+    "rank-stream": {},
+    "always, weight 0.4": {"adapter_weight": 0.4},
+    "stream, weight 0.4": {"adapter_weight": 0.4},
+    "rank-stream, weight 0.4": {"adapter_weight": 0.4},
+    "rank-stream, weight 0": {"adapter_weight": 0.0},
+}
+every_scope = pytest.mark.parametrize("scope", READERS)
+pluggable = pytest.mark.parametrize("scope", [name for name in READERS if not name.startswith("stream")])
 
 
 class FakeServer:
@@ -43,7 +53,7 @@ class FakeServer:
         return [await self.complete(request) for request in requests]
 
     async def complete(self, request):
-        self.requests.append(request)
+        self.requests.append(replace(request, prompt_ids=tuple(request.prompt_ids)))
         body = request.body("base")
         assert (
             body["temperature"] == 0.0 and (body.get("logprobs") is None) == (request.logprob_token_ids is None)
@@ -81,28 +91,36 @@ class FakeServer:
         ]
         adapter.act(False)
         logits = adapter.base_model.get_output_embeddings()(state).float()
-        logits[list(adapter.reserved.bins)] = adapter.selector.bin_logits(state)
+        if not adapter.ranks:
+            logits[list(adapter.reserved.bins)] = adapter.selector.bin_logits(state)
         logits[list(adapter.reserved.criticality)] = adapter.selector.yes_no @ state
         return logits.log_softmax(-1)
 
 
 class PluggedServer(FakeServer):
-    """One that runs the logits processor; `loses` every n-th call."""
+    """One that runs the logits processor; `loses` every n-th call of it."""
 
     def __init__(self, adapter, loses=0):
         super().__init__(adapter)
         self.loses, self.calls, self.plugin = loses, 0, Plugin(64)
+        self.asked = []
+
+    async def complete(self, request):
+        if "vllm_xargs" in request.body("base"):
+            return (await self.complete_rows(request))[0]
+        return await super().complete(request)
 
     async def complete_rows(self, request):
         self.calls += 1
         body, count = request.body("base"), 1 + len(request.more_prompts)
+        self.asked.append((request.model, count))
         args, marks = body["vllm_xargs"], body["stop_token_ids"]
         assert "logit_bias" not in body and "logprobs" not in body
         if self.loses and self.calls % self.loses == 0:
             return [Completion([3, marks[-1]], [], [], "", "stop") for _ in range(count)]
         rows = [(self.plugin.new_row(args), []) for _ in range(count)]
         while running := [r for r in rows if not r[1] or r[1][-1] not in marks]:
-            logits = torch.stack([self.read([*request.prompt_ids, *out], None) for _, out in running]).clone()
+            logits = torch.stack([self.read([*request.prompt_ids, *out], request.model) for _, out in running]).clone()
             self.plugin.apply(logits, [(i, row, len(out)) for i, (row, out) in enumerate(running)])
             for line, (_, out) in zip(logits, running, strict=True):
                 out.append(int(line.argmax()))
@@ -133,7 +151,10 @@ def prompts():
 
 @pytest.fixture(scope="module")
 def readers(new_model, new_adapter):
-    return {scope: new_adapter(new_model(0), scope, criticality="reserved") for scope in ("always", "stream")}
+    return {
+        name: new_adapter(new_model(0), name.split(",")[0], criticality="reserved", **changes)
+        for name, changes in READERS.items()
+    }
 
 
 def served(adapter):
@@ -173,21 +194,24 @@ def test_tokens_and_steps_are_those_of_the_engine_here(scope, settings, lists_to
                 assert other.candidates.ids == one.candidates.ids
                 gaps = {a - b for a, b in zip(other.candidates.logprobs, one.candidates.logprobs, strict=True)}
                 assert max(gaps) - min(gaps) < 1e-4  # reserved ids share in a server's log-probabilities
+                gaps = {a - b for a, b in zip(other.scores, one.scores, strict=True)}
+                assert max(gaps) - min(gaps) < 1e-3
                 assert len(brief.scores) <= len(other.scores) == len(one.scores) == how.num_candidates
     fired = sum(step.fired for steps in wanted for step in steps)
     assert (fired > 0) == (settings.get("trigger") != "never")
 
 
+@pluggable
 @pytest.mark.parametrize("settings", [*SETTINGS[:3], {"threshold": 0.8}], ids=str)
 @pytest.mark.parametrize("loses", [0, 2, 3], ids=["", "loses half", "loses a third"])
-def test_a_server_with_the_plugin_writes_the_same(settings, loses, readers, strategy, prompts):
-    adapter, how = readers["always"], strategy("s2t-local", **settings)
+def test_a_server_with_the_plugin_writes_the_same(scope, settings, loses, readers, strategy, prompts):
+    adapter, how = readers[scope], strategy("s2t-local", **settings)
     wanted = write_here(adapter, how, prompts)
     server = PluggedServer(adapter, loses)
     decoder, found = write(adapter, how, prompts, server, uses_plugin=True)
     for ours, theirs in zip(wanted, found, strict=True):
         for one, other in zip(ours, theirs, strict=True):
-            for name in ("index", "token_id", "greedy_id", "fired", "finish_reason"):
+            for name in ("index", "token_id", "greedy_id", "fired", "finish_reason", "selected_index"):
                 assert getattr(one, name) == getattr(other, name), name
             if settings.get("trigger") == "random":
                 assert other.value == one.value
@@ -210,7 +234,7 @@ def test_what_a_server_can_hold_is_not_asked_for(readers, strategy, prompts):
         assert [[s.token_id for s in own] for own in found] == [[s.token_id for s in own] for own in wanted]
 
 
-@every_scope
+@pytest.mark.parametrize("scope", [name for name in READERS if not name.endswith("weight 0")])
 def test_chunk_lengths_change_no_token(scope, readers, strategy, prompts, monkeypatch):
     adapter, how = readers[scope], strategy("s2t-local", threshold=0.5)
     found = []
@@ -221,6 +245,43 @@ def test_chunk_lengths_change_no_token(scope, readers, strategy, prompts, monkey
         found.append(([[s.token_id for s in own] for own in steps], len(server.requests), decoder.num_dropped))
     assert found[0][0] == found[1][0] == found[2][0]
     assert found[0][1] > found[2][1] and found[0][2] < found[2][2]
+
+
+@pytest.mark.parametrize("lists_top", [True, False], ids=["top-k", "garbled"])
+@pytest.mark.parametrize("scope", ["rank-stream", "rank-stream, weight 0.4", "rank-stream, weight 0"])
+def test_a_trigger_of_readout_rank_is_one_request_under_the_lora(scope, lists_top, readers, strategy, prompts):
+    adapter, how, server = readers[scope], strategy("s2t-local", **HALF), FakeServer(readers[scope], lists_top)
+    _, steps = write(adapter, how, prompts, server)
+    fired = {
+        (*prompt, *(step.token_id for step in own[: step.index])): step
+        for prompt, own in zip(prompts, steps, strict=True)
+        for step in own
+        if step.fired
+    }
+    asked = Counter(tuple(request.prompt_ids) for request in server.requests if request.model == "s2t")
+    if adapter.config.adapter_weight == 0:  # greedy, whatever it says
+        assert not asked and not any(step.flip for step in fired.values())
+        return
+    assert asked.keys() == fired.keys() and all(r.max_tokens == 1 for r in server.requests if r.model == "s2t")
+    assert any(step.flip for step in fired.values()) and 1 in asked.values()
+    for prefix, step in fired.items():
+        if len(step.candidates.ids) == 1:
+            assert asked[prefix] == 1 and not step.flip
+        elif adapter.config.adapter_weight == 1:  # asked again only where what it names first is no candidate
+            assert asked[prefix] == (1 if None in step.scores or len(step.scores) == 2 else 2)
+        assert asked[prefix] <= 2
+
+
+def test_a_row_of_the_plugin_ranks_a_trigger(readers, strategy, prompts):
+    server = PluggedServer(readers["rank-stream"])
+    how = strategy("s2t-local", threshold=0.5)
+    _, steps = write(readers["rank-stream"], how, prompts, server, uses_plugin=True)
+    models = [model for model, rows in server.asked for _ in range(rows)]
+    assert models.count("s2t") == sum(step.fired for own in steps for step in own) > 0
+    assert set(models) == {None, "s2t"}
+    server = PluggedServer(readers["rank-stream, weight 0"])
+    _, steps = write(server.adapter, how, prompts, server, uses_plugin=True)
+    assert {model for model, _ in server.asked} == {None} and any(step.fired for own in steps for step in own)
 
 
 def test_what_cannot_win_is_neither_looked_for_nor_scored(new_model, new_adapter, strategy, prompts):
@@ -264,11 +325,30 @@ def test_a_server_that_writes_a_reserved_id_is_found_out(readers, strategy, prom
     assert isinstance(caught.value.exceptions[0], RemoteError) and "reserved id" in str(caught.value.exceptions[0])
 
 
-def test_a_lora_that_acts_on_its_base_is_found_out(readers):
-    adapter = readers["stream"]
+@pytest.mark.parametrize("scope", ["stream", "rank-stream"])
+def test_a_lora_that_acts_on_its_base_is_found_out(scope, readers):
+    adapter = readers[scope]
     asyncio.run(check_apart(served(adapter), FakeServer(adapter)))
     with pytest.raises(ConfigError, match="--max-loras 2"):
         asyncio.run(check_apart(served(adapter), FakeServer(adapter, leaks=True)))
+
+
+def test_a_faint_lora_is_told_from_its_base(new_model, new_adapter):
+    adapter = new_adapter(new_model(0), "rank-stream", criticality="reserved")
+    for size in (0.03, 0.0):
+        with torch.no_grad():
+            for name, weight in adapter.trainable().items():
+                if "lora_B" in name:
+                    weight.mul_(size)
+        KNOWN.clear()
+        asyncio.run(check_apart(served(adapter), FakeServer(adapter)))
+        leaking = check_apart(served(adapter), FakeServer(adapter, leaks=True))
+        if size:
+            with pytest.raises(ConfigError, match="--max-loras 2"):
+                asyncio.run(leaking)
+        else:
+            asyncio.run(leaking)  # it changes nothing
+    KNOWN.clear()
 
 
 # Mistakes
@@ -287,34 +367,6 @@ def test_what_no_server_can_run_is_one_clear_line(readers, strategy, new_model, 
         RemoteDecoder(FakeServer(adapter), adapter.loaded, strategy("s2t-local", threshold=0.5), head)
     with pytest.raises(ConfigError, match="s2t merge"):
         served_selector(tiny_slm, [], None)
-
-
-def test_a_server_that_is_not_there_is_one_clear_line(tiny_slm):
-    settings = RemoteSettings(("http://127.0.0.1:9/v1",), max_retries=1, backoff_s=0.01, patience_s=0.1)
-    with pytest.raises(RemoteError, match=r"http://127\.0\.0\.1:9"):
-        ServedSLM.connect(tiny_slm, settings, None, False)
-
-
-def test_an_unmerged_adapter_beside_a_server_is_one_clear_line():
-    from s2t.api import load
-
-    with pytest.raises(ConfigError, match="s2t merge --adapter some/adapter"):
-        load("tiny:slm", adapter="some/adapter", slm_url=["http://127.0.0.1:9/v1"])
-
-
-def test_a_session_without_weights_knows_what_one_with_weights_knows(tiny_slm):
-    from s2t.model.load import load_without_weights
-
-    bare = load_without_weights("tiny:slm")
-    assert bare.device.type == "meta" and bare.num_params == tiny_slm.num_params
-    assert (bare.vocab_size, bare.stop_ids, bare.reserved) == (
-        tiny_slm.vocab_size,
-        tiny_slm.stop_ids,
-        tiny_slm.reserved,
-    )
-    assert Session(bare).prompt("What is 1 + 1?") == Session(tiny_slm).prompt("What is 1 + 1?")
-    with pytest.raises(ModelError, match="does not exist"):
-        load_without_weights("/no/such/folder")
 
 
 @pytest.mark.parametrize("uses_plugin", [False, True])

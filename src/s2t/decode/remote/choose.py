@@ -3,6 +3,9 @@
 Candidates come from one top-k reply, or one by one, each request forbidding those found before (a server that lists chosen
 ids for some requests may garble the top-k of others in the same batch: vLLM's V1 sampler does). A candidate that could not
 win even with the highest bin is neither looked for nor scored, so the winner is the same with fewer requests.
+
+Under readout `rank` one request under the LoRA, on the prefix, brings the adapter's own first token. Where that is the greedy
+one it wins; else candidates are looked for up to that token, behind which none could win.
 """
 
 from __future__ import annotations
@@ -24,13 +27,17 @@ class Chosen:
 
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    scores: list[float] = field(default_factory=list)
+    scores: list[float | None] = field(default_factory=list)
+    """None of a candidate that was passed on the way to another, and could not win."""
     num_found: int = 0
     """Requests that looked for a candidate."""
+    num_scored: int = 0
+    """Requests that the adapter's reading took."""
 
     @property
     def index(self) -> int:
-        return max(range(len(self.ids)), key=lambda i: (self.scores[i], -i))
+        known = [(score, -i) for i, score in enumerate(self.scores) if score is not None]
+        return -max(known)[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,17 +66,22 @@ class Chooser:
 
     async def choose(self, ask: Ask, prefix: Sequence[int], greedy: int, logprob: float, key: str) -> Chosen:
         """The choice among the K likeliest tokens behind `prefix`, of which `greedy` is the first, at this log-probability."""
+        if self.selector.config.adapter_weight == 0 and not self.is_exhaustive:
+            return Chosen([greedy], [logprob], [self.selector.score(0.0, logprob)])
+        if self.selector.ranks:
+            return await self._rank(ask, prefix, greedy, logprob, key)
         listed = await self._top(ask, prefix, key) if self.lists_top and self.num_candidates > 1 else None
         if listed is None:
             return await self._one_by_one(ask, prefix, greedy, logprob, key)
         worth = [(i, value) for i, value in listed if self._can_win(value, self.selector.score(0.0, listed[0][1]))]
         expected = await asyncio.gather(*(self._expected(ask, prefix, i, key) for i, _ in worth))
-        chosen = Chosen([i for i, _ in worth], [value for _, value in worth], num_found=1)
+        chosen = Chosen([i for i, _ in worth], [value for _, value in worth], num_found=1, num_scored=len(worth))
         chosen.scores = [self.selector.score(e, value) for e, (_, value) in zip(expected, worth, strict=True)]
         return chosen
 
-    def _can_win(self, logprob: float, best: float) -> bool:
-        return self.is_exhaustive or self.selector.ceiling(logprob) > best
+    def _can_win(self, logprob: float, best: float, reading: float = 1.0) -> bool:
+        """Whether a candidate of this log-probability could beat a score, with the highest reading there is."""
+        return self.is_exhaustive or self.selector.score(reading, logprob) > best
 
     async def _top(self, ask: Ask, prefix: Sequence[int], key: str) -> list[tuple[int, float]] | None:
         """The K likeliest allowed tokens from one reply; None where it does not hold them."""
@@ -85,22 +97,24 @@ class Chooser:
 
     async def _one_by_one(self, ask: Ask, prefix: Sequence[int], greedy: int, logprob: float, key: str) -> Chosen:
         """Score a candidate while the next one is looked for, until no further one could win."""
-        chosen, found = Chosen(), _Found(greedy, logprob)
+        chosen, found, best = Chosen(), _Found(greedy, logprob), float("-inf")
         while True:
             chosen.ids.append(found.token)
             chosen.logprobs.append(found.logprob)
             following = None
             if len(chosen.ids) == self.num_candidates:
                 expected = await self._known(ask, prefix, found, key)
-            elif found.expected is not None and not self._can_win(found.logprob, max(chosen.scores)):
+            elif found.expected is not None and not self._can_win(found.logprob, best):
                 expected = found.expected  # and no less likely one could
             else:
                 expected, following = await asyncio.gather(
                     self._known(ask, prefix, found, key), self._next(ask, prefix, chosen.ids, key)
                 )
                 chosen.num_found += 1
-            chosen.scores.append(self.selector.score(expected, found.logprob))
-            if following is None or not self._can_win(following.logprob, max(chosen.scores)):
+            chosen.num_scored += 1
+            chosen.scores.append(score := self.selector.score(expected, found.logprob))
+            best = max(best, score)
+            if following is None or not self._can_win(following.logprob, best):
                 return chosen
             found = following
 
@@ -112,7 +126,7 @@ class Chooser:
             self.plain,
             prompt_ids=prefix,
             max_tokens=2 if scores_too else 1,
-            logprob_token_ids=self.selector.bins if scores_too else self.selector.bins[:1],
+            logprob_token_ids=self.selector.bins if scores_too else found[:1],
             extra={**self.plain.extra, "logit_bias": bias, "stop_token_ids": []},
             key=key,
         )
@@ -136,3 +150,50 @@ class Chooser:
             key=key,
         )
         return self.selector.expected((await ask(request)).logprobs[0])
+
+    # Readout rank
+
+    async def _rank(self, ask: Ask, prefix: Sequence[int], greedy: int, logprob: float, key: str) -> Chosen:
+        """No reading is above that of the adapter's own first token, and no candidate behind it has a higher log p_S either."""
+        first, readings = await self._under_adapter(ask, prefix, [greedy], key)
+        score, highest = self.selector.score, readings[first]
+        chosen, to_beat = Chosen([greedy], [logprob], num_scored=1), score(readings[greedy], logprob)
+        if first != greedy or self.is_exhaustive:
+            await self._find_up_to(
+                first, chosen, lambda value: self._can_win(value, to_beat, highest), ask, prefix, key
+            )
+        found = list(zip(chosen.ids, chosen.logprobs, strict=True))
+        best = max(score(readings[i], value) for i, value in found if i in readings)
+        if unread := [i for i, value in found if i not in readings and self._can_win(value, best, highest)]:
+            readings |= (await self._under_adapter(ask, prefix, unread, key))[1]
+            chosen.num_scored += 1
+        chosen.scores = [score(readings[i], value) if i in readings else None for i, value in found]
+        return chosen
+
+    async def _find_up_to(
+        self, last: int, chosen: Chosen, can_win: Callable[[float], bool], ask: Ask, prefix: Sequence[int], key: str
+    ) -> None:
+        """Add the candidates behind the greedy one as far as `last`, all K where it is none of them."""
+        listed = await self._top(ask, prefix, key) if self.lists_top and self.num_candidates > 1 else None
+        if listed is not None:
+            ids = [i for i, _ in listed]
+            end = ids.index(last) + 1 if last in ids and not self.is_exhaustive else len(ids)
+            chosen.ids, chosen.logprobs, chosen.num_found = ids[:end], [value for _, value in listed[:end]], 1
+            return
+        while len(chosen.ids) < self.num_candidates and (self.is_exhaustive or chosen.ids[-1] != last):
+            following = await self._next(ask, prefix, chosen.ids, key)
+            chosen.num_found += 1
+            if following is None or not can_win(following.logprob):
+                return
+            chosen.ids.append(following.token)
+            chosen.logprobs.append(following.logprob)
+
+    async def _under_adapter(
+        self, ask: Ask, prefix: Sequence[int], ids: Sequence[int], key: str
+    ) -> tuple[int, dict[int, float]]:
+        """The adapter's first token behind a prefix, and its log-probabilities of that token and of some others."""
+        reply = await ask(
+            replace(self.plain, prompt_ids=prefix, logprob_token_ids=ids, model=self.selector.lora, key=key)
+        )
+        first = reply.token_ids[0]
+        return first, {i: reply.logprobs[0][i] for i in (first, *ids)}

@@ -15,7 +15,8 @@ from s2t.decode.loop import Request
 from s2t.decode.remote.blocking import BlockingClient
 from s2t.decode.remote.client import Client
 from s2t.decode.remote.selector import ServedSelector
-from s2t.decode.remote.slm import Emit, RemoteDecoder, ServedSLM, Writing
+from s2t.decode.remote.served import ServedSLM
+from s2t.decode.remote.slm import Emit, RemoteDecoder, Writing
 from s2t.decode.remote.wire import Completion
 from s2t.decode.strategies import Strategy
 from s2t.model.load import LoadedModel

@@ -9,9 +9,9 @@ are for what it loses. Tokens are those of `decode.loop` with the same weights.
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,9 +22,9 @@ from s2t.decode.draft import DraftLength
 from s2t.decode.loop import Request
 from s2t.decode.remote.blocking import BlockingClient
 from s2t.decode.remote.choose import Chooser, Chosen
-from s2t.decode.remote.client import Client, RemoteSettings
-from s2t.decode.remote.plugged import Plugged, has_plugin
-from s2t.decode.remote.selector import ServedSelector, check_apart, served_selector
+from s2t.decode.remote.client import Client
+from s2t.decode.remote.plugged import Plugged
+from s2t.decode.remote.selector import ServedSelector, check_strategy
 from s2t.decode.remote.wire import Completion, CompletionRequest
 from s2t.decode.strategies import Strategy
 from s2t.errors import ConfigError, RemoteError
@@ -35,9 +35,8 @@ from s2t.records import Candidates, Cost, Step
 REQUEST_COST = 16.0
 """What a request costs a server, in tokens of a full batch; from it and the rate of flips follow chunk lengths."""
 _LONGEST_CHUNK = 256
+_ANY = (0,)  # listed where the written tokens' own log-probabilities are wanted, and no others
 _MOST_LOSSES = 3  # in a row, before a sequence stays with chunks: its server seems to have no logits processor
-_STRATEGIES = ("greedy", "s2t-local")
-_TRIGGERS = ("criticality", "random", "never")
 
 Emit = Callable[[list[Step]], None]
 
@@ -83,7 +82,7 @@ class RemoteDecoder:
         uses_plugin: bool = False,
         max_length: int | None = None,
     ) -> None:
-        _check(strategy, served)
+        check_strategy(strategy, served)
         self.client, self.loaded, self.strategy, self.served = client, loaded, strategy, served
         self.max_new_tokens, self.ends, self.num_rows, self.max_length = max_new_tokens, ends, num_rows, max_length
         self.costs: dict[int, Cost] = {}
@@ -139,7 +138,8 @@ class RemoteDecoder:
         sequence = Writing(request, list(request.prompt_ids), self._draws(request), self._limit(request))
         while not sequence.is_finished:
             plugged = self._plugged if sequence.losses < _MOST_LOSSES else None
-            if plugged is not None and await self._write_told(client, plugged, sequence, emit):
+            write = self._write_ranked if plugged is not None and plugged.reading.ranks else self._write_told
+            if plugged is not None and await write(client, plugged, sequence, emit):
                 sequence.losses = 0
             else:
                 sequence.losses += plugged is not None
@@ -177,10 +177,41 @@ class RemoteDecoder:
             if sequence.is_finished or num_rows < 2:
                 return True
 
+    async def _write_ranked(self, client: Client, plugged: Plugged, sequence: Writing, emit: Emit) -> bool:
+        """One chunk from a server with the plug-in, up to its first flip; False where it lost the thread. Readout `rank`."""
+        length, name = len(sequence.ids), uuid.uuid4().hex
+        room = plugged.room(length, self._chunk_length(sequence))
+        if room < 1:
+            return False
+        warmup, at = max(0, self.strategy.warmup_steps - sequence.steps), self._fired_at(sequence, room)
+        done = await client.complete(plugged.request(sequence.ids, room, warmup, at, sequence.key, name=name))
+        told = plugged.told(done, room)
+        self._count_rows(sequence, [len(done.token_ids)])
+        if told.is_lost or not told.ids or not self.forbidden.isdisjoint(told.ids):
+            return False
+        sequence.read += len(told.ids)
+        for place, greedy in enumerate(told.ids):
+            token, details = greedy, {}
+            if place in told.passed and plugged.reading.adapter_weight == 0:  # then the greedy token wins unasked
+                details = {"fired": True, "selected_index": 0}
+            elif place in told.passed:
+                row = await client.complete(plugged.ranked(sequence.ids, name, place, sequence.key))
+                ranked, written = plugged.told(row, 1), len(row.token_ids)
+                self._count_scored(sequence, written, written)
+                if ranked.is_lost or not self.forbidden.isdisjoint(ranked.ids):
+                    return False
+                token = ranked.ids[0] if ranked.ids else greedy
+                details = {"fired": True, "selected_index": max(0, ranked.num_rows - 1)}
+            emit([self._accept(sequence, token, greedy, self._drawn(sequence), details)])
+            if sequence.is_finished or token != greedy:
+                self.num_dropped += len(told.ids) - place - 1
+                break
+        return True
+
     def _take(self, sequence: Writing, told: Told, is_chosen: bool, selected: int, greedy: int) -> Iterator[Step]:
         """Accept a reply's text, but for the greedy token of a trigger that is still open; the first token may be a winner."""
         for place, token in enumerate(told.ids[:-1] if told.num_rows > 1 else told.ids):
-            value = float(sequence.draws[sequence.steps]) if len(sequence.draws) else None
+            value = self._drawn(sequence)
             if is_chosen and place == 0:
                 yield self._accept(sequence, token, greedy, value, {"fired": True, "selected_index": selected})
             else:
@@ -188,6 +219,10 @@ class RemoteDecoder:
                 yield self._accept(sequence, token, token, value, passed)
             if sequence.is_finished:
                 return
+
+    def _drawn(self, sequence: Writing) -> float | None:
+        """What the random trigger reads at the step that comes."""
+        return float(sequence.draws[sequence.steps]) if len(sequence.draws) else None
 
     def _fired_at(self, sequence: Writing, room: int) -> list[int]:
         """Of the random trigger: which of the next steps fire."""
@@ -223,7 +258,7 @@ class RemoteDecoder:
         if not self._fires:
             return None
         assert self.served is not None
-        return self.served.yes_no or self.served.bins[:1]
+        return self.served.yes_no or _ANY
 
     def _chunk_length(self, sequence: Writing) -> int:
         room = sequence.limit - sequence.steps
@@ -321,107 +356,21 @@ class RemoteDecoder:
         assert self._chooser is not None and self.served is not None
         length = len(sequence.ids)
         chosen = await self._chooser.choose(client.complete, sequence.ids, greedy, logprob, sequence.key)
-        scored = len(chosen.ids)
         self._count(sequence, chosen.num_found, chosen.num_found, length)
-        if self.served.lora is None:
-            self._count(sequence, scored, scored, length + 1)
-        else:  # the first of them reads what is new of the prefix under the adapter
-            self._count(sequence, scored, length - sequence.adapter_read + scored, length + 1)
-            sequence.adapter_read = length
+        self._count_scored(sequence, chosen.num_scored, chosen.num_scored)
         return chosen
+
+    def _count_scored(self, sequence: Writing, forwards: int, processed: int) -> None:
+        """Scoring; under a LoRA its first request reads what is new of the prefix (`rank`: down to the last token), too."""
+        assert self.served is not None
+        length = len(sequence.ids)
+        if self.served.lora is not None and forwards:
+            processed += length - sequence.adapter_read - self.served.ranks
+            sequence.adapter_read = length
+        self._count(sequence, forwards, processed, length + 1)
 
     def _count(self, sequence: Writing, forwards: int, processed: int, context: float) -> None:
         work = sequence.work
         work.forwards += forwards
         work.processed += processed
         work.flops += self._flops(processed, context)
-
-
-@dataclass
-class ServedSLM:
-    """An SLM on servers: the client, and how its selector is read, if it has one."""
-
-    client: BlockingClient
-    loaded: LoadedModel
-    selector: ServedSelector | None
-    has_plugin: bool = False
-    """Whether all servers run the logits processor of `s2t`."""
-    max_length: int | None = None
-    """Longest prompt and reply that they take, if they say so."""
-
-    @classmethod
-    def connect(
-        cls, loaded: LoadedModel, settings: RemoteSettings, lora: str | None, needs_selector: bool
-    ) -> ServedSLM:
-        """Ask the servers what they serve; raises ConfigError, ModelError or RemoteError, one line, for what cannot work."""
-        client = BlockingClient(settings)
-        try:
-            name, models, plugin = client.model_name(), client.models(), False
-            selector = served_selector(loaded, models, lora) if needs_selector else None
-            if selector is not None and selector.lora is not None:
-                client.run(partial(check_apart, selector))
-            elif selector is not None:
-                forbidden = sorted(loaded.reserved.all)
-                plugin = client.run(lambda inner: has_plugin(inner, name, selector, forbidden))
-        except BaseException:
-            client.close()
-            raise
-        lengths = [int(model["max_model_len"]) for model in models if model.get("max_model_len")]
-        return cls(client, loaded, selector, plugin, min(lengths, default=None))
-
-    def decoder(
-        self,
-        strategy: Strategy,
-        max_new_tokens: int,
-        trace: bool = False,
-        ends: Callable[[int, int], bool] | None = None,
-        num_rows: int = 64,
-    ) -> RemoteDecoder:
-        """A decoder for one run."""
-        uses = self.selector if strategy.name == "s2t-local" else None
-        return RemoteDecoder(
-            self.client,
-            self.loaded,
-            strategy,
-            uses,
-            max_new_tokens,
-            trace,
-            ends,
-            num_rows,
-            self.has_plugin,
-            self.max_length,
-        )
-
-    def check(self, strategy: Strategy) -> None:
-        """Raise ConfigError for a strategy or trigger that these servers cannot run."""
-        _check(strategy, self.selector if strategy.name == "s2t-local" else None)
-
-    def take_report(self) -> dict[str, Any]:
-        """Where the SLM runs and what asking it took since this was last called, as JSON values."""
-        counts, settings = self.client.take_counts(), self.client.settings
-        where = {"model": self.client.model_name(), "urls": list(settings.urls), "has_plugin": self.has_plugin}
-        return where | counts.as_dict()
-
-
-def check_served(strategies: Sequence[str]) -> None:
-    """Raise ConfigError where a strategy needs the SLM in this process."""
-    if others := [name for name in strategies if name not in _STRATEGIES]:
-        raise ConfigError(
-            f"an SLM on a server writes with {' or '.join(_STRATEGIES)}; got {', '.join(others)}; drop --slm-url for these."
-        )
-
-
-def _check(strategy: Strategy, served: ServedSelector | None) -> None:
-    if strategy.name not in _STRATEGIES:
-        raise ConfigError(
-            f"an SLM on a server writes with {' or '.join(_STRATEGIES)}; got {strategy.name}; drop --slm-url."
-        )
-    name = strategy.trigger.name
-    if name not in _TRIGGERS:
-        raise ConfigError(f"an SLM on a server takes trigger {', '.join(_TRIGGERS)}; got {name}.")
-    if strategy.name == "s2t-local" and served is None:
-        raise ConfigError("s2t-local on a server needs --slm FOLDER, one that `s2t merge` wrote.")
-    if name == "criticality" and (served is None or served.yes_no is None):
-        raise ConfigError(
-            "on a server criticality is read from reserved ids, and this adapter has a head; train with --criticality reserved."
-        )
