@@ -278,8 +278,8 @@ def test_an_adapter_with_held_out_templates_is_evaluated_on_a_task_without(tmp_p
 @pytest.mark.parametrize(
     ("strategies", "asked", "num_problems", "expected"),
     [
-        ("greedy,s2t", None, 64, 1),
-        ("greedy,s2t@entropy", None, 500, 5),
+        ("greedy,s2t", None, 64, 5),
+        ("greedy,s2t@entropy", None, 1200, 12),
         ("llm", None, 10_000, 32),
         ("greedy,s2t-local", None, 500, 32),
         ("greedy,s2t", 1000, 500, 1000),
@@ -301,5 +301,5 @@ def test_what_the_report_shows_is_a_small_part_of_what_is_read(tmp_path, monkeyp
     monkeypatch.setattr(Session, "label", counted)
     common = {"llm": "tiny:llm", "strategies": "greedy,llm", "max_new_tokens": 8, "limit": 250, "shard_size": 100}
     evaluate(EvalConfig(out=str(tmp_path / "run"), **common))
-    assert len(read) == 2 * 2
-    assert len((tmp_path / "run" / "traces.jsonl").read_text().splitlines()) == 2 * 2
+    assert len(read) == 2 * 5
+    assert len((tmp_path / "run" / "traces.jsonl").read_text().splitlines()) == 2 * 5

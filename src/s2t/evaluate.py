@@ -42,7 +42,7 @@ from s2t.summary import Run, summarize
 from s2t.tasks.problems import Task, check_disjoint
 from s2t.traces import TokenTexts, trace_steps
 
-_NUM_TRACES = 32
+_NUM_TRACES, _A_HANDFUL = 32, 5
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
@@ -157,12 +157,12 @@ def _run_missing(
 
 
 def _num_traces(config: EvalConfig, num_problems: int) -> int:
-    """How many problems are traced. Where an LLM reads each again with the SLM that costs more than writing it, so one in a
-    hundred."""
+    """How many problems are traced: where an LLM reads each again with the SLM, which costs more than writing it, one in a
+    hundred, and a handful at least."""
     if config.num_traces is not None:
         return config.num_traces
     is_read = any(name.partition("@")[0] in NEEDS_LLM for name in config.strategy_names)
-    return max(1, min(_NUM_TRACES, num_problems // 100)) if is_read else _NUM_TRACES
+    return max(_A_HANDFUL, min(_NUM_TRACES, num_problems // 100)) if is_read else _NUM_TRACES
 
 
 def _servers(config: EvalConfig) -> str:

@@ -125,7 +125,7 @@ class EvalConfig(DecodeConfig, TaskConfig, ServedConfig, ShardConfig, ChatConfig
     """Problems per file; a killed run loses one shard at most."""
     num_traces: int | None = None
     """Problems of which every token is kept, for the report to show; the first ones of the run. None keeps 32; beside an LLM,
-    which reads them again, one in a hundred, so that this costs little."""
+    which reads them again, one in a hundred and at least 5, so that this costs little."""
     num_seeds: int = 1
     """Seeds of whatever draws at random (samples and the trigger random); the problems are those of --seed."""
     card: bool = False
