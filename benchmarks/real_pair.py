@@ -1,0 +1,134 @@
+"""The table of the real pair: every arm of `s2t reproduce recipes/qwen2.5-coder.toml`, from its run folders to one file.
+
+    python benchmarks/real_pair.py runs/qwen2.5-coder                # -> docs/results/real-pair.json and real-pair.md
+
+Arms and tasks whose folders are not there, or not finished, are named and left out. Accuracies have Wilson's 95 %
+intervals; two arms are compared on the problems that both have.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from s2t.core.stats import paired_comparison, wilson_interval
+from s2t.files import read_json, read_jsonl, write_json, write_text
+
+OUT = Path(__file__).parents[1] / "docs" / "results"
+WEIGHTS = "bfloat16, dequantised from Q4_K_M GGUF files"
+ARMS = {
+    "greedy": ("gsm8k", "greedy"),
+    "self-consistency": ("gsm8k-votes", "self-consistency"),
+    "llm": ("gsm8k-with-llm", "llm"),
+    "takeover": ("gsm8k-with-llm", "takeover"),
+    "s2t": ("gsm8k-with-llm", "s2t"),
+    "s2t-local": ("gsm8k", "s2t-local"),
+    "s2t-local@entropy": ("gsm8k", "s2t-local@entropy"),
+    "s2t-local-paper": ("gsm8k-paper", "s2t-local"),
+    "sft": ("gsm8k-sft", "greedy"),
+    "kd": ("gsm8k-kd", "greedy"),
+    "s2t-local-on-sft": ("gsm8k-on-sft", "s2t-local"),
+    "svamp greedy": ("svamp", "greedy"),
+    "svamp s2t-local": ("svamp", "s2t-local"),
+    "svamp sft": ("svamp-sft", "greedy"),
+    "humaneval greedy": ("humaneval", "greedy"),
+    "humaneval s2t-local": ("humaneval", "s2t-local"),
+}
+PAIRS = (
+    *((arm, "greedy") for arm in ("self-consistency", "llm", "s2t", "s2t-local", "s2t-local@entropy", "sft", "kd")),
+    *(("s2t-local", arm) for arm in ("self-consistency", "sft", "kd", "s2t-local-paper")),
+    ("s2t-local-on-sft", "sft"),
+    ("s2t", "takeover"),
+    ("svamp s2t-local", "svamp greedy"),
+    ("svamp s2t-local", "svamp sft"),
+    ("humaneval s2t-local", "humaneval greedy"),
+)
+COSTS = {"slm_forwards": "slm_forwards", "slm_tokens": "generated", "llm_forwards": "llm_forwards"}
+
+
+def main() -> None:
+    runs = Path(sys.argv[1])
+    rows = {arm: found for arm, place in ARMS.items() if (found := read_rows(runs, *place))}
+    if missing := [arm for arm in ARMS if arm not in rows]:
+        print(f"not there, left out: {', '.join(missing)}", file=sys.stderr)
+    document = {
+        "slm": "Qwen/Qwen2.5-Coder-0.5B-Instruct",
+        "llm": "Qwen/Qwen2.5-Coder-1.5B-Instruct",
+        "weights": WEIGHTS,
+        "task": "gsm8k",
+        "arms": {arm: describe(found, runs, arm) for arm, found in rows.items()},
+        "paired": {f"{left} vs {right}": compare(rows[left], rows[right]) for left, right in known(PAIRS, rows)},
+        "sufficiency": {path.parent.name.removeprefix("sufficiency-"): sufficiency(path) for path in measured(runs)},
+    }
+    write_json(OUT / "real-pair.json", document)
+    write_text(OUT / "real-pair.md", table(document))
+    print(table(document))
+
+
+def read_rows(runs: Path, stage: str, strategy: str) -> dict[str, dict[str, Any]]:
+    """Results of one strategy by problem; empty where the stage is not finished."""
+    if not (runs / stage / "summary.json").exists():
+        return {}
+    return {row["problem_id"]: row for row in read_jsonl(runs / stage / "results.jsonl") if row["strategy"] == strategy}
+
+
+def describe(rows: dict[str, dict[str, Any]], runs: Path, arm: str) -> dict[str, Any]:
+    correct = np.array([row["is_correct"] for row in rows.values()])
+    stage, strategy = ARMS[arm]
+    costs = {name: sum(row["cost"][key] for row in rows.values()) for name, key in COSTS.items()}
+    if strategy == "llm":
+        costs["slm_tokens"] = 0
+    return {
+        "accuracy": float(correct.mean()),
+        "ci95": wilson_interval(int(correct.sum()), len(correct)),
+        "num_problems": len(correct),
+        **costs,
+        "seconds": read_json(runs / stage / "summary.json")["strategies"][strategy]["seconds"],
+        "trigger_rate": sum(row["num_triggered"] for row in rows.values()) / max(1, costs["slm_tokens"]),
+        "flip_rate": sum(row["num_flips"] for row in rows.values()) / max(1, costs["slm_tokens"]),
+    }
+
+
+def compare(left: dict[str, dict[str, Any]], right: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Paired on the problems that both arms have."""
+    shared = [name for name in left if name in right]
+    found = paired_comparison(*([rows[name]["is_correct"] for name in shared] for rows in (left, right)))
+    return {"num_problems": len(shared), **found}
+
+
+def known(pairs: Any, rows: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(left, right) for left, right in pairs if left in rows and right in rows]
+
+
+def measured(runs: Path) -> list[Path]:
+    return sorted(runs.glob("sufficiency-*/measure.json")) or sorted(runs.glob("measure/measure.json"))
+
+
+def sufficiency(path: Path) -> dict[str, Any]:
+    found = read_json(path)
+    rates = {k: found["hit_rate"][k] for k in ("1", "2", "4", "8", "16") if k in found["hit_rate"]}
+    names = ("num_problems", "num_steps", "num_divergence_points", "split")
+    manifest = read_json(path.parent / "manifest.json")["config"]
+    return {**rates, "ci95": found["hit_rate_ci95"], **{name: {**manifest, **found}[name] for name in names}}
+
+
+def table(document: dict[str, Any]) -> str:
+    head = (
+        "| arm | n | accuracy % | 95 % | against greedy, points | SLM tokens | SLM forwards | LLM forwards | seconds |"
+    )
+    lines = [head, "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    for arm, one in document["arms"].items():
+        low, high = one["ci95"]
+        pair = document["paired"].get(f"{arm} vs greedy")
+        gain = "–" if pair is None else f"{100 * pair['difference']:+.1f} (p = {pair['p_value']:.3g})"
+        cells = (arm, one["num_problems"], f"{100 * one['accuracy']:.1f}", f"{100 * low:.1f} to {100 * high:.1f}", gain)
+        costs = [f"{one[name]:,.0f}" for name in ("slm_tokens", "slm_forwards", "llm_forwards", "seconds")]
+        lines.append(f"| {' | '.join(map(str, (*cells, *costs)))} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
