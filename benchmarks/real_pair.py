@@ -2,7 +2,8 @@
 
     python benchmarks/real_pair.py runs/qwen2.5-coder                # -> docs/results/real-pair.json and real-pair.md
 
-Arms and tasks whose folders are not there, or not finished, are named and left out. Accuracies have Wilson's 95 %
+An arm that was run alone (`s2t eval --out runs/qwen2.5-coder/ARM`) is read from the folder of its name. Arms and tasks whose folders
+are not there, or not finished, are named and left out. Accuracies have Wilson's 95 %
 intervals; two arms are compared on the problems that both have.
 """
 
@@ -51,7 +52,7 @@ COSTS = {"slm_forwards": "slm_forwards", "slm_tokens": "generated", "llm_forward
 
 def main() -> None:
     runs = Path(sys.argv[1])
-    rows = {arm: found for arm, place in ARMS.items() if (found := read_rows(runs, *place))}
+    rows = {arm: found for arm in ARMS if (found := read_rows(folder(runs, arm), ARMS[arm][1]))}
     if missing := [arm for arm in ARMS if arm not in rows]:
         print(f"not there, left out: {', '.join(missing)}", file=sys.stderr)
     document = {
@@ -68,16 +69,22 @@ def main() -> None:
     print(table(document))
 
 
-def read_rows(runs: Path, stage: str, strategy: str) -> dict[str, dict[str, Any]]:
-    """Results of one strategy by problem; empty where the stage is not finished."""
-    if not (runs / stage / "summary.json").exists():
+def folder(runs: Path, arm: str) -> Path:
+    """The arm's own run folder where there is one, else the recipe's."""
+    alone = runs / arm.replace(" ", "-")
+    return alone if (alone / "summary.json").exists() else runs / ARMS[arm][0]
+
+
+def read_rows(run: Path, strategy: str) -> dict[str, dict[str, Any]]:
+    """Results of one strategy by problem; empty where the run is not finished."""
+    if not (run / "summary.json").exists():
         return {}
-    return {row["problem_id"]: row for row in read_jsonl(runs / stage / "results.jsonl") if row["strategy"] == strategy}
+    return {row["problem_id"]: row for row in read_jsonl(run / "results.jsonl") if row["strategy"] == strategy}
 
 
 def describe(rows: dict[str, dict[str, Any]], runs: Path, arm: str) -> dict[str, Any]:
     correct = np.array([row["is_correct"] for row in rows.values()])
-    stage, strategy = ARMS[arm]
+    strategy = ARMS[arm][1]
     costs = {name: sum(row["cost"][key] for row in rows.values()) for name, key in COSTS.items()}
     if strategy == "llm":
         costs["slm_tokens"] = 0
@@ -86,7 +93,7 @@ def describe(rows: dict[str, dict[str, Any]], runs: Path, arm: str) -> dict[str,
         "ci95": wilson_interval(int(correct.sum()), len(correct)),
         "num_problems": len(correct),
         **costs,
-        "seconds": read_json(runs / stage / "summary.json")["strategies"][strategy]["seconds"],
+        "seconds": read_json(folder(runs, arm) / "summary.json")["strategies"][strategy]["seconds"],
         "trigger_rate": sum(row["num_triggered"] for row in rows.values()) / max(1, costs["slm_tokens"]),
         "flip_rate": sum(row["num_flips"] for row in rows.values()) / max(1, costs["slm_tokens"]),
     }
