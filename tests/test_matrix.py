@@ -171,6 +171,7 @@ def run_chain(slm: str, llm: str, problems: str, folder: Path, scope: str) -> st
             groups=str(folder / "collect"),
             out=str(folder / "train"),
             readout="bins",
+            heldout_problems=0.0,
             adapter_scope=scope,
             batch_groups=max(1, read_json(folder / "collect" / "collect.json")["num_groups"] // 2),
             epochs=1.0,
