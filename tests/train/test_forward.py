@@ -6,6 +6,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from s2t.core.candidates import propose
+from s2t.model.engine import Engine
 from s2t.train.dataset import make_batch
 from s2t.train.forward import FrozenPrefixes, States, forward, lm_kl
 
@@ -187,3 +189,39 @@ def test_the_size_of_frozen_prefixes_is_what_they_take(new_adapter, trajectories
     frozen = FrozenPrefixes(adapter, trajectories)
     held = [frozen._hidden, *(tensor for layer in frozen._layers for tensor in layer)]
     assert FrozenPrefixes.size(adapter, trajectories) == sum(t.numel() * t.element_size() for t in held)
+
+
+@every_scope
+def test_kept_steps_are_the_quiet_ones_that_look_most_critical(scope, new_adapter, data, trajectories):
+    adapter = new_adapter(scope)
+    batch = make_batch(trajectories, data.threshold, data.warmup_steps, torch.device("cpu"))
+    count, last = len(batch.group_row), batch.last_ids.clone()
+    with torch.no_grad():
+        plain, kept = forward(adapter, batch), forward(adapter, batch, kept_per_group=1.0)
+    torch.testing.assert_close(kept.candidates[:count], plain.candidates, rtol=1e-4, atol=1e-5)
+    assert torch.equal(batch.last_ids[:count], last) and len(kept.candidates) == len(batch.group_row) > count
+    engine = Engine(adapter.loaded, 1, adapter)
+    for place in range(count, len(batch.group_row)):
+        t = trajectories[int(batch.group_row[place])]
+        step = int(batch.prefix_lengths[place]) - len(t.prompt_ids)
+        assert step >= data.warmup_steps and t.divergence[step] <= data.threshold
+        adapter.act(False)
+        with torch.no_grad():
+            logits = engine.logits(last_hidden(adapter, t.ids.tolist()[: len(t.prompt_ids) + step])[-1:])
+        ids, logprobs = propose(logits, batch.candidate_ids.shape[1])
+        assert torch.equal(batch.candidate_ids[place], ids[0])
+        torch.testing.assert_close(batch.llm_probs[place], logprobs[0].exp(), rtol=1e-3, atol=1e-5)
+
+
+def test_kept_steps_of_a_trajectory_do_not_depend_on_the_batch(new_adapter, data, trajectories):
+    adapter = new_adapter("step")
+
+    def kept(chosen):
+        batch = make_batch(chosen, data.threshold, data.warmup_steps, torch.device("cpu"))
+        count = len(batch.group_row)
+        with torch.no_grad():
+            forward(adapter, batch, kept_per_group=1.0)
+        return list(zip(batch.group_row[count:].tolist(), batch.prefix_lengths[count:].tolist(), strict=True))
+
+    alone = [(row, length) for row, t in enumerate(trajectories) for _, length in kept([t])]
+    assert kept(trajectories) == alone

@@ -177,6 +177,9 @@ class TrainConfig(ReadoutConfig, FitConfig, ModelConfig):
     """Training ends after so many looks without a better one; 0 runs all steps."""
     batch_groups: int = 4
     """Selection groups per step, at least; whole trajectories are kept together."""
+    kept_per_group: float | None = None
+    """Steps, for each selection group, that are no divergence points but look like some (the highest criticality): there the
+    selector learns to keep the SLM's order. None is 1 for rank and 0 for bins."""
     ce_weight: float | None = None
     """Weight of the cross-entropy against the LLM's choice among the candidates; None is 1 for bins and 0 for rank."""
     pairwise_weight: float | None = None
@@ -210,10 +213,17 @@ class TrainConfig(ReadoutConfig, FitConfig, ModelConfig):
         check_at_least(0, **{name: value for name, value in weights.items() if value is not None})
         check_at_least(0, pairwise_margin=self.pairwise_margin, prefix_cache_gib=self.prefix_cache_gib, seed=self.seed)
         check_at_least(0, patience=self.patience)
+        if self.kept_per_group is not None:
+            check_at_least(0, kept_per_group=self.kept_per_group)
         check_at_least(1, validation_steps=self.validation_steps)
         check_range("heldout_problems", self.heldout_problems, 0, 0.9)
         if self.criticality_threshold is not None:
             check_range("criticality_threshold", self.criticality_threshold, 0, 1)
+
+    @property
+    def kept(self) -> float:
+        """Kept steps for each selection group."""
+        return self.kept_per_group if self.kept_per_group is not None else float(self.readout == "rank")
 
     @property
     def selection_weights(self) -> dict[str, float]:

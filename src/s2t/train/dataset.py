@@ -69,6 +69,7 @@ class Batch:
     slm_logprobs: Tensor  # [N, K]
     llm_probs: Tensor  # [N, K]
     step_index: Tensor  # [2, M]: (row, column) of the state each trained step is predicted from
+    step_ids: Tensor  # [M], the token at that place
     is_critical: Tensor  # [M] bool
 
 
@@ -219,6 +220,7 @@ def make_batch(
     prefixes = [len(t.prompt_ids) + t.group_steps for t in trajectories]
     last = [t.ids[prefix - 1] for t, prefix in zip(trajectories, prefixes, strict=True)]
     steps, labels = zip(*(_steps(row, t, threshold, warmup_steps) for row, t in enumerate(trajectories)), strict=True)
+    step_ids = [t.ids[places[1]] for t, places in zip(trajectories, steps, strict=True)]
 
     def tensor(parts: Sequence[np.ndarray], axis: int = 0) -> Tensor:
         return torch.from_numpy(np.concatenate(parts, axis=axis)).to(device)
@@ -232,6 +234,7 @@ def make_batch(
         tensor([t.slm_logprobs for t in trajectories]),
         tensor([t.llm_probs for t in trajectories]),
         tensor(steps, axis=1),
+        tensor(step_ids),
         tensor(labels),
     )
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
+from s2t.core.candidates import propose
 from s2t.core.losses import lm_preserving_kl
 from s2t.model.adapter import SelectorAdapter
 from s2t.model.head import Head
@@ -151,16 +152,21 @@ def _chunks(lengths: np.ndarray) -> list[list[int]]:
     return chunks
 
 
-def forward(adapter: SelectorAdapter, batch: Batch, frozen: Prefixes | None = None) -> States:
+def forward(
+    adapter: SelectorAdapter, batch: Batch, frozen: Prefixes | None = None, kept_per_group: float = 0.0
+) -> States:
     """Run a batch under the adapter's scope; equals one separate forward per reading within dtype tolerance.
 
-    `frozen` are the base model's states of the batch's trajectories where they are already known.
+    `frozen` are the base model's states of the batch's trajectories where they are already known. With `kept_per_group` the
+    batch gets further groups: see `_keep`.
     """
     is_always, reads_itself = adapter.scope == "always", adapter.scope in ("always", "stream")
     adapter.act(False)
     with torch.no_grad():
         prefixes = frozen if frozen is not None else _read_prefixes(adapter, batch.ids)
         base_steps = prefixes.steps(batch)
+        if kept_per_group > 0:
+            _keep(adapter, batch, base_steps, kept_per_group)
     adapter.act(True)
     if reads_itself:
         prefixes = _read_prefixes(adapter, batch.ids)
@@ -172,6 +178,31 @@ def forward(adapter: SelectorAdapter, batch: Batch, frozen: Prefixes | None = No
     else:
         candidates = _read_beside(adapter, batch.last_ids[:, None], batch.prefix_lengths - 1, prefixes.groups(batch))
     return States(candidates, steps, base_steps if is_always else None)
+
+
+def _keep(adapter: SelectorAdapter, batch: Batch, base_steps: Tensor, per_group: float) -> None:
+    """Add to the batch as groups the steps that look most critical and are not, with the SLM's own order as target.
+
+    Every trajectory has `per_group` for each group of its own. There the two models agree within the divergence threshold,
+    so p_S stands for p_L, and no LLM is asked. Without them a selector learns from divergence points alone, and flips where
+    the trigger has fired for nothing.
+    """
+    values = adapter.selector.criticality_logits(base_steps)  # [M]
+    parts = []
+    for row, groups in enumerate(torch.bincount(batch.group_row).tolist()):
+        own = ((batch.step_index[0] == row) & ~batch.is_critical).nonzero()[:, 0]
+        parts.append(own[values[own].topk(min(round(per_group * groups), len(own))).indices])
+    places = torch.cat(parts)  # [n]
+    head = adapter.head(base_steps[places])[..., : adapter.loaded.vocab_size]
+    forbidden = torch.tensor([i for i in adapter.reserved.all if i < head.shape[-1]], device=head.device).long()
+    ids, logprobs = propose(head.index_fill(-1, forbidden, float("-inf")), batch.candidate_ids.shape[1])
+    rows, columns = batch.step_index[:, places]
+    batch.candidate_ids = torch.cat([batch.candidate_ids, ids])
+    batch.slm_logprobs = torch.cat([batch.slm_logprobs, logprobs])
+    batch.llm_probs = torch.cat([batch.llm_probs, logprobs.exp()])
+    batch.group_row = torch.cat([batch.group_row, rows])
+    batch.prefix_lengths = torch.cat([batch.prefix_lengths, columns + 1])
+    batch.last_ids = torch.cat([batch.last_ids, batch.step_ids[places]])
 
 
 def _read_prefixes(adapter: SelectorAdapter, ids: Tensor) -> Prefixes:

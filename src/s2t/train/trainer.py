@@ -23,7 +23,7 @@ from s2t.files import RunFolder, read_json, versions, write_json
 from s2t.model.adapter import BRANCH_SCOPES, AdapterConfig, SelectorAdapter, selector_problems
 from s2t.model.load import LoadedModel, load_model
 from s2t.progress import note
-from s2t.train.dataset import Batch, GroupData, make_batch, read_group_data
+from s2t.train.dataset import Batch, GroupData, Trajectory, make_batch, read_group_data
 from s2t.train.fit import Fit
 from s2t.train.forward import FrozenPrefixes, States, forward, lm_kl
 from s2t.train.processes import Processes, like, open_processes
@@ -171,14 +171,18 @@ class Trainer(Fit):
         trajectories = [data.trajectories[i] for i in places]
         device = self.adapter.loaded.device
         batch = make_batch(trajectories, data.threshold, data.warmup_steps, device, has_ids=reads_prefixes)
-        return forward(self.adapter, batch, frozen), batch
+        return forward(self.adapter, batch, frozen, self.config.kept), batch
 
     def counts(self, chosen: Sequence[int]) -> dict[str, int]:
         """Selection terms are means over groups, the others over trained steps."""
         trajectories = [self.data.trajectories[self.training[i]] for i in chosen]
-        groups = sum(len(t.group_steps) for t in trajectories)
+        groups = sum(len(t.group_steps) + self._num_kept(t) for t in trajectories)
         steps = sum(max(0, len(t.token_ids) - self.data.warmup_steps) for t in trajectories)
         return {"ce": groups, "pairwise": groups, "listwise": groups, "criticality": steps, "lm": steps}
+
+    def _num_kept(self, t: Trajectory) -> int:
+        quiet = int((t.divergence[self.data.warmup_steps :] <= self.data.threshold).sum())
+        return min(round(self.config.kept * len(t.group_steps)), quiet)
 
     def one_step(self, batch: Batch) -> dict[str, float]:
         """One optimizer step on a batch of one's own; returns the line of the log."""

@@ -42,7 +42,11 @@ def _fraction(problem_id: str) -> float:
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """Readings of all held-out groups, and of criticality at all their trajectories' steps."""
+    """Readings of all held-out groups, and of criticality at all their trajectories' steps.
+
+    Under readout `rank` the groups are divergence points and as many steps that merely look like some, where the SLM's first
+    choice is the right one: a selector that flips for nothing pays for it.
+    """
 
     readings: Tensor  # [N, K], what the adapter alone says
     slm_logprobs: Tensor  # [N, K]
