@@ -16,6 +16,7 @@ FLOORS = (
     {"errors", "records", "config"},
     {"core", "files", "hub", "progress", "scale", "shards", "tasks", "web", "workers"},
     {"model"},
+    {"methods"},
     {"decode"},
     {"summary", "traces"},
     {"measure", "collect", "train", "merge", "evaluate", "report", "serve"},
@@ -23,7 +24,7 @@ FLOORS = (
     {"studies", "reproduce"},
     {"cli", "integrations"},
 )
-WORKFLOWS = FLOORS[5]
+WORKFLOWS = FLOORS[6]
 ENTRIES = {"__init__", "__main__"}  # they re-export and start what is above everything
 MODEL_LIBRARIES = {"torch", "transformers", "peft", "tokenizers", "safetensors"}
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] != "__init__.py")

@@ -29,9 +29,10 @@ from s2t.config import (
 from s2t.decode.loop import Request
 from s2t.decode.prompts import ids_key, prompt_key, sample_key
 from s2t.decode.session import Generated, Session, open_llm
-from s2t.decode.strategies import Strategy, build_strategy, choose_sample
 from s2t.decode.workload import read_thresholds
 from s2t.errors import ConfigError
+from s2t.methods.sample import choose_sample
+from s2t.methods.strategies import Strategy, build_strategy
 from s2t.model.adapter import load_selector
 from s2t.model.load import load_model
 from s2t.model.merged import is_merged, local_folder

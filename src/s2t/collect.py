@@ -17,7 +17,6 @@ import pyarrow as pa
 from s2t.config import HOW_IT_RUNS, CollectConfig, DecodeConfig
 from s2t.decode.label import Labels
 from s2t.decode.session import Session, open_llm
-from s2t.decode.strategies import Strategy, build_strategy
 from s2t.decode.workload import (
     ServerReport,
     check_shards,
@@ -31,6 +30,7 @@ from s2t.decode.workload import (
 )
 from s2t.errors import ConfigError, DataError
 from s2t.files import MANIFEST, RunFolder, read_json, read_tables, write_json, write_table
+from s2t.methods.strategies import Strategy, build_strategy
 from s2t.progress import counted_as
 from s2t.records import Problem, Provenance, SelectionGroup
 from s2t.scale import Shard, to_files, write_missing

@@ -20,7 +20,6 @@ from s2t.config import HOW_IT_RUNS, MANY_SAMPLES, NEEDS_LLM, EvalConfig
 from s2t.decode.label import Labels
 from s2t.decode.loop import Request
 from s2t.decode.session import Generated, Session, check_needs
-from s2t.decode.strategies import Strategy, build_strategy, choose_sample
 from s2t.decode.workload import (
     ServerReport,
     check_shards,
@@ -33,6 +32,8 @@ from s2t.decode.workload import (
 )
 from s2t.errors import ConfigError
 from s2t.files import RunFolder, read_json, write_json, write_lines, write_text
+from s2t.methods.sample import choose_sample
+from s2t.methods.strategies import Strategy, build_strategy
 from s2t.model.adapter import AdapterConfig, selector_config, selector_problems
 from s2t.model.card import EVAL_FILE, measured, with_accuracy
 from s2t.progress import counted_as

@@ -19,7 +19,6 @@ from s2t.core.calibration import threshold_at
 from s2t.core.stats import clustered_rate_interval, hit_rate_curve
 from s2t.decode.label import Labels
 from s2t.decode.session import Generated, Session, open_llm
-from s2t.decode.strategies import build_strategy
 from s2t.decode.workload import (
     ServerReport,
     check_shards,
@@ -31,6 +30,7 @@ from s2t.decode.workload import (
 )
 from s2t.errors import DataError
 from s2t.files import RunFolder, load_run, read_tables, write_json, write_table
+from s2t.methods.strategies import build_strategy
 from s2t.model.load import load_model
 from s2t.progress import counted_as
 from s2t.records import Problem

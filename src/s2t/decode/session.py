@@ -27,9 +27,9 @@ from s2t.decode.remote.selector import check_served
 from s2t.decode.remote.served import ServedSLM
 from s2t.decode.remote.slm import RemoteDecoder
 from s2t.decode.remote.writer import RemoteWriter
-from s2t.decode.strategies import Strategy
 from s2t.decode.text_reference import TextReference
 from s2t.errors import ConfigError, ModelError
+from s2t.methods.strategies import Strategy
 from s2t.model.adapter import BRANCH_SCOPES, AdapterConfig, SelectorReader, load_selector
 from s2t.model.chat import decode_ids, prompt_ids
 from s2t.model.engine import Engine

@@ -32,9 +32,10 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from s2t.config import DecodeConfig, build_config
 from s2t.decode.loop import Decoder, Request
-from s2t.decode.strategies import Sampling, Strategy, build_strategy
 from s2t.decode.workload import read_thresholds
 from s2t.errors import ConfigError, ModelError
+from s2t.methods.sample import Sampling
+from s2t.methods.strategies import Strategy, build_strategy
 from s2t.model.adapter import SelectorAdapter, SelectorReader, attached_adapter, load_selector
 from s2t.model.engine import Engine
 from s2t.model.load import LoadedModel, wrap_model

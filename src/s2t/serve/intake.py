@@ -18,8 +18,9 @@ from s2t.decode.continuous import OwnRequest
 from s2t.decode.loop import Request
 from s2t.decode.prompts import ids_key, prompt_key, sample_key
 from s2t.decode.session import Session
-from s2t.decode.strategies import Sampling, Strategy
 from s2t.errors import S2TError
+from s2t.methods.sample import Sampling
+from s2t.methods.strategies import Strategy
 from s2t.model.encode import encode
 from s2t.model.size import TooLong, check_size, least_tokens
 from s2t.serve.backend import Job

@@ -13,9 +13,9 @@ from types import FrameType
 from s2t.config import MANY_SAMPLES, STRATEGIES, ServeConfig
 from s2t.decode.remote.selector import check_served
 from s2t.decode.session import Session
-from s2t.decode.strategies import Strategy, build_strategy
 from s2t.decode.workload import read_thresholds
 from s2t.errors import ConfigError, S2TError, missing_extra
+from s2t.methods.strategies import Strategy, build_strategy
 
 try:
     import uvicorn

@@ -17,9 +17,9 @@ from s2t.core.stats import (
     roc_curve,
 )
 from s2t.decode.session import Session
-from s2t.decode.strategies import build_strategy
 from s2t.decode.workload import open_task, requests_for, shards_of
 from s2t.files import read_json, read_tables, write_json
+from s2t.methods.strategies import build_strategy
 from s2t.progress import progress
 from s2t.studies.lab import Chart, Findings, Lab, Series
 
