@@ -16,6 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from s2t.config import (
     MANY_SAMPLES,
+    NEEDS_ADAPTER,
     NEEDS_LLM,
     READERS,
     STRATEGIES,
@@ -217,7 +218,7 @@ class Reasoner:
         _check_settings(name, settings, session)
         config = build_config(DecodeConfig, flags=settings)
         config.check_decode()
-        trained = session.selector if name == "s2t-local" else None
+        trained = session.selector if name in NEEDS_ADAPTER else None
         thresholds = read_thresholds(config.calibration) | (trained.thresholds if trained is not None else {})
         k = trained.num_candidates if trained is not None else None
         return _Plan(session, config, build_strategy(name, config, thresholds, k, seed))
@@ -325,9 +326,9 @@ def _check_settings(name: str, settings: dict[str, Any], session: Session) -> No
     check_effects([key for key, value in settings.items() if value is not None], [name], READERS)
     if name in NEEDS_LLM and session.llm is None:
         raise ConfigError(f"strategy {name} needs the LLM; pass --llm MODEL, or s2t.load(llm=...).")
-    if name == "s2t-local" and session.selector is None:
+    if name in NEEDS_ADAPTER and session.selector is None:
         raise ConfigError(
-            "strategy s2t-local needs an adapter, a folder written by `s2t train`; pass --adapter FOLDER, "
+            f"strategy {name} needs an adapter, a folder written by `s2t train`; pass --adapter FOLDER, "
             "or s2t.load(adapter=...)."
         )
 

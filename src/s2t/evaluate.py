@@ -114,7 +114,7 @@ def _contestants(config: EvalConfig, adapter: AdapterConfig | None) -> list[_Con
         for seed in range(config.seed, config.seed + config.num_seeds):
             strategy = build_strategy(base, settings, thresholds, k, seed)
             made.append(_Contestant(name, strategy, seed, seed == config.seed))
-            if strategy.sampling is None and strategy.trigger.name != "random":
+            if strategy.sampling is None and not strategy.trigger.is_random:
                 break
     return made
 

@@ -17,7 +17,7 @@ from s2t.config.learn import (
     MergeConfig,
     TrainConfig,
 )
-from s2t.config.methods import MANY_SAMPLES, METHODS, NEEDS_LLM, STRATEGIES, TRIGGERED, TRIGGERS, Method
+from s2t.config.methods import MANY_SAMPLES, METHODS, NEEDS_ADAPTER, NEEDS_LLM, STRATEGIES, TRIGGERED, TRIGGERS, Method
 from s2t.config.shared import (
     CRITICALITY_READINGS,
     DISTILLATIONS,
@@ -49,6 +49,7 @@ __all__ = [
     "HOW_IT_RUNS",
     "MANY_SAMPLES",
     "METHODS",
+    "NEEDS_ADAPTER",
     "NEEDS_LLM",
     "PLACES",
     "READERS",

@@ -98,7 +98,7 @@ class ContinuousDecoder(Decoder):
 
     def _draws(self, request: Request) -> np.ndarray:
         assert isinstance(request, OwnRequest)
-        if request.sampling is None and self.strategy.trigger.name != "random":
+        if request.sampling is None and not self.strategy.trigger.is_random:
             return np.zeros(0)
         length = request.max_new_tokens or self.max_new_tokens
         return uniforms(request.seed, request.key or str(request.index), length)

@@ -153,7 +153,7 @@ class Decoder:
     def _draws(self, request: Request) -> np.ndarray:
         """The uniforms that a request's samples, or its random trigger, take."""
         strategy = self.strategy
-        if strategy.sampling is None and strategy.trigger.name != "random":
+        if strategy.sampling is None and not strategy.trigger.is_random:
             return np.zeros(0)
         return uniforms(strategy.seed, request.key or str(request.index), self.max_new_tokens)
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from s2t.config import NEEDS_LLM, ModelConfig, RemoteConfig, ServedConfig
+from s2t.config import NEEDS_ADAPTER, NEEDS_LLM, ModelConfig, RemoteConfig, ServedConfig
 from s2t.core.support import resolve_support
 from s2t.decode.context import context_length, fit
 from s2t.decode.continuous import ContinuousDecoder
@@ -96,7 +96,7 @@ class Session:
             return cls.served(config, config, strategies, adapter, batch_size)
         needs_llm = any(name in NEEDS_LLM for name in strategies)
         slm = load_model(config.slm, **config.load_options)
-        loaded = load_selector(adapter, slm) if "s2t-local" in strategies else None
+        loaded = load_selector(adapter, slm) if NEEDS_ADAPTER.intersection(strategies) else None
         session = cls(slm, open_llm(config) if needs_llm else None, loaded, batch_size, variables=variables_of(config))
         if any(name in NEEDS_LLM - {"llm"} for name in strategies):
             session.check_tokens()
@@ -223,7 +223,7 @@ class Session:
         """The engine that writes, and the LLM beside it where the strategy reads one."""
         if strategy.name == "llm":
             return Engine(self.local_llm(), rows), None
-        engine = Engine(self.slm, rows, self.adapter if strategy.name == "s2t-local" else None)
+        engine = Engine(self.slm, rows, self.adapter if "adapter" in strategy.needs else None)
         return engine, self.reference(rows) if strategy.needs_llm else None
 
     def reference(self, num_rows: int) -> Reference:
@@ -354,10 +354,11 @@ def check_needs(config: ModelConfig, strategies: Sequence[str], adapter: str | N
         names = ", ".join(name for name in strategies if name in NEEDS_LLM)
         hint = " (its tokenizer, beside --llm-url)" if isinstance(config, RemoteConfig) and config.llm_urls else ""
         raise ConfigError(f"strategy {names} needs the LLM; pass --llm MODEL{hint}.")
-    if "s2t-local" in strategies and adapter is None and not is_merged(local_folder(config.slm, config.revision)):
-        others = ",".join(name for name in strategies if name != "s2t-local") or "greedy"
+    lacking = [name for name in strategies if name in NEEDS_ADAPTER]
+    if lacking and adapter is None and not is_merged(local_folder(config.slm, config.revision)):
+        others = ",".join(name for name in strategies if name not in NEEDS_ADAPTER) or "greedy"
         hint = f"; without one: --strategies {others}" if hasattr(config, "strategies") else ""
-        raise ConfigError(f"strategy s2t-local needs --adapter, a folder written by `s2t train`{hint}.")
+        raise ConfigError(f"strategy {', '.join(lacking)} needs --adapter, a folder written by `s2t train`{hint}.")
 
 
 def _for(strategy: Strategy, requests: Sequence[Request]) -> list[Request]:

@@ -74,6 +74,8 @@ class Trigger:
     name: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()
     """llm, adapter: what it reads beside the SLM."""
+    is_random: ClassVar[bool] = False
+    """Whether it reads the round's `draws`."""
 
     @classmethod
     def of(cls, config: DecodeConfig) -> Trigger:

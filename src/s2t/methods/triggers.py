@@ -22,6 +22,7 @@ class Random(Trigger):
     """Fires with a fixed probability; the threshold is that probability."""
 
     name = "random"
+    is_random = True
 
     def read(self, round: Round) -> Tensor:
         return round.draws

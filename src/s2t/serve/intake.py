@@ -179,7 +179,7 @@ class Intake:
 
     def _sampling(self, body: Body, strategy: str) -> tuple[int | None, Sampling | None]:
         """Seed (one by chance where none is given) and filters, for a strategy that draws random numbers."""
-        draws = strategy == "sample" or self.strategies[strategy].trigger.name == "random"
+        draws = strategy == "sample" or self.strategies[strategy].trigger.is_random
         if not draws:
             return None, None
         seed = secrets.randbelow(2**31) if body.seed is None else body.seed

@@ -74,7 +74,7 @@ class ContinuousRemoteDecoder(RemoteDecoder):
 
     def _draws(self, request: Request) -> np.ndarray:
         assert isinstance(request, OwnRequest)
-        if self.strategy.trigger.name != "random":
+        if not self.strategy.trigger.is_random:
             return np.zeros(0)
         return uniforms(request.seed, request.key or str(request.index), self._limit(request))
 

@@ -237,7 +237,7 @@ class RemoteDecoder:
         sequence.read = length
 
     def _draws(self, request: Request) -> np.ndarray:
-        if self.strategy.trigger.name != "random":
+        if not self.strategy.trigger.is_random:
             return np.zeros(0)
         return uniforms(self.strategy.seed, request.key or str(request.index), self._limit(request))
 
