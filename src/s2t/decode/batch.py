@@ -91,17 +91,16 @@ class Batch:
     def retire(self) -> None:
         """Free the slots of finished rows; the last rows move into the gaps."""
         for row in sorted((row for row in self.rows if row.is_finished), key=lambda row: -row.slot):
-            self.costs[row.request.index] = self._cost(row)
+            slm = self.engine.work[row.slot]
+            if self.stream is not None:
+                slm = slm + self.stream.engine.work[row.slot]
+            llm = self.reference.work[row.slot] if self.reference is not None else Work()
+            self.costs[row.request.index] = Cost(
+                row.steps, slm.forwards, llm.forwards, slm.processed, llm.processed, slm.flops, llm.flops
+            )
             last = self.rows.pop()
             if last is not row:
                 self._move(last, row.slot)
-
-    def _cost(self, row: Row) -> Cost:
-        slm = self.engine.work[row.slot]
-        if self.stream is not None:
-            slm = slm + self.stream.engine.work[row.slot]
-        llm = self.reference.work[row.slot] if self.reference is not None else Work()
-        return Cost(row.steps, slm.forwards, llm.forwards, slm.processed, llm.processed, slm.flops, llm.flops)
 
     def _move(self, row: Row, slot: int) -> None:
         assert self.hidden is not None

@@ -58,12 +58,8 @@ class Decoder:
         self.max_new_tokens, self.trace, self.adjust = max_new_tokens, trace, adjust
         has_stream = "adapter" in strategy.needs and engine.scope == "stream"
         self.batch = Batch(engine, reference, max_new_tokens, ends, self._draws, has_stream)
+        self.costs: dict[int, Cost] = self.batch.costs
         self._draft_length = self._policy()
-
-    @property
-    def costs(self) -> dict[int, Cost]:
-        """What finished requests cost, by request index."""
-        return self.batch.costs
 
     def _policy(self) -> DraftLength:
         if self.reference is None:
@@ -95,7 +91,7 @@ class Decoder:
     def _round(self) -> EngineRound:
         """Propose, trigger, candidates, select, accept, and one forward for all rows."""
         strategy = self.strategy
-        round = self._propose(self._ready())
+        round = self._propose()
         fired = self._fired(round)
         if fired and strategy.selector is not None:
             logits = round.logits if len(fired) == len(round.rows) else round.logits[fired]
@@ -107,17 +103,17 @@ class Decoder:
 
     # Proposing
 
-    def _ready(self) -> list[Row]:
-        """The rows whose next token is due; with `adjust` none while one of them is not."""
-        batch = self.batch
-        ready = [row for row in batch.rows if row.is_ready]
-        return [] if self.adjust is not None and (batch.waiting or len(ready) < len(batch.rows)) else ready
+    def _propose(self) -> EngineRound:
+        """The next token of every ready row and, beside an LLM, a draft behind it; depth by depth.
 
-    def _propose(self, ready: list[Row]) -> EngineRound:
-        """The next token of every ready row and, beside an LLM, a draft behind it; depth by depth."""
+        With `adjust` no row is ready before all are.
+        """
+        batch = self.batch
+        active = [row for row in batch.rows if row.is_ready]
+        if self.adjust is not None and (batch.waiting or len(active) < len(batch.rows)):
+            active = []
         rows, offsets, hidden, logits, greedy, tokens = [], [], [], [], [], []
-        depth, active = 0, list(ready)
-        states = self.batch.states_of(active) if active else torch.empty(0)
+        depth, states = 0, batch.states_of(active) if active else torch.empty(0)
         while active:
             hidden.append(states)
             logits.append(self._logits(active, states))
@@ -132,7 +128,11 @@ class Decoder:
                 break
             active = [row for row, _ in going]
             states = self.engine.extend([row.slot for row in active], [[token] for _, token in going])
-        return EngineRound(self.batch, rows, offsets, _join(hidden), _join(logits), greedy, tokens)
+        if not rows:
+            return EngineRound(batch, [], [], states, states, [], [])
+        at_once = len(hidden) == 1
+        states, values = (parts[0] if at_once else torch.cat(parts) for parts in (hidden, logits))
+        return EngineRound(batch, rows, offsets, states, values, greedy, tokens)
 
     def _logits(self, rows: Sequence[Row], states: Tensor) -> Tensor:
         if self.adjust is None:
@@ -202,7 +202,3 @@ def _check(engine: Engine, strategy: Strategy, reference: Reference | None) -> N
         )
     if "adapter" in strategy.needs and engine.adapter is None:
         raise ConfigError(f"strategy {strategy.name} needs --adapter, a folder written by `s2t train`.")
-
-
-def _join(parts: Sequence[Tensor]) -> Tensor:
-    return torch.cat(list(parts)) if len(parts) > 1 else parts[0] if parts else torch.empty(0)

@@ -47,6 +47,7 @@ class EngineRound(Round):
         self.taken: list[int] = []  # the places of these steps
         self._chosen: dict[int, tuple[int, int]] = {}  # place -> token, index among the candidates
         self._waiting: dict[int, Tensor | None] = {}  # place that feeds its greedy token -> states to keep for [K, H]
+        self.num_listed = batch.reference.num_listed if batch.reference is not None else None
         self._llm_logits: Tensor | None = None
         self._has_run = False
 
@@ -60,10 +61,6 @@ class EngineRound(Round):
     def adapter(self) -> SelectorReader:
         assert self.batch.engine.adapter is not None, "the method needs an adapter"
         return self.batch.engine.adapter
-
-    @property
-    def num_listed(self) -> int | None:
-        return self.batch.reference.num_listed if self.batch.reference is not None else None
 
     def llm_logits(self, places: Sequence[int] | None = None) -> Tensor:
         if self._llm_logits is not None:
@@ -85,11 +82,8 @@ class EngineRound(Round):
     def _asked(self, places: Sequence[int]) -> tuple[list[tuple[int, int]], dict[int, list[int]]]:
         """Places as the LLM beside the loop takes them: (row, offset) of each, and the drafts of these rows."""
         rows = dict.fromkeys(self.rows[place] for place in places)
-        drafts = {row.slot: self._draft(row) for row in rows}
+        drafts = {row.slot: [self.tokens[place] for place in self.places[row]] for row in rows}
         return [(self.rows[place].slot, self.offsets[place]) for place in places], drafts
-
-    def _draft(self, row: Row) -> list[int]:
-        return [self.tokens[place] for place in self.places[row]]
 
     def states(self, places: Sequence[int], ids: Tensor | None = None) -> Tensor:
         self._waiting = dict.fromkeys(places)
@@ -169,7 +163,7 @@ class EngineRound(Round):
         if len(places) > 1:
             engine.crop([row.slot], [engine.lengths[row.slot] - (len(places) - len(accepted))])
         if reference is not None:
-            reference.settle(row.slot, self._draft(row), accepted)
+            reference.settle(row.slot, [self.tokens[place] for place in places], accepted)
         row.is_ready, row.feed = False, [accepted[-1]]
 
     def _settle(self, place: int, states: Tensor | None) -> None:

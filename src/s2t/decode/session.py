@@ -268,15 +268,18 @@ class Session:
         """The raw stream of steps of some requests, with everything traced; for streaming and tracing."""
         requests, longest = self._fitted(strategy, requests, max_new_tokens)
         decoder = self.decoder(strategy, longest, len(requests), trace=True, stop=stop)
-        return decoder.run(_for(strategy, requests))
+        return decoder.run(requests)
 
     def _fitted(
         self, strategy: Strategy, requests: Sequence[Request], max_new_tokens: int
     ) -> tuple[list[Request], int]:
-        """The requests cut to what the models read (not what servers do, which know it), and the longest answer among them."""
+        """The requests as the strategy reads them, cut to what the models read (not what servers do, which know it), and the
+        longest answer among them.
+        """
         is_remote = strategy.name == "llm" and isinstance(self.llm, RemoteLLM)
         fitted = fit(requests, max_new_tokens, None if is_remote else self.context_length)
-        return fitted, max((request.max_new_tokens or 1 for request in fitted), default=1)
+        longest = max((request.max_new_tokens or 1 for request in fitted), default=1)
+        return [as_read(strategy.name, request) for request in fitted], longest
 
     def run(
         self,
@@ -299,7 +302,7 @@ class Session:
         place = {request.index: i for i, request in enumerate(requests)}
         done = [Generated() for _ in requests]
         shares = [1 / (request.max_new_tokens or longest) for request in requests]
-        for step in decoder.run(_for(strategy, requests)):
+        for step in decoder.run(requests):
             sequence, share = done[place[step.request]], shares[place[step.request]]
             sequence.add(step, keep_steps)
             is_last = step.finish_reason is not None
@@ -359,10 +362,6 @@ def check_needs(config: ModelConfig, strategies: Sequence[str], adapter: str | N
         others = ",".join(name for name in strategies if name not in NEEDS_ADAPTER) or "greedy"
         hint = f"; without one: --strategies {others}" if hasattr(config, "strategies") else ""
         raise ConfigError(f"strategy {', '.join(lacking)} needs --adapter, a folder written by `s2t train`{hint}.")
-
-
-def _for(strategy: Strategy, requests: Sequence[Request]) -> list[Request]:
-    return [as_read(strategy.name, request) for request in requests]
 
 
 def as_read(strategy: str, request: R) -> R:

@@ -33,6 +33,8 @@ class Round(ABC):
     """[n, H], the states that the logits come from."""
     logits: Tensor
     """[n, V] of the SLM, reserved ids at -inf."""
+    num_listed: int | None
+    """Likeliest tokens that the LLM's logits are true of; None for all."""
 
     @property
     @abstractmethod
@@ -43,11 +45,6 @@ class Round(ABC):
     @abstractmethod
     def adapter(self) -> SelectorReader:
         """What reads criticality and scores from states; only for methods that need an adapter."""
-
-    @property
-    @abstractmethod
-    def num_listed(self) -> int | None:
-        """Likeliest tokens that the LLM's logits are true of; None for all."""
 
     @abstractmethod
     def llm_logits(self, places: Sequence[int] | None = None) -> Tensor:
