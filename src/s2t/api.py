@@ -109,7 +109,7 @@ def load(
 
 
 def _served(config: _LoadConfig, adapter: str | None) -> Session:
-    names = ["s2t-local"] if is_merged(local_folder(config.slm)) else ["greedy"]
+    names = ["s2t-local"] if is_merged(local_folder(config.slm, config.revision)) else ["greedy"]
     return Session.served(config, config, names, adapter, 64)
 
 

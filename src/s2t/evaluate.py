@@ -54,7 +54,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         raise ConfigError(f"--card writes into the adapter's folder, and {config.adapter} is none; leave it out.")
     adapter = selector_config(config.adapter, config.slm, config.revision)
     run = RunFolder.open(config.out, "eval", config, ignore=(*HOW_IT_RUNS, "card"))
-    task = open_task(config, config.slm)
+    task = open_task(config, config.slm, config.revision)
     task.check_gradable()
     problems = task.problems(config.split, config.limit, config.seed)
     trained = selector_problems(config.adapter, config.slm, config.revision)
@@ -174,7 +174,7 @@ class _Evaluator:
     """Decodes and grades shards; the models are loaded and warm."""
 
     def __init__(self, config: EvalConfig, task: Task | None) -> None:
-        self.config, self.task = config, task or open_task(config, config.slm)
+        self.config, self.task = config, task or open_task(config, config.slm, config.revision)
         names = [name.partition("@")[0] for name in config.strategy_names]
         self.session = Session.open(config, names, config.adapter, config.batch_size)
         _warm_up(self.session)

@@ -138,7 +138,7 @@ def _read(lab: Lab, adapter: str, split: str, limit: int) -> dict[str, np.ndarra
         **(lab.models | lab.problems), adapter=adapter, strategies="s2t-local", limit=limit, split=split
     )
     session = Session.open(config, ["s2t-local", "s2t"], adapter, config.batch_size)
-    task = open_task(config, config.slm)
+    task = open_task(config, config.slm, config.revision)
     strategy = build_strategy("s2t-local", config, {"criticality": 1.0})  # never above 1: it reads and writes greedily
     parts: dict[str, list[np.ndarray]] = {"criticality": [], "divergence": [], "entropy": []}
     problems = task.problems(split, limit, config.seed)

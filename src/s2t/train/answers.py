@@ -87,7 +87,7 @@ class _Writer:
     def __init__(self, config: DistillConfig, task: Task | None) -> None:
         if config.llm is None:
             raise ConfigError("distill learns from the LLM; pass --llm MODEL.")
-        self.config, self.task = config, task or open_task(config, config.slm)
+        self.config, self.task = config, task or open_task(config, config.slm, config.revision)
         self.writer = config.policy if config.method == "on-policy-kd" else "llm"
         self.session = Session.open(config, [self.writer], None, config.batch_size)
         if self.session.llm is None:
