@@ -30,10 +30,10 @@ from s2t.config import (
 from s2t.decode.loop import Request
 from s2t.decode.prompts import ids_key, prompt_key, sample_key
 from s2t.decode.session import Generated, Session, open_llm
-from s2t.decode.workload import read_thresholds
+from s2t.decode.workload import strategy_of
 from s2t.errors import ConfigError
 from s2t.methods.sample import choose_sample
-from s2t.methods.strategies import Strategy, build_strategy
+from s2t.methods.strategies import Strategy
 from s2t.model.adapter import load_selector
 from s2t.model.load import load_model
 from s2t.model.merged import is_merged, local_folder
@@ -219,9 +219,7 @@ class Reasoner:
         config = build_config(DecodeConfig, flags=settings)
         config.check_decode()
         trained = session.selector if name in NEEDS_ADAPTER else None
-        thresholds = read_thresholds(config.calibration) | (trained.thresholds if trained is not None else {})
-        k = trained.num_candidates if trained is not None else None
-        return _Plan(session, config, build_strategy(name, config, thresholds, k, seed))
+        return _Plan(session, config, strategy_of(name, config, trained, seed))
 
     def _pieces(self, plan: _Plan, steps: Iterable[Step]) -> Iterator[str]:
         text = StoppingText(plan.tokenizer, plan.config.stop)

@@ -24,10 +24,10 @@ from s2t.decode.workload import (
     ServerReport,
     check_shards,
     open_task,
-    read_thresholds,
     requests_for,
     shard_workers,
     shards_of,
+    strategy_of,
     task_for_workers,
 )
 from s2t.errors import ConfigError
@@ -105,14 +105,12 @@ class _Contestant:
 
 def _contestants(config: EvalConfig, adapter: AdapterConfig | None) -> list[_Contestant]:
     """Every strategy once, and those that draw at random once per seed; raises ConfigError for what does not fit."""
-    thresholds = read_thresholds(config.calibration) | (adapter.thresholds if adapter is not None else {})
-    k = adapter.num_candidates if adapter is not None else None
     made = []
     for name in config.strategy_names:
         base, _, trigger = name.partition("@")
         settings = replace(config, trigger=trigger or config.trigger)
         for seed in range(config.seed, config.seed + config.num_seeds):
-            strategy = build_strategy(base, settings, thresholds, k, seed)
+            strategy = strategy_of(base, settings, adapter, seed)
             made.append(_Contestant(name, strategy, seed, seed == config.seed))
             if strategy.sampling is None and not strategy.trigger.is_random:
                 break
