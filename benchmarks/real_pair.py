@@ -2,9 +2,9 @@
 
     python benchmarks/real_pair.py runs/qwen2.5-coder                # -> docs/results/real-pair.json and real-pair.md
 
-An arm that was run alone (`s2t eval --out runs/qwen2.5-coder/ARM`) is read from the folder of its name. Arms and tasks whose folders
-are not there, or not finished, are named and left out. Accuracies have Wilson's 95 %
-intervals; two arms are compared on the problems that both have.
+An arm that was run alone (`s2t eval --out runs/qwen2.5-coder/ARM`) is read from the folder of its name. Arms and tasks whose
+folders are not there, or not finished, are named and left out. Accuracies have Wilson's 95 % intervals; two arms are compared
+on the problems that both have.
 """
 
 from __future__ import annotations

@@ -8,13 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from s2t.config import ShardConfig, TaskConfig
+from s2t.config import DecodeConfig, ShardConfig, TaskConfig
 from s2t.decode.context import check_fits
 from s2t.decode.loop import Request
 from s2t.decode.remote.counts import merge_reports
 from s2t.decode.session import Session
 from s2t.errors import DataError
 from s2t.files import RunFolder, read_json, read_tables, write_json
+from s2t.methods.strategies import Strategy, build_strategy
+from s2t.model.adapter import AdapterConfig
 from s2t.model.merged import base_model
 from s2t.model.tiny import is_embedded
 from s2t.records import Problem
@@ -26,11 +28,11 @@ S = TypeVar("S")
 R = TypeVar("R")
 
 
-def open_task(config: TaskConfig, slm: str) -> Task:
+def open_task(config: TaskConfig, slm: str, revision: str | None = None) -> Task:
     """The task under its prompt style; `auto` is plain for the embedded pair and step by step for others."""
     style = config.prompt
     if style == "auto":
-        style = "plain" if is_embedded(base_model(slm)) else "cot"
+        style = "plain" if is_embedded(base_model(slm, revision)) else "cot"
     return load_task(config.task, style)
 
 
@@ -100,6 +102,14 @@ def requests_for(
         for k in range(num_samples):
             requests.append(replace(request, index=request.index + k, key=f"{problem.problem_id}/{k}"))
     return requests
+
+
+def strategy_of(name: str, config: DecodeConfig, trained: AdapterConfig | None = None, seed: int = 0) -> Strategy:
+    """A strategy from a command's settings: its threshold and K are the settings' own, else those of the selector that was
+    trained, else of the calibration file. Raises as `build_strategy`, and DataError for what is no calibration file.
+    """
+    thresholds = read_thresholds(config.calibration) | (trained.thresholds if trained is not None else {})
+    return build_strategy(name, config, thresholds, trained.num_candidates if trained is not None else None, seed)
 
 
 def read_thresholds(calibration: str | Path | None) -> dict[str, float]:
