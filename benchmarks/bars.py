@@ -28,11 +28,11 @@ from s2t.bench.train import TrainBench
 from s2t.config import BenchConfig, DecodeConfig, TaskConfig
 from s2t.decode.label import label
 from s2t.decode.loop import Request
-from s2t.decode.selectors import LocalSelector
 from s2t.decode.session import Session
-from s2t.decode.strategies import Strategy, build_strategy
-from s2t.decode.triggers import Random
 from s2t.decode.workload import open_task, requests_for
+from s2t.methods.select import S2TLocal
+from s2t.methods.strategies import Strategy, build_strategy
+from s2t.methods.triggers import Random
 from s2t.model.engine import Engine
 
 CPU = torch.device("cpu")
@@ -130,7 +130,7 @@ def _pair(strategies: list[str], batch_size: int = 64) -> tuple[Session, list[Re
 def section_maj8() -> dict[str, float]:
     session, requests, sampled = _pair([])
     session.adapter = untrained_adapter(session.slm, "rank", "step")
-    local = Strategy("s2t-local", Random(), RATE, LocalSelector())
+    local = Strategy("s2t-local", Random(), RATE, S2TLocal())
     sample = build_strategy("self-consistency", DecodeConfig(), {})
     tokens: dict[str, int] = {}
 
@@ -244,9 +244,7 @@ def _decode_memory(with_selection: bool) -> dict[str, float]:
     ids = torch.randint(4, loaded.vocab_size, (8, 256), generator=torch.Generator().manual_seed(0)).tolist()
     requests = [Request(i, row, key) for (i, row), key in zip(enumerate(ids), keys, strict=True)]
     name = "s2t-local" if with_selection else "greedy"
-    how = (
-        Strategy(name, Random(), rate, LocalSelector()) if with_selection else build_strategy(name, DecodeConfig(), {})
-    )
+    how = Strategy(name, Random(), rate, S2TLocal()) if with_selection else build_strategy(name, DecodeConfig(), {})
     before = memory_bytes()
     session.run(how, requests, 50)
     return {"peak": peak_memory_bytes(CPU), "before": before}

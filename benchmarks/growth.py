@@ -18,9 +18,9 @@ from s2t.bench.decode import DecodeBench, exact_keys
 from s2t.bench.timing import machine
 from s2t.config import BenchConfig
 from s2t.decode.loop import Decoder, Request
-from s2t.decode.selectors import LocalSelector
-from s2t.decode.strategies import Strategy
-from s2t.decode.triggers import Never, Random
+from s2t.methods.select import S2TLocal
+from s2t.methods.strategies import Strategy
+from s2t.methods.triggers import Never, Random
 from s2t.model.engine import Engine
 
 matplotlib.use("Agg")
@@ -38,7 +38,7 @@ def main() -> None:
     engines = {"greedy": Engine(bench.base, 1), "s2t-local": Engine(bench.adapter.loaded, 1, bench.adapter)}
     strategies = {
         "greedy": Strategy("greedy", Never()),
-        "s2t-local": Strategy("s2t-local", Random(), RATE, LocalSelector()),
+        "s2t-local": Strategy("s2t-local", Random(), RATE, S2TLocal()),
     }
     runs = {
         name: Decoder(engine, strategies[name], None, LENGTHS[-1]).run([Request(0, prompt, key)])

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s2t.core.bins import candidate_score, expected_bin
 from s2t.core.losses import (
     criticality_loss,
     listwise_kl,
@@ -18,6 +17,7 @@ from s2t.core.losses import (
     pairwise_margin,
     selection_cross_entropy,
 )
+from s2t.core.rule import expected_bin, score
 from s2t.model.adapter import SelectorAdapter
 from s2t.train.dataset import Batch
 from s2t.train.trainer import Trainer
@@ -71,7 +71,8 @@ def _group_loss(trainer: Trainer, batch: Batch, group: int) -> Tensor:
     hidden = output.hidden_states[-1]  # [K, P + 1, H]
     bins = adapter.selector.bin_logits(hidden[:, -1])[None]  # [1, K, R]
     llm_probs = batch.llm_probs[group : group + 1]
-    scores = candidate_score(bins, batch.slm_logprobs[group : group + 1], config.score_temperature, config.prior_weight)
+    readings = expected_bin(bins) / config.score_temperature
+    scores = score(readings, batch.slm_logprobs[group : group + 1], 1.0, config.prior_weight)
     row, column = batch.step_index
     steps = column[row == batch.group_row[group]]
     steps = steps[steps < length]

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 import s2t
 from s2t.config import EvalConfig
 from s2t.decode.session import Session
-from s2t.decode.strategies import choose_sample
 from s2t.errors import ConfigError
 from s2t.evaluate import _num_traces, evaluate
+from s2t.methods.sample import choose_sample
 from s2t.model.adapter import AdapterConfig, SelectorAdapter, adapter_config
 from s2t.model.load import load_model
 from s2t.records import Candidates, Step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ FLOORS = (
     {"errors", "records", "config"},
     {"core", "files", "hub", "progress", "scale", "shards", "tasks", "web", "workers"},
     {"model"},
+    {"methods"},
     {"decode"},
     {"summary", "traces"},
     {"measure", "collect", "train", "merge", "evaluate", "report", "serve"},
@@ -23,7 +25,7 @@ FLOORS = (
     {"studies", "reproduce"},
     {"cli", "integrations"},
 )
-WORKFLOWS = FLOORS[5]
+WORKFLOWS = FLOORS[6]
 ENTRIES = {"__init__", "__main__"}  # they re-export and start what is above everything
 MODEL_LIBRARIES = {"torch", "transformers", "peft", "tokenizers", "safetensors"}
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] != "__init__.py")
@@ -110,3 +112,40 @@ def test_public_names_are_listed_and_unknown_ones_refused():
     assert {"load", "generate", "stream", "__version__"} <= set(dir(s2t))
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = s2t.no_such_name
+
+
+@pytest.fixture(scope="module")
+def shape():
+    """benchmarks/shape.py, which measures the same."""
+    spec = importlib.util.spec_from_file_location("shape", Path(__file__).parents[1] / "benchmarks" / "shape.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_no_module_is_imported_in_a_circle_or_from_above(shape):
+    graph = shape.imports()
+    assert [set(units) for units in shape.FLOORS] == list(FLOORS)
+    assert len(graph) > 150 and shape.circles(graph) == [] and shape.arrows_up(graph) == []
+
+
+def test_a_circle_and_an_arrow_up_would_be_found(shape):
+    graph = {
+        "s2t.core.a": {"s2t.model.b"},
+        "s2t.model.b": {"s2t.model.c"},
+        "s2t.model.c": {"s2t.core.a"},
+        "s2t.errors": set(),
+    }
+    assert shape.circles(graph) == [["s2t.core.a", "s2t.model.b", "s2t.model.c"]]
+    assert shape.arrows_up(graph) == ["s2t.core.a -> s2t.model.b"]
+
+
+def test_what_an_answer_runs_through_is_counted_without_what_is_not_ours(shape):
+    from s2t.core.rule import winner
+
+    assert shape.answered(lambda: sorted([winner([1.0, 2.0]), winner([0.5])])) == {
+        "functions": 1,
+        "files": 1,
+        "depth": 1,
+    }

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,14 +16,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import s2t
-from s2t.config import MergeConfig
+from s2t.collect import collect
+from s2t.config import CollectConfig, MergeConfig
 from s2t.errors import ConfigError, ModelError
 from s2t.files import RunFolder, write_json
 from s2t.merge import merge
+from s2t.model import merged as merged_module
 from s2t.model.adapter import AdapterConfig, MergedSelector, SelectorAdapter, load_adapter, load_selector
 from s2t.model.engine import Engine, Head
-from s2t.model.load import load_model
-from s2t.model.merged import ADAPTER_FOLDER, is_merged, read_merged
+from s2t.model.load import load_model, load_without_weights
+from s2t.model.merged import ADAPTER_FOLDER, base_model, is_merged, read_merged
 
 torch.set_num_threads(1)
 
@@ -422,3 +425,44 @@ def test_a_model_that_is_merged_already_can_be_merged_again(folders, tmp_path):
     question, settings = PROMPTS[1], {"max_new_tokens": 16}
     left = s2t.load(merged, adapter=adapter).generate(question, **settings)
     assert left.token_ids == s2t.load(str(tmp_path / "twice")).generate(question, **settings).token_ids
+
+
+@pytest.fixture
+def on_the_hub(folders, monkeypatch):
+    """A merged model that the hub has as me/merged, at the revision v2 alone."""
+    folder = Path(folders["step"][2])
+
+    def downloaded(name, revision, what, fits):
+        return folder if (name, revision) == ("me/merged", "v2") and fits(folder) else None
+
+    monkeypatch.setattr(merged_module, "_downloaded", downloaded)
+    return {"slm": "me/merged", "revision": "v2"}
+
+
+def test_a_merged_model_of_the_hub_collects_with_its_own_selector(on_the_hub, folders, tmp_path):
+    config = CollectConfig(
+        **on_the_hub,
+        llm=folders["step"][0],
+        policy="s2t-local",
+        threshold=-1.0,
+        limit=2,
+        max_new_tokens=8,
+        dtype="float32",
+        out=str(tmp_path / "collect"),
+    )
+    assert collect(config)["num_groups"] > 0
+    with pytest.raises(ConfigError, match="strategy s2t-local needs --adapter"):
+        collect(replace(config, revision=None, out=str(tmp_path / "other")))
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("slm", ["tiny:slm", "folder"])
+def test_a_plain_model_that_is_here_does_not_collect_with_a_selector(slm, folders):
+    with pytest.raises(ConfigError, match="policy s2t-local needs --adapter"):
+        CollectConfig(slm=folders["step"][0] if slm == "folder" else slm, policy="s2t-local")
+
+
+def test_the_revision_of_a_merged_model_is_kept_wherever_it_is_looked_at(on_the_hub, folders):
+    known = load_without_weights(*on_the_hub.values())  # as for an SLM on servers
+    assert known.merged is not None and known.merged.scope == "step"
+    assert base_model(*on_the_hub.values()) == folders["step"][0]

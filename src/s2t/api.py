@@ -16,6 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from s2t.config import (
     MANY_SAMPLES,
+    NEEDS_ADAPTER,
     NEEDS_LLM,
     READERS,
     STRATEGIES,
@@ -29,9 +30,10 @@ from s2t.config import (
 from s2t.decode.loop import Request
 from s2t.decode.prompts import ids_key, prompt_key, sample_key
 from s2t.decode.session import Generated, Session, open_llm
-from s2t.decode.strategies import Strategy, build_strategy, choose_sample
 from s2t.decode.workload import read_thresholds
 from s2t.errors import ConfigError
+from s2t.methods.sample import choose_sample
+from s2t.methods.strategies import Strategy, build_strategy
 from s2t.model.adapter import load_selector
 from s2t.model.load import load_model
 from s2t.model.merged import is_merged, local_folder
@@ -107,7 +109,7 @@ def load(
 
 
 def _served(config: _LoadConfig, adapter: str | None) -> Session:
-    names = ["s2t-local"] if is_merged(local_folder(config.slm)) else ["greedy"]
+    names = ["s2t-local"] if is_merged(local_folder(config.slm, config.revision)) else ["greedy"]
     return Session.served(config, config, names, adapter, 64)
 
 
@@ -216,7 +218,7 @@ class Reasoner:
         _check_settings(name, settings, session)
         config = build_config(DecodeConfig, flags=settings)
         config.check_decode()
-        trained = session.selector if name == "s2t-local" else None
+        trained = session.selector if name in NEEDS_ADAPTER else None
         thresholds = read_thresholds(config.calibration) | (trained.thresholds if trained is not None else {})
         k = trained.num_candidates if trained is not None else None
         return _Plan(session, config, build_strategy(name, config, thresholds, k, seed))
@@ -324,9 +326,9 @@ def _check_settings(name: str, settings: dict[str, Any], session: Session) -> No
     check_effects([key for key, value in settings.items() if value is not None], [name], READERS)
     if name in NEEDS_LLM and session.llm is None:
         raise ConfigError(f"strategy {name} needs the LLM; pass --llm MODEL, or s2t.load(llm=...).")
-    if name == "s2t-local" and session.selector is None:
+    if name in NEEDS_ADAPTER and session.selector is None:
         raise ConfigError(
-            "strategy s2t-local needs an adapter, a folder written by `s2t train`; pass --adapter FOLDER, "
+            f"strategy {name} needs an adapter, a folder written by `s2t train`; pass --adapter FOLDER, "
             "or s2t.load(adapter=...)."
         )
 

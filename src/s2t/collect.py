@@ -16,8 +16,7 @@ import pyarrow as pa
 
 from s2t.config import HOW_IT_RUNS, CollectConfig, DecodeConfig
 from s2t.decode.label import Labels
-from s2t.decode.session import Session, open_llm
-from s2t.decode.strategies import Strategy, build_strategy
+from s2t.decode.session import Session, check_needs, open_llm
 from s2t.decode.workload import (
     ServerReport,
     check_shards,
@@ -31,6 +30,7 @@ from s2t.decode.workload import (
 )
 from s2t.errors import ConfigError, DataError
 from s2t.files import MANIFEST, RunFolder, read_json, read_tables, write_json, write_table
+from s2t.methods.strategies import Strategy, build_strategy
 from s2t.progress import counted_as
 from s2t.records import Problem, Provenance, SelectionGroup
 from s2t.scale import Shard, to_files, write_missing
@@ -59,8 +59,9 @@ SCHEMA = pa.schema(
 def collect(config: CollectConfig) -> dict[str, Any]:
     """Collect groups and return their counts (also collect.json); a killed run resumes by shard, without loss or duplicates."""
     threshold = _threshold(config)
+    check_needs(config, [config.policy], config.adapter)
     run = RunFolder.open(config.out, "collect", config, ignore=HOW_IT_RUNS)
-    task = open_task(config, config.slm)
+    task = open_task(config, config.slm, config.revision)
     heldout = heldout_templates(task.templates(), config.heldout_templates)
     problems = problems_outside(task, config.split, config.limit, config.seed, heldout)
     parts = shards_of(problems, config.shard_size)
@@ -90,7 +91,11 @@ class _Collector:
     def __init__(self, config: CollectConfig, task: Task | None, threshold: float) -> None:
         if config.llm is None:
             raise ConfigError("collect labels with the LLM; pass --llm MODEL.")
-        self.config, self.task, self.threshold = config, task or open_task(config, config.slm), threshold
+        self.config, self.task, self.threshold = (
+            config,
+            task or open_task(config, config.slm, config.revision),
+            threshold,
+        )
         self.session = Session.open(config, [config.policy], config.adapter, config.batch_size)
         if self.session.llm is None:
             self.session.llm = open_llm(config)

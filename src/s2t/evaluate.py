@@ -20,7 +20,6 @@ from s2t.config import HOW_IT_RUNS, MANY_SAMPLES, NEEDS_LLM, EvalConfig
 from s2t.decode.label import Labels
 from s2t.decode.loop import Request
 from s2t.decode.session import Generated, Session, check_needs
-from s2t.decode.strategies import Strategy, build_strategy, choose_sample
 from s2t.decode.workload import (
     ServerReport,
     check_shards,
@@ -33,6 +32,8 @@ from s2t.decode.workload import (
 )
 from s2t.errors import ConfigError
 from s2t.files import RunFolder, read_json, write_json, write_lines, write_text
+from s2t.methods.sample import choose_sample
+from s2t.methods.strategies import Strategy, build_strategy
 from s2t.model.adapter import AdapterConfig, selector_config, selector_problems
 from s2t.model.card import EVAL_FILE, measured, with_accuracy
 from s2t.progress import counted_as
@@ -53,7 +54,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         raise ConfigError(f"--card writes into the adapter's folder, and {config.adapter} is none; leave it out.")
     adapter = selector_config(config.adapter, config.slm, config.revision)
     run = RunFolder.open(config.out, "eval", config, ignore=(*HOW_IT_RUNS, "card"))
-    task = open_task(config, config.slm)
+    task = open_task(config, config.slm, config.revision)
     task.check_gradable()
     problems = task.problems(config.split, config.limit, config.seed)
     trained = selector_problems(config.adapter, config.slm, config.revision)
@@ -113,7 +114,7 @@ def _contestants(config: EvalConfig, adapter: AdapterConfig | None) -> list[_Con
         for seed in range(config.seed, config.seed + config.num_seeds):
             strategy = build_strategy(base, settings, thresholds, k, seed)
             made.append(_Contestant(name, strategy, seed, seed == config.seed))
-            if strategy.sampling is None and strategy.trigger.name != "random":
+            if strategy.sampling is None and not strategy.trigger.is_random:
                 break
     return made
 
@@ -173,7 +174,7 @@ class _Evaluator:
     """Decodes and grades shards; the models are loaded and warm."""
 
     def __init__(self, config: EvalConfig, task: Task | None) -> None:
-        self.config, self.task = config, task or open_task(config, config.slm)
+        self.config, self.task = config, task or open_task(config, config.slm, config.revision)
         names = [name.partition("@")[0] for name in config.strategy_names]
         self.session = Session.open(config, names, config.adapter, config.batch_size)
         _warm_up(self.session)

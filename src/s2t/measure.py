@@ -19,7 +19,6 @@ from s2t.core.calibration import threshold_at
 from s2t.core.stats import clustered_rate_interval, hit_rate_curve
 from s2t.decode.label import Labels
 from s2t.decode.session import Generated, Session, open_llm
-from s2t.decode.strategies import build_strategy
 from s2t.decode.workload import (
     ServerReport,
     check_shards,
@@ -31,6 +30,7 @@ from s2t.decode.workload import (
 )
 from s2t.errors import DataError
 from s2t.files import RunFolder, load_run, read_tables, write_json, write_table
+from s2t.methods.strategies import build_strategy
 from s2t.model.load import load_model
 from s2t.progress import counted_as
 from s2t.records import Problem
@@ -45,7 +45,7 @@ _NUM_RESAMPLES = 2000
 def measure(config: MeasureConfig) -> dict[str, Any]:
     """Measure a pair and return measure.json; resumes by shard. Source: arXiv 2604.26940, local sufficiency."""
     run = RunFolder.open(config.out, "measure", config, ignore=HOW_IT_RUNS)
-    task = open_task(config, config.slm)
+    task = open_task(config, config.slm, config.revision)
     problems = task.problems(config.split, config.limit, config.seed)
     parts = shards_of(problems, config.shard_size)
     check_shards(run, "steps", "parquet", parts)
@@ -72,7 +72,7 @@ class _Measurer:
 
     def __init__(self, config: MeasureConfig, task: Task | None) -> None:
         slm = load_model(config.slm, **config.load_options)
-        self.config, self.task = config, task or open_task(config, config.slm)
+        self.config, self.task = config, task or open_task(config, config.slm, config.revision)
         self.session = Session(slm, open_llm(config), batch_size=config.batch_size, variables=config.template_variables)
         self.session.check_tokens()
         self.session.note_unread()

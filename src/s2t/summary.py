@@ -9,7 +9,7 @@ import numpy as np
 
 from s2t.config import NEEDS_LLM, EvalConfig
 from s2t.core.stats import bootstrap_interval, clustered_rate_interval, holm_p_values, paired_comparison, pass_at
-from s2t.decode.strategies import choose_sample
+from s2t.methods.sample import choose_sample
 from s2t.model.adapter import AdapterConfig
 from s2t.model.lora import distilled_from
 from s2t.model.metadata import is_same_source

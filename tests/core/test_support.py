@@ -32,6 +32,8 @@ BUCKETED = tuple(kind for kind in DIVERGENCES if kind != "released-code")
 def rows(low=-30.0, high=30.0, max_size=12, unique=False):
     """Two rows of logits of one size; `unique` values leave no doubt which are the best of a row."""
     number = st.floats(low, high, width=32)
+    if unique:  # float32 logits that differ by less may have one log-probability
+        number = st.integers(int(1000 * low), int(1000 * high)).map(lambda value: value / 1000)
     return st.integers(2, max_size).flatmap(
         lambda size: st.tuples(*(st.lists(number, min_size=size, max_size=size, unique=unique) for _ in range(2)))
     )

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from s2t.config import DecodeConfig
 from s2t.decode.loop import Request
 from s2t.decode.session import Generated, Session
-from s2t.decode.strategies import Strategy, build_strategy
+from s2t.methods.strategies import Strategy, build_strategy
 from s2t.model.adapter import AdapterConfig, SelectorAdapter
 from s2t.model.load import LoadedModel, wrap_model
 

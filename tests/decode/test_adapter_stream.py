@@ -83,7 +83,7 @@ def test_the_adapter_reads_nothing_until_a_row_triggers(adapters, strategy, prom
         return decoder, steps
 
     decoder, _ = run(strategy("s2t-local", trigger="never"))
-    assert decoder.stream is not None and all(work.forwards == 0 for work in decoder.stream.engine.work)
+    assert decoder.batch.stream is not None and all(work.forwards == 0 for work in decoder.batch.stream.engine.work)
     decoder, steps = run(strategy("s2t-local", **HALF))
     for index, prompt in enumerate(prompts):
         own = [step for step in steps if step.request == index]

@@ -10,7 +10,7 @@ import pytest
 from s2t.decode.continuous import OwnRequest
 from s2t.decode.loop import Request
 from s2t.decode.session import Session
-from s2t.decode.strategies import Sampling
+from s2t.methods.sample import Sampling
 
 LENGTH = 24
 
@@ -57,9 +57,9 @@ def test_a_request_gets_what_it_gets_alone_whoever_comes_and_goes(name, slm, llm
         if request.index % 5 == 4:
             gone.add(request.index - 1)
             decoder.cancel(request.index - 1)
-            assert request.index - 1 not in {row.request.index for row in decoder.rows}
+            assert request.index - 1 not in {row.request.index for row in decoder.batch.rows}
     drain(decoder, found)
-    assert not decoder.rows
+    assert not decoder.batch.rows
     assert not decoder.costs.keys() & gone
     for request in asked:
         if request.index in gone:
@@ -125,7 +125,7 @@ def test_cancelling_what_waits_what_runs_and_what_is_unknown(slm, prompts, strat
     decoder.cancel(0)
     decoder.cancel(1)
     decoder.cancel(99)
-    assert not decoder.rows
+    assert not decoder.batch.rows
     assert set(drain(decoder, {})) == {2}
     assert not decoder.is_busy
 

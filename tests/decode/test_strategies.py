@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from s2t.config import STRATEGIES, DecodeConfig
-from s2t.decode.strategies import build_strategy, vote
 from s2t.errors import ConfigError
+from s2t.methods.sample import vote
+from s2t.methods.strategies import build_strategy
 
 
 @pytest.mark.parametrize(

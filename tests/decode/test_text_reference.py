@@ -9,9 +9,9 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from s2t.config import DecodeConfig
 from s2t.decode.session import Session
-from s2t.decode.strategies import build_strategy
 from s2t.decode.text_reference import TextReference
 from s2t.errors import ConfigError
+from s2t.methods.strategies import build_strategy
 from s2t.model.chat import decode_ids
 from s2t.model.engine import Engine
 from s2t.model.load import load_model, wrap_model

@@ -9,9 +9,9 @@ import torch
 
 from s2t.bench.decode import untrained_adapter
 from s2t.decode.loop import Decoder, Request
-from s2t.decode.selectors import LocalSelector
-from s2t.decode.strategies import Strategy
-from s2t.decode.triggers import Random
+from s2t.methods.select import S2TLocal
+from s2t.methods.strategies import Strategy
+from s2t.methods.triggers import Random
 from s2t.model.engine import Engine
 from s2t.model.static import _columns, _power
 
@@ -106,7 +106,7 @@ def test_an_engine_on_a_cpu_runs_eagerly_unless_told_otherwise(random_model):
 def test_the_loop_writes_the_same_in_fixed_shapes(random_model, scope):
     loaded = random_model("qwen2")
     adapter = untrained_adapter(loaded, "rank" if scope == "step" else "bins", scope)
-    strategy = Strategy("s2t-local", Random(), 0.2, LocalSelector(), K)
+    strategy = Strategy("s2t-local", Random(), 0.2, S2TLocal(), K)
 
     def write(execution):
         decoder = Decoder(Engine(loaded, 3, adapter, execution), strategy, None, 24)

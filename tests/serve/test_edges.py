@@ -327,8 +327,8 @@ def test_clients_that_hang_up_free_their_rows(serve):
             stream.close()
         assert server.idle(5)
         decoder = server.service.backend._decoders["greedy"]
-        assert not decoder.rows
-        assert not decoder.waiting
+        assert not decoder.batch.rows
+        assert not decoder.batch.waiting
         assert not decoder.costs
         assert not server.service._answers
         assert "s2t_cancelled_sequences_total 6.0" in httpx.get(f"{server.url}/metrics").text
@@ -355,7 +355,7 @@ def test_a_failure_of_the_engine_ends_its_requests_and_not_the_server(serve, mon
     with serve(endless=True) as server:
         assert post(server, COMPLETION | {"model": f"{NAME}:greedy"}, "/v1/completions").status_code == 200
         decoder = server.service.backend._decoders["greedy"]
-        monkeypatch.setattr(decoder, "_round", lambda waiting: 1 / 0)
+        monkeypatch.setattr(decoder, "_round", lambda: 1 / 0)
         with caplog.at_level(logging.ERROR), pytest.raises(openai.APIError, match="the engine failed") as caught:
             list(server.client().completions.create(**LONG, stream=is_streamed))
         assert "ZeroDivisionError" in caplog.text

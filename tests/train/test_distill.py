@@ -26,12 +26,12 @@ from s2t.config import (
 )
 from s2t.decode.label import llm_targets
 from s2t.decode.session import Session
-from s2t.decode.strategies import build_strategy
 from s2t.decode.workload import open_task, requests_for
 from s2t.errors import ConfigError, OverlapError
 from s2t.evaluate import evaluate
 from s2t.files import RunFolder, load_run, read_json, read_jsonl
 from s2t.measure import calibrate, measure
+from s2t.methods.strategies import build_strategy
 from s2t.model.adapter import load_adapter, selector_problems
 from s2t.model.chat import decode_ids
 from s2t.model.load import load_model

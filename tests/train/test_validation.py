@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from s2t.core.bins import combine
+from s2t.core.rule import score
 from s2t.train.trainer import Trainer
 from s2t.train.validation import HeldOut, split_by_problem
 
 
 def rank_combine(readings, logprobs, weight):
-    return combine(readings, logprobs, weight, 1 - weight)
+    return score(readings, logprobs, weight, 1 - weight)
 
 
 def held_out(readings, logprobs, probs, criticality=(0.9, 0.2, 0.1, 0.6), is_critical=(True, False, False, False)):

@@ -12,8 +12,8 @@ from s2t.config import BenchConfig, DecodeConfig, TaskConfig
 from s2t.core.calibration import threshold_at
 from s2t.decode.loop import Request
 from s2t.decode.session import Session
-from s2t.decode.strategies import build_strategy
 from s2t.decode.workload import open_task, requests_for
+from s2t.methods.strategies import build_strategy
 
 _STORED = 16  # candidates of a group
 

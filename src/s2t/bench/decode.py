@@ -20,9 +20,9 @@ from s2t.core.sampling import uniforms
 from s2t.decode.label import label
 from s2t.decode.loop import Decoder, Request
 from s2t.decode.reference import ModelReference
-from s2t.decode.selectors import LLMSelector, LocalSelector
-from s2t.decode.strategies import Strategy
-from s2t.decode.triggers import Divergence, Never, Random
+from s2t.methods.select import S2T, S2TLocal
+from s2t.methods.strategies import Strategy
+from s2t.methods.triggers import Divergence, Never, Random
 from s2t.model.adapter import AdapterConfig, SelectorAdapter
 from s2t.model.engine import Engine
 from s2t.model.load import LoadedModel
@@ -76,7 +76,7 @@ class DecodeBench:
 
     def _local(self, rate: float) -> Iterator[object]:
         config = self.config
-        strategy = Strategy("s2t-local", Random(), rate, LocalSelector(), config.num_candidates, seed=config.seed)
+        strategy = Strategy("s2t-local", Random(), rate, S2TLocal(), config.num_candidates, seed=config.seed)
         return self._decode(local_name(rate), strategy, self.adapter, rate)
 
     def _s2t(self, name: str, draft_tokens: int) -> Iterator[object]:
@@ -84,7 +84,7 @@ class DecodeBench:
             "s2t",
             Divergence(),
             self.threshold,
-            LLMSelector(),
+            S2T(),
             self.config.num_candidates,
             draft_tokens=draft_tokens,
         )

@@ -7,12 +7,9 @@ from dataclasses import dataclass, field
 
 from s2t.config.checks import check_at_least, check_choice, check_positive, check_range, require
 from s2t.config.effects import check_effects
+from s2t.config.methods import MANY_SAMPLES, STRATEGIES, TRIGGERED, TRIGGERS
 from s2t.config.shared import (
-    MANY_SAMPLES,
     READERS,
-    STRATEGIES,
-    TRIGGERED,
-    TRIGGERS,
     ChatConfig,
     DecodeConfig,
     ModelConfig,

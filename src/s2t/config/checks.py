@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection
 from typing import Any
 
 from s2t.errors import ConfigError
@@ -25,7 +26,7 @@ def require(ok: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: str, choices: Collection[str]) -> None:
     require(value in choices, f"{name} must be one of {', '.join(choices)}; got {value!r}.")
 
 

@@ -98,7 +98,9 @@ class CollectConfig(StepConfig, TaskConfig, ShardConfig, ChatConfig, ModelConfig
         self.check_task()
         self.check_steps()
         check_choice("policy", self.policy, ("greedy", "sample", "takeover", "s2t", "s2t-local"))
-        if self.policy == "s2t-local" and self.adapter is None and not (Path(self.slm) / "s2t_config.json").is_file():
+        is_here = self.slm.startswith("tiny:") or Path(self.slm).exists()  # else it may be a merged model on the hub
+        is_plain = is_here and not (Path(self.slm) / "s2t_config.json").is_file()
+        if self.policy == "s2t-local" and self.adapter is None and is_plain:
             raise ConfigError("policy s2t-local needs --adapter, a folder written by `s2t train`.")
         check_range("heldout_templates", self.heldout_templates, 0, 0.9)
         check_at_least(1, num_candidates=self.num_candidates, shard_size=self.shard_size)

@@ -7,10 +7,8 @@ from typing import Any
 
 from s2t.config.checks import check_at_least, check_choice, check_positive, check_range, read_variables, require
 from s2t.config.effects import Readers
+from s2t.config.methods import SAMPLED, TRIGGERS
 
-STRATEGIES = ("greedy", "sample", "self-consistency", "self-certainty", "llm", "takeover", "s2t", "s2t-local")
-MANY_SAMPLES = ("self-consistency", "self-certainty")
-TRIGGERS = ("never", "random", "entropy", "divergence", "criticality")
 READOUTS = {"rank": ("step", "stream"), "bins": ("candidates", "always", "stream")}
 """How the selector reads candidates -> the scopes its LoRA may have, the default first."""
 SCOPES = ("auto", "step", "candidates", "always", "stream")
@@ -21,9 +19,6 @@ SUPPORTS = ("auto", "slm-top", "llm-top")
 DIVERGENCES = ("llm-slm", "slm-llm", "js", "released-code")
 DISTILLATIONS = ("sft", "kd", "on-policy-kd")
 
-TRIGGERED = ("takeover", "s2t", "s2t-local")
-NEEDS_LLM = frozenset({"llm", "takeover", "s2t"})
-SAMPLED = ("sample", *MANY_SAMPLES)
 READERS: Readers = dict.fromkeys(("temperature", "top_p", "top_k", "min_p"), SAMPLED)
 """Which strategies read the settings that say how tokens are drawn; with others they would look as if they did something."""
 

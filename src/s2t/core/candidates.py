@@ -49,3 +49,8 @@ def argmax_first(logits: Tensor, values: Tensor, ids: Tensor) -> tuple[Tensor, T
     ids = torch.where(present, first, ids)
     ids[..., :1] = best
     return values, ids
+
+
+def logprobs_at(logits: Tensor, ids: Tensor) -> Tensor:
+    """Log-probabilities of listed ids; [n, V], [n, K] -> [n, K], float32."""
+    return logits.gather(-1, ids) - torch.logsumexp(logits, dim=-1, keepdim=True)

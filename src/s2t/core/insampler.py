@@ -19,6 +19,7 @@ from torch import Tensor
 
 from s2t.core.candidates import argmax_first
 from s2t.core.onserver import AT, GROUP, MOST_PASSED, RANKED, READING, ROOM, ROWS, WARMUP, Reading
+from s2t.core.rule import criticality, expected_bin, finish_reason, fires, winner
 
 _LONGEST_WAIT = 64  # steps that a row waits for the others of its group
 _MOST_NAMES = 4096
@@ -51,7 +52,7 @@ class Group:
         if self.winner is not None or len(self.scores) < self.num_rows:
             return
         same = all(self.expected_firsts[rank] == first for rank, first in self.firsts.items())
-        best = max(self.scores, key=lambda rank: (self.scores[rank], -rank))
+        best = winner(self.scores[rank] for rank in range(self.num_rows))
         self.winner = best if same else -1
 
 
@@ -179,7 +180,7 @@ class Row:
     def choose(self, readings: Sequence[float]) -> int:
         """The token that a row under the adapter begins with, by its logits of the kept candidates: the winner, or a mark."""
         scores = [self.reading.score(own, logit) for own, logit in zip(readings, self.logits, strict=True)]
-        best = max(range(len(scores)), key=lambda i: (scores[i], -i))
+        best = winner(scores)
         self.finish(min(best, 1), *(self.reading.opened(best + 1) if best else [self.reading.end]))
         return self.candidates[best] if best else self.reading.end
 
@@ -211,10 +212,13 @@ class Row:
     def next(self, written: int) -> int | None:
         """The token to force at the step that comes; None where the likeliest one, or the first of a group's row, is due."""
         if self.num_text < 0 and not self.is_void and self.group is None:  # as most rows are at most steps
-            if written < self.room and not (written and self.last in self.reading.stops):
+            if not self._is_over(written):
                 return None
             self.finish(written, self.reading.end)
         return self._next(written)
+
+    def _is_over(self, written: int) -> bool:
+        return finish_reason(written > 0 and self.last in self.reading.stops, written, self.room) is not None
 
     def _next(self, written: int) -> int | None:
         reading = self.reading
@@ -226,7 +230,7 @@ class Row:
             self.follow_group(written)
             if self.is_frozen and self.num_text < 0:
                 return reading.pad
-        if self.num_text < 0 and ((written and self.last in reading.stops) or written >= self.room):
+        if self.num_text < 0 and self._is_over(written):
             self.finish(written, reading.end)
         if self.num_text < 0:
             return None
@@ -311,8 +315,8 @@ def _fired(logits: Tensor, reading: Reading) -> frozenset[int]:
     if reading.threshold is None or reading.yes_no is None:
         return frozenset()
     pairs = logits.index_select(1, reading.tensor("yes_no", logits.device)).float()  # [B, 2]
-    values = ((pairs[:, 0] - pairs[:, 1]) / reading.scale).sigmoid()
-    return frozenset((values > reading.threshold).nonzero()[:, 0].tolist())
+    values = criticality(pairs[:, 0] - pairs[:, 1], reading.scale)
+    return frozenset(fires(values, reading.threshold).nonzero()[:, 0].tolist())
 
 
 def _expected(logits: Tensor, members: Sequence[Place], reading: Reading) -> list[tuple[Row, float]]:
@@ -321,9 +325,8 @@ def _expected(logits: Tensor, members: Sequence[Place], reading: Reading) -> lis
     if not asked:
         return []
     rows = torch.tensor([i for i, _ in asked], device=logits.device)
-    bins = logits[rows][:, reading.tensor("bins", logits.device)].float() / reading.scale  # [n, R]
-    levels = torch.linspace(0.0, 1.0, bins.shape[-1], device=bins.device)
-    values = (bins.softmax(-1) @ levels).tolist()
+    bins = logits[rows][:, reading.tensor("bins", logits.device)]  # [n, R]
+    values = expected_bin(bins, reading.scale).tolist()
     return [(row, value) for (_, row), value in zip(asked, values, strict=True)]
 
 

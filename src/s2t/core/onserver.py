@@ -14,6 +14,8 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
+from s2t.core.rule import score
+
 READING, ROOM, WARMUP, AT, GROUP, ROWS = "s2t", "s2t_room", "s2t_warmup", "s2t_at", "s2t_group", "s2t_rows"
 RANKED = "s2t_ranked"
 """Of a row under the adapter (readout `rank`): the step of its group's text whose candidates it ranks."""
@@ -153,8 +155,7 @@ class Reading:
 
     def score(self, reading: float, logit: float) -> float:
         """Of a candidate, up to a constant of the step: `reading` is its expected bin, or its logit under the adapter."""
-        own = self.adapter_weight * reading / self.temperature
-        return own + (self.prior_weight * logit if self.prior_weight else 0.0)
+        return score(reading / self.temperature, logit, self.adapter_weight, self.prior_weight)
 
 
 @lru_cache(maxsize=256)

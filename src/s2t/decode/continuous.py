@@ -13,16 +13,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from s2t.core.candidates import propose
+from s2t.core.candidates import logprobs_at, propose
 from s2t.core.sampling import uniforms
 from s2t.decode.loop import Decoder
 from s2t.decode.reference import Reference
-from s2t.decode.rows import Choice, Places, Request, Row
-from s2t.decode.state import log_softmax_at
-from s2t.decode.strategies import Sampling, Strategy
+from s2t.decode.round import EngineRound
+from s2t.decode.rows import Request, Row
+from s2t.methods.sample import Sampling
+from s2t.methods.strategies import Strategy
 from s2t.model.adapter import SelectorReader
 from s2t.model.engine import Engine
 from s2t.records import Candidates, Step
+
+Likeliest = dict[int, tuple[Candidates, float | None]]
+"""Place -> the likeliest tokens there, and criticality where it can be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,35 +67,38 @@ class ContinuousDecoder(Decoder):
         reader: SelectorReader | None = None,
     ) -> None:
         super().__init__(engine, strategy, reference, max_length, ends=ends)
-        self.waiting: deque[Request] = deque()
         self.readings: dict[tuple[int, int], Reading] = {}
         self.reader = reader
-        self._likeliest: dict[int, tuple[Candidates, float | None]] = {}  # of the current round's places
-        self._reserve(max_length)
+        self._likeliest: Likeliest = {}  # of the current round
+        self.batch.reserve(max_length + strategy.num_candidates + 1)
 
     @property
     def is_busy(self) -> bool:
-        return bool(self.waiting or self.rows)
+        return bool(self.batch.waiting or self.batch.rows)
 
     def add(self, request: OwnRequest) -> None:
         """Let a request wait for a free row; it enters in the next rounds."""
-        self.waiting.append(request)
+        self.batch.waiting.append(request)
 
     def cancel(self, index: int) -> None:
         """Forget a request, waiting or running; its row is free at once, and it yields no further step."""
-        self.waiting = deque(request for request in self.waiting if request.index != index)
+        self.batch.waiting = deque(request for request in self.batch.waiting if request.index != index)
         self.stop(index)
         self.costs.pop(index, None)
 
     def round(self) -> list[Step]:
         """One round of the loop: the steps of all running requests, each request's in order."""
-        return self._round(self.waiting)
+        round = self._round()
+        for step, place in zip(round.steps, round.taken, strict=True):
+            if place in self._likeliest:
+                self.readings[step.request, step.index] = _reading(round, place, step.token_id, *self._likeliest[place])
+        return round.steps
 
     # What a request has of its own
 
     def _draws(self, request: Request) -> np.ndarray:
         assert isinstance(request, OwnRequest)
-        if request.sampling is None and self.strategy.trigger.name != "random":
+        if request.sampling is None and not self.strategy.trigger.is_random:
             return np.zeros(0)
         length = request.max_new_tokens or self.max_new_tokens
         return uniforms(request.seed, request.key or str(request.index), length)
@@ -105,44 +112,41 @@ class ContinuousDecoder(Decoder):
                 groups.setdefault(row.request.sampling, []).append(place)
         tokens = list(greedy)
         for how, places in groups.items():
-            sampled = self._sample(how, [rows[place] for place in places], logits[places])
+            draws = self.batch.draws([rows[place] for place in places], [0] * len(places))
+            sampled = how.draw(logits[places], draws)
             for place, token in zip(places, sampled, strict=True):
                 tokens[place] = token
         return tokens
 
-    def _choose(self, places: Places) -> Choice:
-        self._likeliest = self._read_likeliest(places)
-        return super()._choose(places)
+    def _fired(self, round: EngineRound) -> list[int]:
+        self._likeliest = self._read_likeliest(round)  # before the forward that the states are overwritten by
+        return super()._fired(round)
 
-    @torch.inference_mode()
-    def _read_likeliest(self, places: Places) -> dict[int, tuple[Candidates, float | None]]:
+    def _read_likeliest(self, round: EngineRound) -> Likeliest:
         """The likeliest tokens, and criticality, at the places of requests that asked for them."""
         asked = {
             place: row.request.num_likeliest
-            for place, row in enumerate(places.rows)
+            for place, row in enumerate(round.rows)
             if isinstance(row.request, OwnRequest) and row.request.num_likeliest is not None
         }
         if not asked:
             return {}
         wanted = list(asked)
         width = min(max(*asked.values(), 1), self.engine.vocab_size)
-        ids, logprobs = (found.tolist() for found in propose(places.logits[wanted], width))
+        ids, logprobs = (found.tolist() for found in propose(round.logits[wanted], width))
         criticality: Sequence[float | None] = [None] * len(wanted)
         if self.reader is not None:
-            criticality = self.reader.criticality(places.hidden[wanted]).tolist()
+            criticality = self.reader.criticality(round.hidden[wanted]).tolist()
         return {
             place: (Candidates(tuple(ids[i][:count]), tuple(logprobs[i][:count])), criticality[i])
             for i, (place, count) in enumerate(asked.items())
         }
 
-    def _step(self, row: Row, place: int, places: Places, choice: Choice, steps: list[Step]) -> int:
-        token = super()._step(row, place, places, choice, steps)
-        if place in self._likeliest:
-            likeliest, criticality = self._likeliest[place]
-            if token in likeliest.ids:
-                logprob = likeliest.logprobs[likeliest.ids.index(token)]
-            else:
-                logits = places.logits[place : place + 1]
-                logprob = float(log_softmax_at(logits, torch.tensor([[token]], device=logits.device)))
-            self.readings[row.request.index, row.steps - 1] = Reading(logprob, likeliest, criticality)
-        return token
+
+def _reading(round: EngineRound, place: int, token: int, likeliest: Candidates, criticality: float | None) -> Reading:
+    if token in likeliest.ids:
+        logprob = likeliest.logprobs[likeliest.ids.index(token)]
+    else:
+        logits = round.logits[place : place + 1]
+        logprob = float(logprobs_at(logits, torch.tensor([[token]], device=logits.device)))
+    return Reading(logprob, likeliest, criticality)

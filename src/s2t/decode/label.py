@@ -13,11 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from s2t.core.candidates import mask_forbidden, propose
+from s2t.core.candidates import logprobs_at, mask_forbidden, propose
 from s2t.core.support import align_vocabulary, bucket_probs, divergence, entropy, rank_of
 from s2t.decode.finite import check_numbers
 from s2t.decode.remote.llm import Listed, RemoteLLM
-from s2t.decode.state import log_softmax_at
 from s2t.decode.text_reference import TextReference
 from s2t.model.engine import Engine
 from s2t.model.load import LoadedModel
@@ -298,6 +297,6 @@ class _PairReader:
             rank_of(slm_logits, llm_logits.argmax(-1)).int(),
             ids.int(),
             logprobs,
-            log_softmax_at(llm_logits, ids).exp(),
+            logprobs_at(llm_logits, ids).exp(),
         )
         return tuple(value.cpu().numpy() for value in values)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from s2t.config import NEEDS_LLM, ModelConfig, RemoteConfig, ServedConfig
+from s2t.config import NEEDS_ADAPTER, NEEDS_LLM, ModelConfig, RemoteConfig, ServedConfig
 from s2t.core.support import resolve_support
 from s2t.decode.context import context_length, fit
 from s2t.decode.continuous import ContinuousDecoder
@@ -27,9 +27,9 @@ from s2t.decode.remote.selector import check_served
 from s2t.decode.remote.served import ServedSLM
 from s2t.decode.remote.slm import RemoteDecoder
 from s2t.decode.remote.writer import RemoteWriter
-from s2t.decode.strategies import Strategy
 from s2t.decode.text_reference import TextReference
 from s2t.errors import ConfigError, ModelError
+from s2t.methods.strategies import Strategy
 from s2t.model.adapter import BRANCH_SCOPES, AdapterConfig, SelectorReader, load_selector
 from s2t.model.chat import decode_ids, prompt_ids
 from s2t.model.engine import Engine
@@ -96,7 +96,7 @@ class Session:
             return cls.served(config, config, strategies, adapter, batch_size)
         needs_llm = any(name in NEEDS_LLM for name in strategies)
         slm = load_model(config.slm, **config.load_options)
-        loaded = load_selector(adapter, slm) if "s2t-local" in strategies else None
+        loaded = load_selector(adapter, slm) if NEEDS_ADAPTER.intersection(strategies) else None
         session = cls(slm, open_llm(config) if needs_llm else None, loaded, batch_size, variables=variables_of(config))
         if any(name in NEEDS_LLM - {"llm"} for name in strategies):
             session.check_tokens()
@@ -223,7 +223,7 @@ class Session:
         """The engine that writes, and the LLM beside it where the strategy reads one."""
         if strategy.name == "llm":
             return Engine(self.local_llm(), rows), None
-        engine = Engine(self.slm, rows, self.adapter if strategy.name == "s2t-local" else None)
+        engine = Engine(self.slm, rows, self.adapter if "adapter" in strategy.needs else None)
         return engine, self.reference(rows) if strategy.needs_llm else None
 
     def reference(self, num_rows: int) -> Reference:
@@ -268,15 +268,18 @@ class Session:
         """The raw stream of steps of some requests, with everything traced; for streaming and tracing."""
         requests, longest = self._fitted(strategy, requests, max_new_tokens)
         decoder = self.decoder(strategy, longest, len(requests), trace=True, stop=stop)
-        return decoder.run(_for(strategy, requests))
+        return decoder.run(requests)
 
     def _fitted(
         self, strategy: Strategy, requests: Sequence[Request], max_new_tokens: int
     ) -> tuple[list[Request], int]:
-        """The requests cut to what the models read (not what servers do, which know it), and the longest answer among them."""
+        """The requests as the strategy reads them, cut to what the models read (not what servers do, which know it), and the
+        longest answer among them.
+        """
         is_remote = strategy.name == "llm" and isinstance(self.llm, RemoteLLM)
         fitted = fit(requests, max_new_tokens, None if is_remote else self.context_length)
-        return fitted, max((request.max_new_tokens or 1 for request in fitted), default=1)
+        longest = max((request.max_new_tokens or 1 for request in fitted), default=1)
+        return [as_read(strategy.name, request) for request in fitted], longest
 
     def run(
         self,
@@ -299,7 +302,7 @@ class Session:
         place = {request.index: i for i, request in enumerate(requests)}
         done = [Generated() for _ in requests]
         shares = [1 / (request.max_new_tokens or longest) for request in requests]
-        for step in decoder.run(_for(strategy, requests)):
+        for step in decoder.run(requests):
             sequence, share = done[place[step.request]], shares[place[step.request]]
             sequence.add(step, keep_steps)
             is_last = step.finish_reason is not None
@@ -354,14 +357,11 @@ def check_needs(config: ModelConfig, strategies: Sequence[str], adapter: str | N
         names = ", ".join(name for name in strategies if name in NEEDS_LLM)
         hint = " (its tokenizer, beside --llm-url)" if isinstance(config, RemoteConfig) and config.llm_urls else ""
         raise ConfigError(f"strategy {names} needs the LLM; pass --llm MODEL{hint}.")
-    if "s2t-local" in strategies and adapter is None and not is_merged(local_folder(config.slm, config.revision)):
-        others = ",".join(name for name in strategies if name != "s2t-local") or "greedy"
+    lacking = [name for name in strategies if name in NEEDS_ADAPTER]
+    if lacking and adapter is None and not is_merged(local_folder(config.slm, config.revision)):
+        others = ",".join(name for name in strategies if name not in NEEDS_ADAPTER) or "greedy"
         hint = f"; without one: --strategies {others}" if hasattr(config, "strategies") else ""
-        raise ConfigError(f"strategy s2t-local needs --adapter, a folder written by `s2t train`{hint}.")
-
-
-def _for(strategy: Strategy, requests: Sequence[Request]) -> list[Request]:
-    return [as_read(strategy.name, request) for request in requests]
+        raise ConfigError(f"strategy {', '.join(lacking)} needs --adapter, a folder written by `s2t train`{hint}.")
 
 
 def as_read(strategy: str, request: R) -> R:

@@ -26,11 +26,11 @@ S = TypeVar("S")
 R = TypeVar("R")
 
 
-def open_task(config: TaskConfig, slm: str) -> Task:
+def open_task(config: TaskConfig, slm: str, revision: str | None = None) -> Task:
     """The task under its prompt style; `auto` is plain for the embedded pair and step by step for others."""
     style = config.prompt
     if style == "auto":
-        style = "plain" if is_embedded(base_model(slm)) else "cot"
+        style = "plain" if is_embedded(base_model(slm, revision)) else "cot"
     return load_task(config.task, style)
 
 

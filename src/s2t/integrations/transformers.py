@@ -32,9 +32,10 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from s2t.config import DecodeConfig, build_config
 from s2t.decode.loop import Decoder, Request
-from s2t.decode.strategies import Sampling, Strategy, build_strategy
 from s2t.decode.workload import read_thresholds
 from s2t.errors import ConfigError, ModelError
+from s2t.methods.sample import Sampling
+from s2t.methods.strategies import Strategy, build_strategy
 from s2t.model.adapter import SelectorAdapter, SelectorReader, attached_adapter, load_selector
 from s2t.model.engine import Engine
 from s2t.model.load import LoadedModel, wrap_model
@@ -149,7 +150,7 @@ class CustomGenerate:
         thresholds = read_thresholds(self.config.calibration) | (trained.thresholds if trained is not None else {})
         k = trained.num_candidates if trained is not None else None
         strategy = build_strategy(name, self.config, thresholds, k)
-        is_random = strategy.trigger.name == "random"
+        is_random = strategy.trigger.is_random
         if sampling is not None and is_random:
             raise ValueError("trigger random draws the numbers that do_sample needs; use do_sample=False with it.")
         seed = self.seed or 0
@@ -176,7 +177,7 @@ class _Call:
         self.generation_config, self.keeps_scores = generation_config, _wants_scores(generation_config)
         self.size = len(prompts)
         self.strategy = settings.plan(bound.reader, _sampling(generation_config))
-        self.reader = bound.reader if self.strategy.name == "s2t-local" else None
+        self.reader = bound.reader if "adapter" in self.strategy.needs else None
         eos = _eos_ids(criteria)
         self.has_eos = eos is not None
         loaded = replace(bound.loaded, stop_ids=eos or frozenset(), execution=settings.execution)

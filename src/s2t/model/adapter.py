@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from s2t import __version__
-from s2t.core.bins import combine, expected_bin
+from s2t.core.rule import criticality, expected_bin, score
 from s2t.errors import ModelError
 from s2t.files import read_json, write_bytes, write_json, write_text
 from s2t.model.card import EVAL_FILE, adapter_card
@@ -147,13 +147,13 @@ class SelectorReader:
         return self.expected(hidden) / self.config.score_temperature
 
     def combined(self, readings: Tensor, slm_logprobs: Tensor, adapter_weight: float) -> Tensor:
-        """Scores from readings at a weight of the adapter; see `core.bins.combine`."""
+        """Scores from readings at a weight of the adapter; see `core.rule.score`."""
         prior = 1 - adapter_weight if self.ranks else self.config.prior_weight
-        return combine(readings, slm_logprobs, adapter_weight, prior)
+        return score(readings, slm_logprobs, adapter_weight, prior)
 
     def criticality(self, hidden: Tensor) -> Tensor:
         """Estimate in [0, 1] that the next token is a divergence point, from the state it is read from; [..., H] -> [...]."""
-        return torch.sigmoid(self.selector.criticality_logits(hidden))
+        return criticality(self.selector.criticality_logits(hidden))
 
 
 class SelectorAdapter(SelectorReader):

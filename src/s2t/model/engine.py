@@ -33,6 +33,9 @@ class Work:
     processed: int = 0
     flops: float = 0.0
 
+    def __add__(self, other: Work) -> Work:
+        return Work(self.forwards + other.forwards, self.processed + other.processed, self.flops + other.flops)
+
 
 class Engine:
     """B rows of one model, each with its own tokens; see the module docstring for the contract.

@@ -160,7 +160,7 @@ def load_without_weights(name: str, revision: str | None = None, trust_remote_co
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     check_is_no_file(name)
     with one_line(name, revision), quiet():
-        source = str(embedded_path(name)) if is_embedded(name) else local_folder(name)
+        source = str(embedded_path(name)) if is_embedded(name) else local_folder(name, revision)
         merged = None if is_embedded(name) else open_merged(source)
         if not is_embedded(name) and merged is None and find_lora(name, revision):
             raise ModelError(f"{name} is an adapter; serve a model, and name that.")

@@ -140,9 +140,9 @@ def read_merged(folder: str | Path) -> MergedConfig:
     return config
 
 
-def base_model(name: str) -> str:
+def base_model(name: str, revision: str | None = None) -> str:
     """The model that a merged one, or an adapter in a folder, was made from; any other name as it is."""
-    folder = local_folder(name)
+    folder = local_folder(name, revision)
     if is_merged(folder):
         return base_model(str(read_merged(folder).adapter["base_model"]))
     return lora_base(folder) or name

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from s2t.decode.continuous import ContinuousDecoder, OwnRequest, Reading
 from s2t.decode.session import Session, as_read
-from s2t.decode.strategies import Strategy
+from s2t.methods.strategies import Strategy
 from s2t.model.stops import Stops
 from s2t.records import Step
 
@@ -131,7 +131,7 @@ class EngineBackend:
 
     @property
     def num_waiting(self) -> int:
-        return sum(len(decoder.waiting) for decoder in list(self._decoders.values()))
+        return sum(len(decoder.batch.waiting) for decoder in list(self._decoders.values()))
 
     @property
     def is_cut_off(self) -> bool:

@@ -18,8 +18,9 @@ from s2t.decode.continuous import OwnRequest
 from s2t.decode.loop import Request
 from s2t.decode.prompts import ids_key, prompt_key, sample_key
 from s2t.decode.session import Session
-from s2t.decode.strategies import Sampling, Strategy
 from s2t.errors import S2TError
+from s2t.methods.sample import Sampling
+from s2t.methods.strategies import Strategy
 from s2t.model.encode import encode
 from s2t.model.size import TooLong, check_size, least_tokens
 from s2t.serve.backend import Job
@@ -178,7 +179,7 @@ class Intake:
 
     def _sampling(self, body: Body, strategy: str) -> tuple[int | None, Sampling | None]:
         """Seed (one by chance where none is given) and filters, for a strategy that draws random numbers."""
-        draws = strategy == "sample" or self.strategies[strategy].trigger.name == "random"
+        draws = strategy == "sample" or self.strategies[strategy].trigger.is_random
         if not draws:
             return None, None
         seed = secrets.randbelow(2**31) if body.seed is None else body.seed

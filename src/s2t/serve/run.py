@@ -10,12 +10,12 @@ import threading
 from pathlib import Path
 from types import FrameType
 
-from s2t.config import MANY_SAMPLES, STRATEGIES, ServeConfig
+from s2t.config import MANY_SAMPLES, NEEDS_ADAPTER, NEEDS_LLM, STRATEGIES, ServeConfig
 from s2t.decode.remote.selector import check_served
 from s2t.decode.session import Session
-from s2t.decode.strategies import Strategy, build_strategy
 from s2t.decode.workload import read_thresholds
 from s2t.errors import ConfigError, S2TError, missing_extra
+from s2t.methods.strategies import Strategy, build_strategy
 
 try:
     import uvicorn
@@ -82,7 +82,7 @@ def offered(config: ServeConfig, session: Session) -> dict[str, Strategy]:
     found = {default: None} | dict.fromkeys(name for name in STRATEGIES if name not in MANY_SAMPLES)
     strategies: dict[str, Strategy] = {}
     for name in found:
-        own = trained if name == "s2t-local" else None
+        own = trained if name in NEEDS_ADAPTER else None
         limits = thresholds | (own.thresholds if own is not None else {})
         try:
             _check_models(name, session)
@@ -99,10 +99,10 @@ def offered(config: ServeConfig, session: Session) -> dict[str, Strategy]:
 def _check_models(name: str, session: Session) -> None:
     if session.served_slm is not None:
         check_served([name])
-    if name in ("llm", "takeover", "s2t") and session.llm is None:
+    if name in NEEDS_LLM and session.llm is None:
         raise ConfigError(f"strategy {name} needs the LLM; pass --llm MODEL.")
-    if name == "s2t-local" and session.selector is None:
-        raise ConfigError("strategy s2t-local needs --adapter, a folder written by `s2t train`.")
+    if name in NEEDS_ADAPTER and session.selector is None:
+        raise ConfigError(f"strategy {name} needs --adapter, a folder written by `s2t train`.")
 
 
 def read_key(config: ServeConfig) -> str | None:

@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from s2t.decode.remote.client import Client
 from s2t.decode.remote.continuous import ContinuousRemoteDecoder
 from s2t.decode.session import Session
-from s2t.decode.strategies import Strategy
 from s2t.errors import RemoteError
+from s2t.methods.strategies import Strategy
 from s2t.model.stops import Stops
 from s2t.records import Step
 from s2t.serve.backend import Event, Failed, Job, Written

@@ -68,7 +68,7 @@ def _problems(lab: Lab) -> dict[str, list[Problem]]:
     """The problems of the runs: what the same task, split, seed and limit give."""
     config, collected = lab.config, load_run(lab.collected(), "collect")["config"]
     measured = load_run(lab.measured(), "measure")["config"]
-    task = open_task(EvalConfig(**lab.problems), config.slm)
+    task = open_task(EvalConfig(**lab.problems), config.slm, config.revision)
     held = heldout_templates(task.templates(), collected["heldout_templates"])
     return {
         "training": problems_outside(task, collected["split"], collected["limit"], collected["seed"], held),

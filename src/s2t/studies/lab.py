@@ -123,7 +123,7 @@ class Lab:
         """Settings of `s2t train`: those that were given, else those that suit the embedded models, else the defaults."""
         if self.config.training is not None:
             return parse_settings(self.config.training)
-        return TRAIN_SETTINGS if is_embedded(base_model(self.config.slm)) else {}
+        return TRAIN_SETTINGS if is_embedded(base_model(self.config.slm, self.config.revision)) else {}
 
     def evaluated(self, name: str, strategies: str, **settings: Any) -> dict[str, Any]:
         """summary.json of an evaluation, with the results as `results`."""

@@ -17,9 +17,9 @@ from s2t.core.stats import (
     roc_curve,
 )
 from s2t.decode.session import Session
-from s2t.decode.strategies import build_strategy
 from s2t.decode.workload import open_task, requests_for, shards_of
 from s2t.files import read_json, read_tables, write_json
+from s2t.methods.strategies import build_strategy
 from s2t.progress import progress
 from s2t.studies.lab import Chart, Findings, Lab, Series
 
@@ -138,7 +138,7 @@ def _read(lab: Lab, adapter: str, split: str, limit: int) -> dict[str, np.ndarra
         **(lab.models | lab.problems), adapter=adapter, strategies="s2t-local", limit=limit, split=split
     )
     session = Session.open(config, ["s2t-local", "s2t"], adapter, config.batch_size)
-    task = open_task(config, config.slm)
+    task = open_task(config, config.slm, config.revision)
     strategy = build_strategy("s2t-local", config, {"criticality": 1.0})  # never above 1: it reads and writes greedily
     parts: dict[str, list[np.ndarray]] = {"criticality": [], "divergence": [], "entropy": []}
     problems = task.problems(split, limit, config.seed)

@@ -21,10 +21,10 @@ from s2t.config import DecodeConfig, DistillConfig
 from s2t.decode.label import Targets, llm_targets
 from s2t.decode.loop import Request
 from s2t.decode.session import Generated, Session
-from s2t.decode.strategies import build_strategy
 from s2t.decode.workload import check_shards, open_task, requests_for, shards_of, task_for_workers
 from s2t.errors import ConfigError, DataError, ModelError
 from s2t.files import RunFolder, read_tables, write_table
+from s2t.methods.strategies import build_strategy
 from s2t.model.load import load_model
 from s2t.progress import counted_as
 from s2t.records import Problem
@@ -87,7 +87,7 @@ class _Writer:
     def __init__(self, config: DistillConfig, task: Task | None) -> None:
         if config.llm is None:
             raise ConfigError("distill learns from the LLM; pass --llm MODEL.")
-        self.config, self.task = config, task or open_task(config, config.slm)
+        self.config, self.task = config, task or open_task(config, config.slm, config.revision)
         self.writer = config.policy if config.method == "on-policy-kd" else "llm"
         self.session = Session.open(config, [self.writer], None, config.batch_size)
         if self.session.llm is None:

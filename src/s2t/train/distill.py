@@ -48,7 +48,7 @@ def _distill(config: DistillConfig, processes: Processes) -> dict[str, Any]:
     run = processes.open_run(config.out, "distill", config, PLACES)
     if run.is_complete:
         return read_json(run.file("distill.json"))
-    task = open_task(config, config.slm)
+    task = open_task(config, config.slm, config.revision)
     heldout = heldout_templates(task.templates(), config.heldout_templates)
     problems = problems_outside(task, config.split, config.limit, config.seed, heldout)
     write_answers(config, run, task, problems, processes)
@@ -69,7 +69,7 @@ def _distill(config: DistillConfig, processes: Processes) -> dict[str, Any]:
 
 def _check_plain(config: DistillConfig) -> None:
     """Raise ConfigError where the SLM is an adapter or a merged model: a LoRA names one base, which others can load."""
-    base = base_model(config.slm)
+    base = base_model(config.slm, config.revision)
     if base == config.slm and not is_embedded(base):
         with suppress(OSError):  # of a model that is not there, which loading says in its own words
             lora = find_lora(config.slm, config.revision)

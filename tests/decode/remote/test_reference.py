@@ -11,8 +11,8 @@ from s2t.config import DecodeConfig
 from s2t.decode.remote.client import RemoteSettings
 from s2t.decode.remote.llm import RemoteLLM
 from s2t.decode.session import Session
-from s2t.decode.strategies import build_strategy
 from s2t.errors import ConfigError, ModelError
+from s2t.methods.strategies import build_strategy
 from s2t.model.outline import load_outline
 from s2t.tasks.problems import load_task
 

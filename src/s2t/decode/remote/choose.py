@@ -14,6 +14,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from s2t.core.rule import winner
 from s2t.decode.remote.selector import ServedSelector
 from s2t.decode.remote.wire import Completion, CompletionRequest
 
@@ -36,8 +37,7 @@ class Chosen:
 
     @property
     def index(self) -> int:
-        known = [(score, -i) for i, score in enumerate(self.scores) if score is not None]
-        return -max(known)[1]
+        return winner(self.scores)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from s2t.decode.remote.selector import ServedSelector
 from s2t.decode.remote.served import ServedSLM
 from s2t.decode.remote.slm import Emit, RemoteDecoder, Writing
 from s2t.decode.remote.wire import Completion
-from s2t.decode.strategies import Strategy
+from s2t.methods.strategies import Strategy
 from s2t.model.load import LoadedModel
 from s2t.records import Candidates, Step
 
@@ -74,7 +74,7 @@ class ContinuousRemoteDecoder(RemoteDecoder):
 
     def _draws(self, request: Request) -> np.ndarray:
         assert isinstance(request, OwnRequest)
-        if self.strategy.trigger.name != "random":
+        if not self.strategy.trigger.is_random:
             return np.zeros(0)
         return uniforms(request.seed, request.key or str(request.index), self._limit(request))
 

@@ -16,8 +16,8 @@ from s2t.core.onserver import AT, GROUP, RANKED, READING, ROOM, ROWS, WARMUP, Re
 from s2t.decode.remote.client import Client
 from s2t.decode.remote.selector import ServedSelector
 from s2t.decode.remote.wire import BadReply, Completion, CompletionRequest, parse_rows
-from s2t.decode.strategies import Strategy
 from s2t.errors import RemoteError
+from s2t.methods.strategies import Strategy
 
 _PROBE = (5, 6, 7, 8)
 

@@ -6,17 +6,19 @@ candidates under the adapter, so any server that lists chosen ids can be read.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
+import torch
+
 from s2t.config.shared import READOUTS
+from s2t.core.rule import criticality, expected_bin, score
 from s2t.decode.remote.client import Client
 from s2t.decode.remote.wire import Completion, CompletionRequest
-from s2t.decode.strategies import Strategy
 from s2t.errors import ConfigError, ModelError
+from s2t.methods.strategies import Strategy
 from s2t.model.adapter import AdapterConfig, adapter_config
 from s2t.model.load import LoadedModel
 
@@ -44,14 +46,12 @@ class ServedSelector:
         """sigmoid(z_yes - z_no) from the listed log-probabilities at one position, in [0, 1]. Source: METHOD section 3."""
         assert self.yes_no is not None
         yes, no = (logprobs[i] for i in self.yes_no)
-        return _sigmoid((yes - no) / self.scale)
+        return float(criticality(torch.tensor(yes - no, dtype=torch.float64), self.scale))
 
     def expected(self, logprobs: Mapping[int, float]) -> float:
         """Expected bin of a candidate, in [0, 1], from the log-probabilities listed behind it."""
-        values = [logprobs[i] / self.scale for i in self.bins]
-        top = max(values)
-        weights = [math.exp(value - top) for value in values]
-        return sum(i * weight for i, weight in enumerate(weights)) / sum(weights) / (len(weights) - 1)
+        values = torch.tensor([logprobs[i] for i in self.bins], dtype=torch.float64)  # [R]
+        return float(expected_bin(values, self.scale))
 
     @property
     def ranks(self) -> bool:
@@ -69,9 +69,8 @@ class ServedSelector:
         return 1 - self.config.adapter_weight if self.ranks else self.config.prior_weight
 
     def score(self, reading: float, logprob: float) -> float:
-        """w r + lambda log p_S, where `reading` is the expected bin or log p_A; see `core.bins.combine`."""
-        own = self.config.adapter_weight * reading / self.temperature
-        return own + (self.prior_weight * logprob if self.prior_weight else 0.0)
+        """w r + lambda log p_S, where `reading` is the expected bin or log p_A; see `core.rule.score`."""
+        return score(reading / self.temperature, logprob, self.config.adapter_weight, self.prior_weight)
 
 
 def served_selector(loaded: LoadedModel, models: Sequence[Mapping[str, Any]], lora: str | None) -> ServedSelector:
@@ -165,9 +164,3 @@ def check_strategy(strategy: Strategy, served: ServedSelector | None) -> None:
         raise ConfigError(
             "on a server criticality is read from reserved ids, and this adapter has a head; train with --criticality reserved."
         )
-
-
-def _sigmoid(value: float) -> float:
-    if value >= 0:
-        return 1.0 / (1.0 + math.exp(-value))
-    return math.exp(value) / (1.0 + math.exp(value))

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from s2t.core.onserver import Told
+from s2t.core.rule import finish_reason
 from s2t.core.sampling import uniforms
 from s2t.decode.draft import DraftLength
 from s2t.decode.loop import Request
@@ -26,8 +27,8 @@ from s2t.decode.remote.client import Client
 from s2t.decode.remote.plugged import Plugged
 from s2t.decode.remote.selector import ServedSelector, check_strategy
 from s2t.decode.remote.wire import Completion, CompletionRequest
-from s2t.decode.strategies import Strategy
 from s2t.errors import ConfigError, RemoteError
+from s2t.methods.strategies import Strategy
 from s2t.model.engine import FlopCount, Work
 from s2t.model.load import LoadedModel
 from s2t.records import Candidates, Cost, Step
@@ -236,7 +237,7 @@ class RemoteDecoder:
         sequence.read = length
 
     def _draws(self, request: Request) -> np.ndarray:
-        if self.strategy.trigger.name != "random":
+        if not self.strategy.trigger.is_random:
             return np.zeros(0)
         return uniforms(self.strategy.seed, request.key or str(request.index), self._limit(request))
 
@@ -342,15 +343,12 @@ class RemoteDecoder:
         return float(sequence.draws[sequence.steps]) if name == "random" else None
 
     def _is_fired(self, sequence: Writing, value: float) -> bool:
-        if sequence.steps < self.strategy.warmup_steps:
-            return False
-        threshold = self.strategy.threshold
-        return value < threshold if self.strategy.trigger.name == "random" else value > threshold
+        strategy = self.strategy
+        return sequence.steps >= strategy.warmup_steps and strategy.trigger.fires(value, strategy.threshold)
 
     def _reason(self, sequence: Writing, token: int) -> str | None:
-        if token in self.loaded.stop_ids or (self.ends is not None and self.ends(sequence.request.index, token)):
-            return "stop"
-        return "length" if sequence.steps >= sequence.limit else None
+        is_stop = token in self.loaded.stop_ids or (self.ends is not None and self.ends(sequence.request.index, token))
+        return finish_reason(is_stop, sequence.steps, sequence.limit)
 
     async def _choose(self, client: Client, sequence: Writing, greedy: int, logprob: float) -> Chosen:
         assert self._chooser is not None and self.served is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from s2t.core.rule import finish_reason
 from s2t.decode.remote.llm import RemoteLLM
 from s2t.decode.remote.wire import Completion, CompletionRequest
 from s2t.model.encode import encode
@@ -63,11 +64,8 @@ class RemoteWriter:
     def _steps(self, request: Request, ids: list[int]) -> Iterator[Step]:
         stops = self.llm.outline.stop_ids
         for index, token in enumerate(ids):
-            reason = None
-            if token in stops or (self.ends is not None and self.ends(request.index, token)):
-                reason = "stop"
-            elif index + 1 == len(ids):
-                reason = "length"
+            is_stop = token in stops or (self.ends is not None and self.ends(request.index, token))
+            reason = finish_reason(is_stop, index + 1, len(ids))
             if reason is not None:
                 self.costs[request.index] = self._cost(len(request.prompt_ids), index + 1)
             yield Step(request.index, index, token, token, finish_reason=reason)

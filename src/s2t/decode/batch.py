@@ -1,0 +1,139 @@
+"""Rows in the slots of the engines that read them: admitted, run in one forward together, moved into gaps, and retired.
+
+Row b of the SLM's engine is row b of the LLM's beside it and of the adapter's own stream, where there are any.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from s2t.decode.adapter_stream import AdapterStream
+from s2t.decode.reference import Reference
+from s2t.decode.rows import Request, Row
+from s2t.model.engine import Engine, Work
+from s2t.records import Cost
+
+_PROMPT_TOKENS_AT_ONCE = 2**14
+
+
+class Batch:
+    """The rows that are being written, and the requests that wait for one; `draws` makes a request's uniforms."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        reference: Reference | None,
+        max_new_tokens: int,
+        ends: Callable[[int, int], bool] | None,
+        draws: Callable[[Request], np.ndarray],
+        has_stream: bool,
+    ) -> None:
+        self.engine, self.reference, self.max_new_tokens, self.ends = engine, reference, max_new_tokens, ends
+        self._draws = draws
+        self.stream = AdapterStream(engine) if has_stream else None
+        self.waiting: deque[Request] = deque()
+        self.rows: list[Row] = []
+        self.hidden: Tensor | None = None  # [max_rows, H], of each row's next token
+        self.costs: dict[int, Cost] = {}  # of finished requests
+
+    def reserve(self, length: int) -> None:
+        """Make room for rows of so many tokens, candidates behind them included."""
+        for engine in (self.engine, *([self.stream.engine] if self.stream is not None else [])):
+            engine.reserve(length)
+
+    def states_of(self, rows: Sequence[Row]) -> Tensor:
+        """The states that the next tokens of ready rows come from; [n, H]."""
+        assert self.hidden is not None
+        slots = [row.slot for row in rows]
+        return self.hidden[: len(slots)] if slots == list(range(len(slots))) else self.hidden[slots]
+
+    def draws(self, rows: Sequence[Row], offsets: Sequence[int]) -> Tensor:
+        """The uniforms of some steps, `offset` steps behind what each row has written; 0 past the last; float64 [n]."""
+        draws = [
+            row.draws[row.steps + at] if row.steps + at < len(row.draws) else 0.0
+            for row, at in zip(rows, offsets, strict=True)
+        ]
+        return torch.tensor(draws, dtype=torch.float64, device=self.engine.device)
+
+    def name_of(self, is_llm: bool) -> str:
+        """The name of the model that a number was read from."""
+        if is_llm and self.reference is not None:
+            return self.reference.name
+        return self.engine.loaded.name + ("" if self.engine.adapter is None else " under its adapter")
+
+    # Rows come and go
+
+    def admit(self) -> None:
+        """Give free slots to waiting requests; their prompts run in the next forward, equal prompts once."""
+        first: dict[tuple[int, ...], Row] = {}
+        num_tokens = 0
+        while self.waiting and len(self.rows) < self.engine.max_rows and num_tokens < _PROMPT_TOKENS_AT_ONCE:
+            request = self.waiting.popleft()
+            prompt = tuple(request.prompt_ids)
+            limit, twin = request.max_new_tokens or self.max_new_tokens, first.get(prompt)
+            row = Row(request, len(self.rows), list(prompt), self._draws(request), limit, last=prompt[-1], twin=twin)
+            if twin is None:
+                first[prompt] = row
+                num_tokens += len(prompt)
+            self.rows.append(row)
+            self.engine.reset(row.slot)
+            if self.stream is not None:
+                self.stream.start(row.slot, prompt)
+            if self.reference is not None:
+                own = request.llm_prompt_ids
+                self.reference.start(row.slot, prompt if own is None else own)
+
+    def retire(self) -> None:
+        """Free the slots of finished rows; the last rows move into the gaps."""
+        for row in sorted((row for row in self.rows if row.is_finished), key=lambda row: -row.slot):
+            slm = self.engine.work[row.slot]
+            if self.stream is not None:
+                slm = slm + self.stream.engine.work[row.slot]
+            llm = self.reference.work[row.slot] if self.reference is not None else Work()
+            self.costs[row.request.index] = Cost(
+                row.steps, slm.forwards, llm.forwards, slm.processed, llm.processed, slm.flops, llm.flops
+            )
+            last = self.rows.pop()
+            if last is not row:
+                self._move(last, row.slot)
+
+    def _move(self, row: Row, slot: int) -> None:
+        assert self.hidden is not None
+        self.engine.copy([row.slot], [slot])
+        self.engine.work[slot] = self.engine.work[row.slot]
+        self.hidden[slot] = self.hidden[row.slot]
+        if self.stream is not None:
+            self.stream.move(row.slot, slot)
+        if self.reference is not None:
+            self.reference.move(row.slot, slot)
+        self.rows[slot], row.slot = row, slot
+
+    # Moving on
+
+    def forward(self, slots: Sequence[int] = (), candidate_ids: Tensor | None = None, back: int = 0) -> Tensor:
+        """One forward over what every row has to feed, and over candidates of some rows [f, K]; their states [f, K, H].
+
+        With `back` 1 they stand in the place of the row's last token; see `Engine.step`.
+        """
+        fed = [row for row in self.rows if row.feed and row.twin is None]
+        if not fed:
+            return torch.empty(0)
+        states, branch = self.engine.step(
+            [row.slot for row in fed], [row.feed for row in fed], slots, candidate_ids, back
+        )
+        if self.hidden is None:
+            self.hidden = states.new_zeros(self.engine.max_rows, states.shape[-1])
+        self.hidden[[row.slot for row in fed]] = states
+        twins = [row for row in self.rows if row.twin is not None]
+        if twins:
+            source, target = zip(*((row.twin.slot, row.slot) for row in twins if row.twin is not None), strict=True)
+            self.engine.copy(source, target)
+            self.hidden[list(target)] = self.hidden[list(source)]
+        for row in (*fed, *twins):
+            row.is_ready, row.feed, row.twin = True, [], None
+        return branch

@@ -1,0 +1,217 @@
+"""One round of the loop over the engines: what methods may ask of it, and how it ends, with one forward for all rows.
+
+A selector that asks for states under the adapter has them from that very forward. Until then its rows wait and feed their greedy
+tokens, nine times in ten the winners; so a triggered step costs no forward more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from s2t.core.candidates import logprobs_at
+from s2t.core.rule import finish_reason
+from s2t.decode.batch import Batch
+from s2t.decode.rows import Row
+from s2t.methods.base import Proposal, Round, Selection
+from s2t.model.adapter import SelectorReader
+from s2t.model.checkpoint import not_finite
+from s2t.records import Candidates, Step
+
+
+class EngineRound(Round):
+    """The next tokens of all ready rows and, beside an LLM, a draft behind each, depth by depth; `steps` is what came of it."""
+
+    def __init__(
+        self,
+        batch: Batch,
+        rows: list[Row],
+        offsets: list[int],
+        hidden: Tensor,
+        logits: Tensor,
+        greedy: list[int],
+        tokens: list[int],
+    ) -> None:
+        self.batch, self.rows, self.offsets = batch, rows, offsets
+        self.hidden, self.logits, self.greedy, self.tokens = hidden, logits, greedy, tokens
+        self.num_written = [row.steps + offset for row, offset in zip(rows, offsets, strict=True)]
+        self.places: dict[Row, list[int]] = {}  # a row's, in order
+        for place, row in enumerate(rows):
+            self.places.setdefault(row, []).append(place)
+        self.values: list[float] | None = None  # what the trigger read
+        self.details: dict[int, dict] = {}  # place -> fields of its Step
+        self.steps: list[Step] = []
+        self.taken: list[int] = []  # the places of these steps
+        self._chosen: dict[int, tuple[int, int]] = {}  # place -> token, index among the candidates
+        self._waiting: dict[int, Tensor | None] = {}  # place that feeds its greedy token -> states to keep for [K, H]
+        self.num_listed = batch.reference.num_listed if batch.reference is not None else None
+        self._llm_logits: Tensor | None = None
+        self._has_run = False
+
+    # What methods may ask for
+
+    @property
+    def draws(self) -> Tensor:
+        return self.batch.draws(self.rows, self.offsets)
+
+    @property
+    def adapter(self) -> SelectorReader:
+        assert self.batch.engine.adapter is not None, "the method needs an adapter"
+        return self.batch.engine.adapter
+
+    def llm_logits(self, places: Sequence[int] | None = None) -> Tensor:
+        if self._llm_logits is not None:
+            return self._llm_logits if places is None else self._llm_logits[list(places)]
+        reference, every = self.batch.reference, places is None or len(places) == len(self.rows)
+        assert reference is not None, "the method needs the LLM"
+        wanted = range(len(self.rows)) if places is None else places
+        own = self.logits if every else self.logits[list(wanted)]
+        logits = reference.logits(*self._asked(wanted), own, self.batch.engine.forbidden_ids)
+        if places is None:
+            self._llm_logits = logits
+        return logits
+
+    def llm_logprobs(self, places: Sequence[int], ids: Tensor, must_order: bool = False) -> Tensor:
+        assert self.batch.reference is not None
+        logprobs = logprobs_at(self.llm_logits(places), ids)
+        return self.batch.reference.look_up(*self._asked(places), ids, logprobs, must_order)
+
+    def _asked(self, places: Sequence[int]) -> tuple[list[tuple[int, int]], dict[int, list[int]]]:
+        """Places as the LLM beside the loop takes them: (row, offset) of each, and the drafts of these rows."""
+        rows = dict.fromkeys(self.rows[place] for place in places)
+        drafts = {row.slot: [self.tokens[place] for place in self.places[row]] for row in rows}
+        return [(self.rows[place].slot, self.offsets[place]) for place in places], drafts
+
+    def states(self, places: Sequence[int], ids: Tensor | None = None) -> Tensor:
+        self._waiting = dict.fromkeys(places)
+        self._go_on()
+        slots = [self.rows[place].slot for place in places]
+        order = sorted(range(len(slots)), key=slots.__getitem__)
+        if order == list(range(len(slots))):
+            states = self._read(slots, ids)
+        else:  # rows have moved
+            states = self._read([slots[i] for i in order], None if ids is None else ids[order])
+            states = states[torch.tensor(order).argsort().to(states.device)]
+        if self.batch.engine.scope == "always":  # what was read is what the next token comes from
+            self._waiting = dict(zip(places, states, strict=True))
+        return states
+
+    def _read(self, slots: Sequence[int], ids: Tensor | None) -> Tensor:
+        """The forward of the round, with what the adapter reads of rows that wait, in the order of their slots."""
+        batch = self.batch
+        if batch.stream is not None:
+            batch.forward()
+            return batch.stream.read_last(slots) if ids is None else batch.stream.read(slots, ids)
+        if ids is None:
+            last = torch.tensor([[batch.rows[slot].last] for slot in slots], device=batch.engine.device)
+            return batch.forward(slots, last, back=1)
+        if batch.engine.scope != "always":
+            return batch.forward(slots, ids)
+        others = ids[:, 1:]  # candidate 0 is the greedy token, which the rows feed
+        branch = batch.forward(slots, others) if others.numel() else batch.forward()
+        assert batch.hidden is not None
+        first = batch.hidden[slots][:, None]
+        return torch.cat([first, branch], dim=1) if others.numel() else first
+
+    # How it ends
+
+    def take(self, fired: Sequence[int], candidates: Proposal, selection: Selection, name: str) -> None:
+        """Note what a selector chose; raises ModelError where a number that was to be read, from the model `name`, is none."""
+        tokens, index = selection.token_ids.tolist(), selection.index.tolist()
+        read = {"scores": selection.scores, "llm_probs": selection.llm_probs}
+        numbers = {field: known(values) for field, values in read.items() if values is not None}
+        if self.num_listed is None and any(None in row for rows in numbers.values() for row in rows):
+            raise not_finite(name)
+        for i, (place, own) in enumerate(zip(fired, candidates_of(candidates), strict=True)):
+            self._chosen[place] = tokens[i], index[i]
+            detail = self.details.setdefault(place, {})
+            detail.update(candidates=own, fired=True, selected_index=index[i])
+            detail.update((field, rows[i]) for field, rows in numbers.items())
+
+    def finish(self) -> None:
+        """Accept what is due, and run the forward that all rows wait for, unless a selector has asked for it."""
+        if not self._has_run:
+            self._go_on()
+            self.batch.forward()
+        for place, states in self._waiting.items():
+            self._settle(place, states)
+        self.batch.retire()
+
+    def _go_on(self) -> None:
+        """Accept the tokens of rows that wait for nothing, let new rows in, and have those that wait feed their greedy tokens."""
+        assert not self._has_run, "states are asked for once a round"
+        self._has_run = True
+        for row, places in self.places.items():
+            if places[0] in self._waiting:
+                row.is_ready, row.feed = False, [self.greedy[places[0]]]
+            else:
+                self._accept(row, places)
+        self.batch.retire()
+        self.batch.admit()
+
+    def _accept(self, row: Row, places: Sequence[int]) -> None:
+        """Accept a row's draft up to its first flip or its end, and forget what the models read past that."""
+        accepted: list[int] = []
+        for place in places:
+            accepted.append(self._step(row, place))
+            if row.is_finished or accepted[-1] != self.tokens[place]:
+                break
+        engine, reference = self.batch.engine, self.batch.reference
+        if len(places) > 1:
+            engine.crop([row.slot], [engine.lengths[row.slot] - (len(places) - len(accepted))])
+        if reference is not None:
+            reference.settle(row.slot, [self.tokens[place] for place in places], accepted)
+        row.is_ready, row.feed = False, [accepted[-1]]
+
+    def _settle(self, place: int, states: Tensor | None) -> None:
+        """Accept the winner of a row that has fed its greedy token; another winner takes its place.
+
+        Where its states [K, H] are the model's own (scope `always`) its branch is kept; else what was read is the adapter's, the
+        cache has to be the base model's, and the winner is fed by the next forward.
+        """
+        row, engine, hidden = self.rows[place], self.batch.engine, self.batch.hidden
+        token = self._step(row, place)
+        if row.is_finished or token == self.greedy[place]:
+            return
+        if states is not None and hidden is not None:
+            index = self._chosen[place][1]
+            engine.accept([row.slot], torch.tensor([index - 1]))
+            hidden[row.slot] = states[index]
+        else:
+            engine.crop([row.slot], [engine.lengths[row.slot] - 1])
+            row.is_ready, row.feed = False, [token]
+
+    def _step(self, row: Row, place: int) -> int:
+        """Emit one step of a row; returns its token."""
+        batch, greedy = self.batch, self.greedy[place]
+        token = self._chosen[place][0] if place in self._chosen else self.tokens[place]
+        row.steps, row.last = row.steps + 1, token
+        row.flips += place in self._chosen and token != greedy
+        is_stop = token in batch.engine.loaded.stop_ids or (
+            batch.ends is not None and batch.ends(row.request.index, token)
+        )
+        reason = finish_reason(is_stop, row.steps, row.limit)
+        row.is_finished = reason is not None
+        if batch.stream is not None:
+            batch.stream.push(row.slot, token)
+        value = None if self.values is None else self.values[place]
+        details = self.details.get(place, {})
+        self.steps.append(
+            Step(row.request.index, row.steps - 1, token, greedy, value=value, finish_reason=reason, **details)
+        )
+        self.taken.append(place)
+        return token
+
+
+def known(values: Tensor) -> list[tuple[float | None, ...]]:
+    """Numbers row by row, None where they are not known."""
+    return [tuple(None if math.isnan(value) else value for value in row) for row in values.tolist()]
+
+
+def candidates_of(proposal: Proposal) -> list[Candidates]:
+    """The candidates of each place, as Steps have them."""
+    pairs = zip(proposal.ids.tolist(), proposal.logprobs.tolist(), strict=True)
+    return [Candidates(tuple(ids), tuple(logprobs)) for ids, logprobs in pairs]

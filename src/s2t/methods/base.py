@@ -1,0 +1,127 @@
+"""What a method is made of: a trigger says where to choose, a selector chooses there, and both look at a `Round`.
+
+The registry of names is `s2t.config.methods`, which loads no model library; `find` gets from its `module:class` to the class.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor
+
+from s2t.config import DecodeConfig
+from s2t.core.rule import fires
+from s2t.model.adapter import SelectorReader
+
+
+class Round(ABC):
+    """One round over n places, each the next token of a row or of its draft: what a trigger or a selector may look at.
+
+    The models' readings beyond the SLM's own are made when they are asked for: the LLM's, and states under the adapter.
+    """
+
+    num_written: list[int]
+    """Tokens that were written before each place."""
+    greedy: list[int]
+    tokens: list[int]
+    """What each place takes unless a selector chooses: the greedy token, or a sample."""
+    hidden: Tensor
+    """[n, H], the states that the logits come from."""
+    logits: Tensor
+    """[n, V] of the SLM, reserved ids at -inf."""
+    num_listed: int | None
+    """Likeliest tokens that the LLM's logits are true of; None for all."""
+
+    @property
+    @abstractmethod
+    def draws(self) -> Tensor:
+        """A uniform in [0, 1) for each place, the sequence's own; [n]."""
+
+    @property
+    @abstractmethod
+    def adapter(self) -> SelectorReader:
+        """What reads criticality and scores from states; only for methods that need an adapter."""
+
+    @abstractmethod
+    def llm_logits(self, places: Sequence[int] | None = None) -> Tensor:
+        """The LLM's next-token logits on the SLM's vocabulary, at some places or at all; [len(places), V] or [n, V]."""
+
+    @abstractmethod
+    def llm_logprobs(self, places: Sequence[int], ids: Tensor, must_order: bool = False) -> Tensor:
+        """log p_L of ids at some places; [f, K] -> [f, K], float32, NaN where an LLM on servers did not tell.
+
+        `must_order` says that the best of each row has to be known.
+        """
+
+    @abstractmethod
+    def states(self, places: Sequence[int], ids: Tensor | None = None) -> Tensor:
+        """States under the adapter of candidates [f, K] behind some places; [f, K, H], from the forward that all rows wait for.
+
+        Without ids the last token before each place is read once more; [f, 1, H]. Nothing else can be asked for after this.
+        """
+
+
+class Trigger:
+    """Reads one number per place, in a unit of its own, and fires where it passes the threshold."""
+
+    name: ClassVar[str]
+    needs: ClassVar[tuple[str, ...]] = ()
+    """llm, adapter: what it reads beside the SLM."""
+    is_random: ClassVar[bool] = False
+    """Whether it reads the round's `draws`."""
+
+    @classmethod
+    def of(cls, config: DecodeConfig) -> Trigger:
+        """The trigger with its settings."""
+        return cls()
+
+    def read(self, round: Round) -> Tensor | None:
+        """One value per place, [n], or None when nothing is read."""
+        return None
+
+    def fires(self, values: Any, threshold: float) -> Any:
+        """Where it fires: a tensor of values [n] -> bool [n], or one number -> bool."""
+        return fires(values, threshold)
+
+
+class Proposal(NamedTuple):
+    """The SLM's K candidates at the places that fired, best first, with log p_S."""
+
+    ids: Tensor
+    """[f, K]"""
+    logprobs: Tensor
+    """[f, K]; -inf for what may not be written, when K is near V."""
+
+
+@dataclass(slots=True)
+class Selection:
+    """What the places that fired take; `index` is -1 where the token is no candidate (takeover)."""
+
+    token_ids: Tensor  # [f]
+    index: Tensor  # [f]
+    scores: Tensor | None = None  # [f, K]
+    llm_probs: Tensor | None = None  # [f, K]
+
+    @classmethod
+    def best(cls, candidates: Proposal, scores: Tensor, llm_probs: Tensor | None = None) -> Selection:
+        """The candidate of the highest score, [f, K]; one whose score is not known never wins."""
+        index = scores.nan_to_num(nan=float("-inf"), neginf=float("-inf")).argmax(-1)
+        return cls(candidates.ids.gather(-1, index[:, None])[:, 0], index, scores, llm_probs)
+
+
+class Selector(ABC):
+    """Takes a token where the trigger fired."""
+
+    @abstractmethod
+    def choose(self, round: Round, fired: Sequence[int], candidates: Proposal) -> Selection:
+        """Choose for the f places that fired among the candidates of each."""
+
+
+def find(where: str) -> Any:
+    """The class that the registry names as module:class."""
+    module, _, name = where.partition(":")
+    return getattr(importlib.import_module(module), name)
