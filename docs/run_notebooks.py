@@ -27,7 +27,7 @@ def run(notebook: NotebookNode) -> NotebookNode:
         resources = {"metadata": {"path": empty}}
         NotebookClient(notebook, timeout=1200, record_timing=False, resources=resources).execute()
     for cell in code_cells(notebook):
-        cell.outputs = [output for output in cell.outputs if is_kept(output)]
+        cell.outputs = joined([output for output in cell.outputs if is_kept(output)])
     notebook.metadata = nbformat.from_dict(METADATA)
     return notebook
 
@@ -41,6 +41,17 @@ def is_kept(output: NotebookNode) -> bool:
     if output.output_type == "stream":
         return output.name == "stdout" and bool(output.text.strip())
     return "image/png" in output.data
+
+
+def joined(outputs: list[NotebookNode]) -> list[NotebookNode]:
+    """What is printed, in one piece; a kernel sends it in as many as it took time."""
+    kept: list[NotebookNode] = []
+    for output in outputs:
+        if "text" in output and kept and "text" in kept[-1]:
+            kept[-1].text += output.text
+        else:
+            kept.append(output)
+    return kept
 
 
 def shape(notebook: NotebookNode) -> list[list[str | int]]:

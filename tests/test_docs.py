@@ -169,7 +169,7 @@ def test_each_tool_is_shown_in_at_most_five_lines():
 
 def test_the_readme_is_short_with_one_picture_and_six_lines_of_python():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert len(readme.split()) < 600
+    assert len(readme.split()) < 650
     assert readme.count("<img ") == 1
     (python,) = [block for language, block in BLOCK.findall(readme) if language == "python"]
     assert len([line for line in python.splitlines() if line.strip()]) <= 6
