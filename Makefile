@@ -11,7 +11,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := demo
-.PHONY: demo test test-vllm lint format clean
+.PHONY: demo test test-vllm docs lint format clean
 
 demo: $(STAMP)  ## The whole method on the embedded pair: CPU, offline, minutes
 	$(BIN)/s2t demo --out $(OUT)
@@ -21,6 +21,9 @@ test: $(STAMP)  ## The default test run: CPU, offline
 
 test-vllm: $(STAMP) $(VLLM_STAMP)  ## Against real vLLM servers, which run from an environment of their own
 	OMP_NUM_THREADS=1 S2T_VLLM_PYTHON=$(CURDIR)/$(VLLM_VENV)/bin/python $(BIN)/python -m pytest -q -m vllm
+
+docs: $(STAMP)  ## The site, into site/; a dead link or a page outside the navigation fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(STAMP)  ## The checks that CI runs
 	$(BIN)/ruff check .
@@ -32,7 +35,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) build dist site src/*.egg-info .pytest_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and alone, so that every later package resolves against that very build.

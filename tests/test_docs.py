@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -38,6 +39,8 @@ PAGES = [
             "merge",
             "report",
             "serve",
+            "start",
+            "tools",
             "train",
         )
     ),
@@ -155,13 +158,27 @@ def made(tmp_path_factory):
     return folder
 
 
-def test_the_readme_shows_each_tool_in_at_most_five_lines():
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## In the tools you use")[1].split("\n## ")[0]
-    blocks = [block for _, block in BLOCK.findall(section)]
+def test_each_tool_is_shown_in_at_most_five_lines():
+    page = (ROOT / "docs/tools.md").read_text(encoding="utf-8")
+    blocks = [block for _, block in BLOCK.findall(page)]
     for tool in ("s2t merge", "s2t.custom_generate(", 'custom_generate="runs/merged"', "s2t.integrations.lm_eval"):
         assert any(tool in block for block in blocks), f"{tool} is not shown"
     for block in blocks:
         assert len([line for line in block.splitlines() if line.strip()]) <= 5, block
+
+
+def test_the_readme_is_short_with_one_picture_and_six_lines_of_python():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(readme.split()) < 650
+    assert readme.count("<img ") == 1
+    (python,) = [block for language, block in BLOCK.findall(readme) if language == "python"]
+    assert len([line for line in python.splitlines() if line.strip()]) <= 6
+    assert "docs/tools.md" in readme
+
+
+def test_the_reference_of_the_command_line_is_current():
+    make_cli = runpy.run_path(str(ROOT / "docs/make_cli.py"))
+    assert make_cli["reference"]() == (ROOT / "docs/cli.md").read_text(encoding="utf-8"), "run python docs/make_cli.py"
 
 
 @pytest.mark.parametrize(
