@@ -41,7 +41,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (once; a few minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) -c constraints.txt $(TORCH)
-	@$(PIP) -c constraints.txt -e ".[train,eval,plots,lm-eval,ray,remote,serve,dev]"
+	@$(PIP) -c constraints.txt -e ".[train,tensorboard,eval,plots,lm-eval,ray,remote,serve,dev]"
 	@touch $@
 
 # vLLM pins versions that the package need not share, so its server has an environment of its own; see constraints-vllm.txt.

@@ -12,6 +12,7 @@ from s2t.config.shared import (
     CRITICALITY_READINGS,
     DISTILLATIONS,
     DTYPES,
+    TRACKERS,
     ChatConfig,
     ModelConfig,
     ReadoutConfig,
@@ -133,6 +134,9 @@ class FitConfig:
     """Gradients are clipped to this norm."""
     checkpoint_steps: int = 200
     """Optimizer steps between checkpoints; a killed run resumes from the last one."""
+    log_with: str | None = None
+    """tensorboard, wandb or trackio: where losses, the learning rate and what held-out groups say can be watched; extras of those
+    names install them."""
 
     def check_fit(self) -> None:
         check_at_least(1, lora_rank=self.lora_rank, checkpoint_steps=self.checkpoint_steps)
@@ -143,6 +147,8 @@ class FitConfig:
         check_at_least(0, weight_decay=self.weight_decay)
         check_range("lora_dropout", self.lora_dropout, 0, 0.99)
         check_range("warmup_ratio", self.warmup_ratio, 0, 1)
+        if self.log_with is not None:
+            check_choice("log_with", self.log_with, TRACKERS)
 
 
 @dataclass(frozen=True)

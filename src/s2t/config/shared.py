@@ -19,6 +19,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 EXECUTIONS = ("auto", "eager", "static", "compile")
 SUPPORTS = ("auto", "slm-top", "llm-top")
 DIVERGENCES = ("llm-slm", "slm-llm", "js", "released-code")
+TRACKERS = ("tensorboard", "wandb", "trackio")
 DISTILLATIONS = ("sft", "kd", "on-policy-kd")
 
 TRIGGERED = ("takeover", "s2t", "s2t-local")
