@@ -11,7 +11,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := demo
-.PHONY: demo test test-vllm lint format clean
+.PHONY: demo test test-vllm lint format release-check clean
 
 demo: $(STAMP)  ## The whole method on the embedded pair: CPU, offline, minutes
 	$(BIN)/s2t demo --out $(OUT)
@@ -26,6 +26,9 @@ lint: $(STAMP)  ## The checks that CI runs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+release-check: $(STAMP)  ## Wheel and sdist: built, checked, and the wheel installed with every extra into an empty environment
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_release.py -m "slow or not slow"
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
