@@ -21,21 +21,19 @@ _OFFERED = 5
 def sentences(summary: Mapping[str, Any], measured: Mapping[str, Any] | None) -> list[str]:
     """What came out, the most important first: who is right how often, at what cost, and how much there was to gain."""
     strategies = summary["strategies"]
-    name = next((known for known in _FIRST if known in strategies), None)
-    name = name or next((other for other in strategies if other != "greedy"), next(iter(strategies)))
+    known = [name for name in _FIRST if name in strategies]
+    name = [*known, *(other for other in strategies if other != "greedy"), *strategies][0]
     said = [_outcome(name, summary)]
     if "greedy" in strategies and name != "greedy":
         said.append(_cost(name, strategies[name], strategies["greedy"]))
     if name == "s2t-local" and summary.get("gap_closed") is not None and "s2t" in strategies:
-        gap = f"{100 * summary['gap_closed']:.0f} %"
+        gap = _share_of(summary["gap_closed"], 0)
         said.append(
             f"With the LLM at hand, s2t gets {_percent(strategies['s2t'])} right; s2t-local goes {gap} of that way."
         )
     curve = measured or summary.get("sufficiency") or {}
     if (hit := (curve.get("hit_rate") or {}).get("8")) is not None:
-        said.append(
-            f"Where the two models disagree, the LLM's token is among the SLM's first eight in {100 * hit:.1f} % of cases."
-        )
+        said.append(f"At {_share_of(hit)} of the divergence points the LLM's token is among the SLM's first eight.")
     return said
 
 
@@ -66,7 +64,11 @@ def _cost(name: str, scores: Mapping[str, Any], greedy: Mapping[str, Any]) -> st
 
 
 def _percent(scores: Mapping[str, Any]) -> str:
-    return f"{100 * scores['accuracy']:.1f} %"
+    return _share_of(scores["accuracy"])
+
+
+def _share_of(share: float, digits: int = 1) -> str:
+    return f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"
 
 
 def _interval(found: Mapping[str, Any], unit: str = "%") -> str:
@@ -74,7 +76,7 @@ def _interval(found: Mapping[str, Any], unit: str = "%") -> str:
     if not bounds:
         return ""
     low, high = (f"{100 * bound:.1f}".replace("-", "−") for bound in bounds)
-    return f" (95 % interval {low} to {high} {unit})"
+    return f" (95\N{NO-BREAK SPACE}% interval {low} to {high} {unit})"
 
 
 @dataclass(frozen=True, slots=True)
