@@ -46,7 +46,7 @@ PAGES = [
 ]
 LONG = {"docs/distill"}  # its commands are on other pages, too, but for `distill`, which tests/train tries out
 BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-NOT_RUN = ("make ", "pip install ", "tensorboard ")  # setting up, which is how the tests came here
+NOT_RUN = ("make ", "pip install ", "tensorboard ", "s2t push ")  # setting up, which is how the tests came here
 PORT = 18_321
 SERVE = (  # in the background, until the page is done
     r"\1 --port 8000 > serve.log 2>&1 & echo $! >> serve.pid\n"

@@ -24,6 +24,7 @@ from s2t.config import (
     GenerateConfig,
     MeasureConfig,
     MergeConfig,
+    PushConfig,
     ServeConfig,
     TrainConfig,
 )
@@ -38,6 +39,7 @@ CONFIGS = {
     "collect": CollectConfig,
     "train": TrainConfig,
     "merge": MergeConfig,
+    "push": PushConfig,
     "generate": GenerateConfig,
     "serve": ServeConfig,
     "chat": GenerateConfig,

@@ -15,6 +15,7 @@ from s2t.config.learn import (
     FitConfig,
     MeasureConfig,
     MergeConfig,
+    PushConfig,
     TrainConfig,
 )
 from s2t.config.shared import (
@@ -72,6 +73,7 @@ __all__ = [
     "MeasureConfig",
     "MergeConfig",
     "ModelConfig",
+    "PushConfig",
     "RemoteConfig",
     "ReproduceConfig",
     "ServeConfig",

@@ -1,7 +1,8 @@
-"""Settings from measuring to a merged model: measure, calibrate, collect, train, distill, merge."""
+"""Settings from measuring to what is shared: measure, calibrate, collect, train, distill, push, merge."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -287,6 +288,22 @@ class DistillConfig(FitConfig, TaskConfig, ChatConfig, ModelConfig):
         check_effects(names, [self.policy], {"temperature": ("sample",)}, "policy")
         with_targets = ("kd", "on-policy-kd")
         check_effects(names, [self.method], {"kd_temperature": with_targets, "support_size": with_targets}, "method")
+
+
+@dataclass(frozen=True)
+class PushConfig:
+    """`s2t push`: an adapter becomes a repository of the Hugging Face hub."""
+
+    adapter: str = "runs/train/adapter"
+    """Folder written by `s2t train`, with the accuracies of `s2t eval --card` in its card."""
+    repo: str = ""
+    """OWNER/NAME of the repository, which is made where there is none."""
+    public: bool = False
+    """Make a new repository public; one that exists stays as it is."""
+
+    def __post_init__(self) -> None:
+        is_one = re.fullmatch(r"[\w.-]+/[\w.-]+", self.repo) is not None
+        require(is_one, f"repo must be OWNER/NAME; got {self.repo!r}; pass --repo OWNER/NAME.")
 
 
 @dataclass(frozen=True)
