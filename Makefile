@@ -11,7 +11,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := demo
-.PHONY: demo test test-vllm docs lint format clean
+.PHONY: demo test test-vllm docs lint format release-check clean
 
 demo: $(STAMP)  ## The whole method on the embedded pair: CPU, offline, minutes
 	$(BIN)/s2t demo --out $(OUT)
@@ -30,6 +30,9 @@ lint: $(STAMP)  ## The checks that CI runs
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+release-check: $(STAMP)  ## Wheel and sdist: built, checked, and the wheel installed with every extra into an empty environment
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_release.py -m "slow or not slow"
+
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -44,7 +47,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (once; a few minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) -c constraints.txt $(TORCH)
-	@$(PIP) -c constraints.txt -e ".[train,eval,plots,lm-eval,ray,remote,serve,dev]"
+	@$(PIP) -c constraints.txt -e ".[train,tensorboard,eval,plots,lm-eval,ray,remote,serve,dev]"
 	@touch $@
 
 # vLLM pins versions that the package need not share, so its server has an environment of its own; see constraints-vllm.txt.

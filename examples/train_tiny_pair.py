@@ -3,7 +3,7 @@
     python examples/train_tiny_pair.py --out tiny            # about 110 CPU-minutes on one core, in all
     python examples/train_tiny_pair.py --out tiny --only slm-numbers
     python examples/train_tiny_pair.py --out tiny --scale 0.01   # a smoke test in a minute
-    python examples/train_tiny_pair.py --out tiny --only slm-narrow --tokenizer src/s2t/model/assets/llm/tokenizer.json
+    python examples/train_tiny_pair.py --out tiny --only slm-narrow --tokenizer src/s2t/model/assets/shared/tokenizer.json
 
 All models are Qwen2ForCausalLM on chains of thought of reasoning-gym's GSM-Symbolic problems whose numbers are
 whole and at most 100, training split only. The unfiltered SLM first reads clean text, then text of which

@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ PAGES = [
 ]
 LONG = {"docs/distill"}  # its commands are on other pages, too, but for `distill`, which tests/train tries out
 BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-NOT_RUN = ("make ", "pip install ")  # setting up, which is how the tests came here
+NOT_RUN = ("make ", "pip install ", "tensorboard ", "s2t push ")  # setting up, which is how the tests came here
 PORT = 18_321
 SERVE = (  # in the background, until the page is done
     r"\1 --port 8000 > serve.log 2>&1 & echo $! >> serve.pid\n"
@@ -67,6 +68,7 @@ SUBSTITUTES = [
     (r"max_new_tokens=\d+", "max_new_tokens=24"),
     (r"--max-new-tokens \d+", "--max-new-tokens 64"),
     (r', llm_quantization="bitsandbytes-4bit"', ""),  # the package is not a requirement
+    *([] if find_spec("tensorboard") else [(r" --log-with tensorboard", "")]),  # of an extra
     (r"--tasks gsm8k", "--tasks apples --include_path tasks"),
     (
         r'tasks=\["gsm8k"\]',

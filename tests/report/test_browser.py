@@ -278,6 +278,50 @@ def test_on_a_phone_nothing_sticks_out_and_a_tap_opens_the_card_below(browser: B
     opened.context.close()
 
 
+WORDS = """() => {
+  const broken = [];
+  for (const element of document.querySelectorAll("header, header *"))
+    for (const node of element.childNodes)
+      if (node.nodeType === Node.TEXT_NODE)
+        for (const match of node.data.matchAll(/[^\\s]+/g)) {
+          const range = document.createRange();
+          range.setStart(node, match.index);
+          range.setEnd(node, match.index + match[0].length);
+          if (new Set([...range.getClientRects()].map(box => Math.round(box.top))).size > 1) broken.push(match[0]);
+        }
+  return broken;
+}"""
+
+
+@pytest.mark.parametrize("width", [1200, 1000, 390])
+def test_no_word_of_the_header_is_broken(browser: Browser, tmp_path: Path, width: int) -> None:
+    words = [f" t{i}" for i in range(8)]
+    page = write_page(tmp_path, [make_trace(name, 2, words) for name in NAMES])
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    summary["pair"] = {"slm": "tiny:slm", "llm": "tiny:llm", "slm_params": 345_408, "llm_params": 678_912_345}
+    summary |= {"gap_closed": 0.32, "task": "rg:gsm_symbolic,max_number=100"}
+    summary["sufficiency"] = {"hit_rate": {"1": 0.376, "8": 0.934}, "trigger_rate": 0.031}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "draw", lambda summary, measured: [])
+        write_report(tmp_path)
+    opened = Opened(browser, page, viewport={"width": width, "height": 900})
+    assert opened.page.evaluate(WORDS) == []
+    assert "345 k parameters" in opened.page.inner_text("header").replace("\xa0", " ")
+    opened.context.close()
+
+
+def test_the_page_opens_with_what_came_out_and_a_repaired_answer(opened: Opened) -> None:
+    page = opened.page
+    tops = {name: page.locator(name).first.bounding_box() for name in (".lead", "#example", "#h-strategies", "#trace")}
+    heights = [box["y"] for box in tops.values() if box is not None]
+    assert len(heights) == 4 and heights == sorted(heights)
+    assert page.inner_text(".lead").startswith("On 100 test problems s2t-local gets 50.0")
+    assert page.inner_text("#example del") == " t4" and page.inner_text("#example ins") == " flipped"
+    assert page.inner_text("#example mark") == " t4"
+    assert "taken" in page.inner_text("#example .offer.taken")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_stands_out_from_what_is_behind_it(browser: Browser, report: Path, scheme: str) -> None:
     opened = Opened(browser, report, color_scheme=scheme)

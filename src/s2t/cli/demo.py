@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from s2t.cli.evaluate import print_summary
+import typer
+
+from s2t.cli.evaluate import print_all, print_brief
 from s2t.cli.options import with_options
 from s2t.cli.output import print_facts
 from s2t.errors import ConfigError
@@ -32,14 +34,23 @@ class DemoConfig:
                 raise ConfigError(f"{name} must be at least 1; got {value}.")
 
 
-def show(summary: Mapping[str, Any]) -> None:
-    if "strategies" in summary:
-        print_summary(summary)
-    print_facts("demo", summary)
+def show(summary: Mapping[str, Any], config: DemoConfig, everything: bool) -> None:
+    if "strategies" not in summary:
+        print_facts("demo", summary)
+    elif everything:
+        print_all(summary)
+        print_facts("demo", summary)
+    else:
+        print_brief(summary, f"All tables: --all; pictures and traces: {config.out}/report.html")
 
 
 @with_options(DemoConfig, show)
-def command(config: DemoConfig) -> Any:
+def command(
+    config: DemoConfig,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Print every table: costs, triggers, all paired tests, templates.")
+    ] = False,
+) -> Any:
     """Run measure, calibrate, collect, train, eval and report on the embedded pair."""
     from s2t.demo import demo
 

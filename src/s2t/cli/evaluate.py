@@ -1,15 +1,23 @@
-"""`s2t eval`: strategies on the same problems, graded, with intervals, paired tests and their cost."""
+"""`s2t eval`: strategies on the same problems, graded, with intervals, paired tests and their cost.
+
+One table of 80 columns says what came out; `--all` prints every other one, too.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from s2t.cli.options import with_options
-from s2t.cli.output import p_value, percent, percent_interval, print_facts, print_table
+from s2t.cli.output import p_value, percent, percent_interval, print_facts, print_table, short
 from s2t.config import EvalConfig
 
+BRIEF = ("strategy", "accuracy %", "95 % interval", "against greedy", "tokens", "forwards SLM+LLM", "seconds")
+_AGAINST = BRIEF.index("against greedy")
+_LEVEL = 0.05
 COLUMNS = ("strategy", "n", "accuracy %", "95 % interval", "triggered %", "flips %", "seconds")
 COSTS = ("strategy", "SLM tokens", "LLM tokens", "SLM forwards", "LLM forwards", "SLM TFLOPs", "LLM TFLOPs")
 PAIRED = ("", "points", "95 % interval", "p", "p (Holm)", "wins", "losses", "least found")
@@ -20,7 +28,62 @@ PARTS = {
 }
 
 
-def print_summary(summary: Mapping[str, Any]) -> None:
+def print_brief(summary: Mapping[str, Any], rest: str) -> None:
+    """One table of summary.json, with the templates seen and not seen in training below where there are such, and one line:
+    what a star means, and `rest`, where everything else is."""
+    parts = [("", summary), *_parts(summary)]
+    has_greedy = "greedy" in summary.get("strategies", {})
+    rows: list[tuple[Any, ...]] = []
+    for title, part in parts:
+        rows += [(title,)] if title else []
+        rows += [_brief_row(name, scores, part) for name, scores in part.get("strategies", {}).items()]
+    kept = [i for i in range(len(BRIEF)) if has_greedy or i != _AGAINST]
+    wanted = [tuple(row[i] for i in kept) if row[1:] else row for row in rows]
+    print_table(_title(summary), [BRIEF[i] for i in kept], wanted, gap=1)
+    stars = any(str(row[_AGAINST]).endswith("*") for row in rows if row[1:])
+    print(f"{f'* p < {_LEVEL:.2f} (Holm). ' if stars else ''}{rest}")
+    _warn(summary)
+
+
+def _title(summary: Mapping[str, Any]) -> str:
+    count, split = summary.get("num_test"), summary.get("split", "")
+    problems = f": {count:,} {split} problems".replace("  ", " ") if count is not None else ""
+    return f"{summary.get('task', '')}{problems}, seed {summary.get('seed')}"
+
+
+def _parts(summary: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The sections of templates that there are."""
+    named = (("seen templates", "seen_templates"), ("unseen templates", "unseen_templates"))
+    found = [(title, summary.get(name)) for title, name in named]
+    return [(title, part) for title, part in found if part and part.get("strategies")]
+
+
+def _brief_row(name: str, scores: Mapping[str, Any], part: Mapping[str, Any]) -> tuple[Any, ...]:
+    forwards = [scores.get("slm_forwards"), scores.get("llm_forwards")]
+    tokens = [scores.get("slm_tokens") or 0, scores.get("llm_tokens") or 0]
+    seconds = scores.get("seconds")
+    return (
+        name,
+        percent(scores.get("accuracy")),
+        percent_interval(scores.get("ci95")),
+        _against_greedy(name, part),
+        short(max(tokens)),  # written tokens: of strategies that read an LLM, both models write the same ones
+        "+".join(short(count) for count in forwards) if forwards[1] else short(forwards[0]),
+        "–" if seconds is None else f"{seconds:.1f}" if seconds < 100 else short(seconds),
+    )
+
+
+def _against_greedy(name: str, part: Mapping[str, Any]) -> str:
+    """Points over greedy; with a star where p after Holm's correction is below 0.05."""
+    test = (part.get("paired") or {}).get(f"{name} vs greedy")
+    if test is None:
+        return "–"
+    points = f"{100 * test['difference']:+.1f}"
+    p = test.get("p_holm")
+    return f"{'0.0' if float(points) == 0 else points}{'*' if p is not None and p < _LEVEL else ''}"
+
+
+def print_all(summary: Mapping[str, Any]) -> None:
     """The tables of summary.json: all problems first, then by whether the template was trained on."""
     task, seed = summary.get("task", ""), summary.get("seed")
     _print_part(f"{task} (seed {seed})", summary, with_costs=True)
@@ -33,8 +96,20 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     _warn(summary)
 
 
-@with_options(EvalConfig, print_summary)
-def command(config: EvalConfig) -> Any:
+def show(summary: Mapping[str, Any], config: EvalConfig, everything: bool) -> None:
+    if everything:
+        print_all(summary)
+    else:
+        print_brief(summary, f"All tables: --all; pictures and traces: s2t report --run {config.out}")
+
+
+@with_options(EvalConfig, show)
+def command(
+    config: EvalConfig,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Print every table: costs, triggers, all paired tests, templates.")
+    ] = False,
+) -> Any:
     """Grade strategies on the same problems: accuracy, intervals, paired tests, cost."""
     from s2t.evaluate import evaluate
 

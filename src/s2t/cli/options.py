@@ -42,13 +42,13 @@ COMMON = {
 
 
 def with_options(
-    config_class: type[Any], show: Callable[[Any], None]
+    config_class: type[Any], show: Callable[..., None]
 ) -> Callable[[Callable[..., Any]], Callable[..., None]]:
     """Turn `function(config, ...) -> document` into a Typer command with an option per config field.
 
     Further parameters of the function are its own Typer arguments and options; `as_json` is passed when
-    the function asks for it. The document goes to `show`, or to stdout as JSON with --json; while a
-    command runs under --json whatever else it prints goes to stderr. None is not printed.
+    the function asks for it. The document goes to `show` (with `config` and those arguments that `show` asks for), or to
+    stdout as JSON with --json; while a command runs under --json whatever else it prints goes to stderr. None is not printed.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., None]:
@@ -82,7 +82,7 @@ def _run(
     function: Callable[..., Any],
     config: Any,
     arguments: dict[str, Any],
-    show: Callable[[Any], None],
+    show: Callable[..., None],
     as_json: bool,
 ) -> None:
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
@@ -92,7 +92,8 @@ def _run(
     if as_json:
         print(json_text(document))
     else:
-        show(document)
+        asked = inspect.signature(show).parameters
+        show(document, **{name: value for name, value in {"config": config, **arguments}.items() if name in asked})
 
 
 def _own_parameters(function: Callable[..., Any]) -> list[Parameter]:

@@ -21,19 +21,29 @@ def json_text(document: Any) -> str:
     return json.dumps(_plain(document), indent=2, ensure_ascii=False, allow_nan=False)
 
 
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """One table with the first column to the left and the others, numbers mostly, to the right; nothing is cut off."""
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], gap: int = 2) -> None:
+    """One table with the first column to the left and the others, numbers mostly, to the right; nothing is cut off.
+
+    A row of one cell is the title of the rows below it. Columns are `gap` characters apart.
+    """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     table = Table(
-        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, gap - 1, 0, 0),
     )
     for index, name in enumerate(columns):
         header = "\n".join(name.rsplit(" ", 1)) if index else name  # narrow columns: numbers must fit 80 characters
         table.add_column(header, justify="right" if index else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(number(value) for value in row))
+        if len(row) == 1:  # the title of a part
+            table.add_section()
+        table.add_row(*(number(value) for value in row), style="bold" if len(row) == 1 else None)
     _print(table)
 
 
@@ -55,6 +65,17 @@ def number(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.4g}"
+
+
+def short(count: float | None) -> str:
+    """A count in four characters: 340, 1.2k, 34k, 340k, 1.2M; a dash where there is nothing."""
+    if count is None:
+        return "–"
+    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= 0.9995 * size:
+            scaled = count / size
+            return f"{scaled:.1f}{suffix}" if scaled < 9.95 else f"{scaled:.0f}{suffix}"
+    return f"{count:.0f}"
 
 
 def percent(share: float | None) -> str:

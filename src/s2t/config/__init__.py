@@ -15,6 +15,7 @@ from s2t.config.learn import (
     FitConfig,
     MeasureConfig,
     MergeConfig,
+    PushConfig,
     TrainConfig,
 )
 from s2t.config.methods import MANY_SAMPLES, METHODS, NEEDS_ADAPTER, NEEDS_LLM, STRATEGIES, TRIGGERED, TRIGGERS, Method
@@ -71,6 +72,7 @@ __all__ = [
     "MergeConfig",
     "Method",
     "ModelConfig",
+    "PushConfig",
     "RemoteConfig",
     "ReproduceConfig",
     "ServeConfig",

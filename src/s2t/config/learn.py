@@ -1,7 +1,8 @@
-"""Settings from measuring to a merged model: measure, calibrate, collect, train, distill, merge."""
+"""Settings from measuring to what is shared: measure, calibrate, collect, train, distill, push, merge."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from s2t.config.shared import (
     CRITICALITY_READINGS,
     DISTILLATIONS,
     DTYPES,
+    TRACKERS,
     ChatConfig,
     ModelConfig,
     ReadoutConfig,
@@ -135,6 +137,9 @@ class FitConfig:
     """Gradients are clipped to this norm."""
     checkpoint_steps: int = 200
     """Optimizer steps between checkpoints; a killed run resumes from the last one."""
+    log_with: str | None = None
+    """tensorboard, wandb or trackio: where losses, the learning rate and what held-out groups say can be watched; extras of those
+    names install them."""
 
     def check_fit(self) -> None:
         check_at_least(1, lora_rank=self.lora_rank, checkpoint_steps=self.checkpoint_steps)
@@ -145,6 +150,8 @@ class FitConfig:
         check_at_least(0, weight_decay=self.weight_decay)
         check_range("lora_dropout", self.lora_dropout, 0, 0.99)
         check_range("warmup_ratio", self.warmup_ratio, 0, 1)
+        if self.log_with is not None:
+            check_choice("log_with", self.log_with, TRACKERS)
 
 
 @dataclass(frozen=True)
@@ -293,6 +300,22 @@ class DistillConfig(FitConfig, TaskConfig, ChatConfig, ModelConfig):
         check_effects(names, [self.policy], {"temperature": ("sample",)}, "policy")
         with_targets = ("kd", "on-policy-kd")
         check_effects(names, [self.method], {"kd_temperature": with_targets, "support_size": with_targets}, "method")
+
+
+@dataclass(frozen=True)
+class PushConfig:
+    """`s2t push`: an adapter becomes a repository of the Hugging Face hub."""
+
+    adapter: str = "runs/train/adapter"
+    """Folder written by `s2t train`, with the accuracies of `s2t eval --card` in its card."""
+    repo: str = ""
+    """OWNER/NAME of the repository, which is made where there is none."""
+    public: bool = False
+    """Make a new repository public; one that exists stays as it is."""
+
+    def __post_init__(self) -> None:
+        is_one = re.fullmatch(r"[\w.-]+/[\w.-]+", self.repo) is not None
+        require(is_one, f"repo must be OWNER/NAME; got {self.repo!r}; pass --repo OWNER/NAME.")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 EXECUTIONS = ("auto", "eager", "static", "compile")
 SUPPORTS = ("auto", "slm-top", "llm-top")
 DIVERGENCES = ("llm-slm", "slm-llm", "js", "released-code")
+TRACKERS = ("tensorboard", "wandb", "trackio")
 DISTILLATIONS = ("sft", "kd", "on-policy-kd")
 
 READERS: Readers = dict.fromkeys(("temperature", "top_p", "top_k", "min_p"), SAMPLED)

@@ -371,7 +371,7 @@ def load_adapter(folder: str | Path, loaded: LoadedModel) -> SelectorAdapter:
         raise ModelError(
             f"adapter {folder} is damaged: {LORA_FILE} is missing; weights are read from safetensors only."
         )
-    _check_weights(folder, config.weights)
+    check_weights(folder, config.weights)
     peft, peft_model = import_peft(), None
     try:
         state = load_file(Path(folder) / SELECTOR_FILE)
@@ -391,7 +391,7 @@ def load_adapter(folder: str | Path, loaded: LoadedModel) -> SelectorAdapter:
     return adapter
 
 
-def _check_weights(folder: Path, weights: Mapping[str, str]) -> None:
+def check_weights(folder: Path, weights: Mapping[str, str]) -> None:
     """Raise ModelError unless the weights files are those that were saved (older adapters have no hashes)."""
     for name, digest in weights.items():
         if not (folder / name).is_file() or sha256(folder / name) != digest:

@@ -27,7 +27,7 @@ ADAPTER_FOLDER = "s2t_adapter"
 PROBLEMS_FILE = "train_problems.txt"
 FORMAT = "s2t-merged"
 FORMAT_VERSION = 1
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", f"{ADAPTER_FOLDER}/*.safetensors")
 
 
@@ -86,7 +86,7 @@ def adapter_folder(name: str | Path) -> Path:
 
 def _downloaded(name: str, revision: str | None, what: str, fits: Callable[[Path], bool]) -> Path | None:
     """The snapshot of a repository of the hub that has an `s2t_config.json` of the kind asked for; else None."""
-    if not _HUB_ID.fullmatch(name) or os.path.exists(name):
+    if not HUB_ID.fullmatch(name) or os.path.exists(name):
         return None
     from huggingface_hub import snapshot_download
     from transformers.utils.hub import cached_file

@@ -19,10 +19,12 @@ from s2t.config import NEEDS_LLM
 from s2t.errors import DataError, missing_extra
 from s2t.files import load_run, read_json, write_bytes, write_text
 from s2t.report import plots
+from s2t.report.lead import repaired, sentences
 from s2t.report.trace import Traces, load_traces, script_json
 from s2t.web import source
 
-PICTURES = ("rank_ring", "hit_at_k", "hit_by_divergence", "accuracy_cost")
+PICTURES = ("accuracy_cost", "hit_at_k", "rank_ring", "hit_by_divergence")
+_AT_THE_TOP = PICTURES[:2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +70,13 @@ def write_report(
 
 def draw(summary: dict[str, Any], measured: dict[str, Any] | None) -> list[Picture]:
     """All pictures the data allows, in page order."""
-    pictures = []
+    pictures = [_cost_picture(summary["strategies"])]
     if curve := measured or summary.get("sufficiency"):
+        pictures.append(_hit_picture(curve))
         if shares := plots.rank_shares(curve["hit_rate"]):
             pictures.append(_ring_picture(shares, curve))
-        pictures.append(_hit_picture(curve))
     if measured and measured.get("hit_rate_by_divergence"):
         pictures.append(_bins_picture(measured["hit_rate_by_divergence"]))
-    pictures.append(_cost_picture(summary["strategies"]))
     return pictures
 
 
@@ -85,6 +86,7 @@ def page_context(
     """Everything the template prints, as text."""
     return {
         "task": str(summary["task"]),
+        "sentences": sentences(summary, measured),
         "note": [part.strip() for part in (note or "").split("\n\n") if part.strip()],
         "facts": _facts(summary, measured),
         "rows": [_strategy_row(name, scores) for name, scores in summary["strategies"].items()],
@@ -116,7 +118,9 @@ def _render(context: dict[str, Any], pictures: list[Picture], traces: Traces | N
     script = source("tokens.js") + _source("report.js") if traces is not None else ""
     page = environment.from_string(_source("report.html")).render(
         **context,
-        pictures=[_embedded(picture) for picture in pictures],
+        first_pictures=[_embedded(picture) for picture in pictures if picture.name in _AT_THE_TOP],
+        pictures=[_embedded(picture) for picture in pictures if picture.name not in _AT_THE_TOP],
+        example=repaired(traces),
         policy=content_policy(style, script),
         style=Markup(style),  # ours, not escaped: its hash must hold
         script=Markup(script),
@@ -221,18 +225,19 @@ def _cost_picture(strategies: dict[str, dict[str, Any]]) -> Picture:
     )
 
 
-def _facts(summary: dict[str, Any], measured: dict[str, Any] | None) -> list[tuple[str, str]]:
+def _facts(summary: dict[str, Any], measured: dict[str, Any] | None) -> list[tuple[str, str, str]]:
+    """Names, values, and what stands below a value."""
     pair = summary["pair"]
     facts = [
-        ("SLM", _model(pair["slm"], pair.get("slm_params"))),
-        ("LLM", _model(pair.get("llm") or "none", pair.get("llm_params"))),
-        ("Test problems", _count(summary["num_test"])),
-        ("Seed", str(summary["seed"])),
+        ("SLM", str(pair["slm"]), _size(pair.get("slm_params"))),
+        ("LLM", str(pair.get("llm") or "none"), _size(pair.get("llm_params"))),
+        ("Test problems", _count(summary["num_test"]), ""),
+        ("Seed", str(summary["seed"]), ""),
     ]
     if curve := measured or summary.get("sufficiency"):
         rates = curve["hit_rate"]
-        facts.append(("hit@1, hit@8", f"{_percent(rates.get('1'))}, {_percent(rates.get('8'))}"))
-        facts.append(("Divergence points", f"{_percent(curve.get('trigger_rate'))} of steps"))
+        facts.append(("hit@1, hit@8", f"{_percent(rates.get('1'))}, {_percent(rates.get('8'))}", ""))
+        facts.append(("Divergence points", f"{_percent(curve.get('trigger_rate'))} of steps", ""))
     return facts
 
 
@@ -312,8 +317,8 @@ def _gap(share: float | None) -> str | None:
     return _percent(share, 0)
 
 
-def _model(name: str, params: float | None) -> str:
-    return f"{name} ({_compact(params)}\N{NO-BREAK SPACE}parameters)" if params else str(name)
+def _size(params: float | None) -> str:
+    return f"{_compact(params)} parameters" if params else ""
 
 
 def _compact(value: float) -> str:

@@ -22,7 +22,7 @@ from s2t.files import load_run
 
 _CONFIGS = {"measure": MeasureConfig, "calibrate": CalibrateConfig, "collect": CollectConfig, "train": TrainConfig}
 _EXECUTION = (*HOW_IT_RUNS, "dtype", "device", "device_map", "execution", "trust_remote_code", "batch_size", "out")
-_EXECUTION_OF_TRAIN = ("prefix_cache_gib", "checkpoint_steps")
+_EXECUTION_OF_TRAIN = ("prefix_cache_gib", "checkpoint_steps", "log_with")
 _PATHS = ("run", "calibration", "groups")
 _FLAGS = {("measure", "limit"): "calibration-limit", ("collect", "limit"): "train-limit"}
 

@@ -35,17 +35,19 @@ from s2t.train.dataset import pad_ids
 from s2t.train.fit import Fit
 from s2t.train.forward import sum_in_chunks
 from s2t.train.processes import Processes, open_processes
+from s2t.train.watch import check_tracker
 
 
 def distill(config: DistillConfig) -> dict[str, Any]:
     """Distil the LLM into a LoRA and return distill.json; same command again: resumes, or returns the finished run."""
     _check_plain(config)
+    check_tracker(config.log_with)
     with open_processes(config.device) as processes:
         return _distill(config, processes)
 
 
 def _distill(config: DistillConfig, processes: Processes) -> dict[str, Any]:
-    run = processes.open_run(config.out, "distill", config, PLACES)
+    run = processes.open_run(config.out, "distill", config, (*PLACES, "log_with"))
     if run.is_complete:
         return read_json(run.file("distill.json"))
     task = open_task(config, config.slm, config.revision)

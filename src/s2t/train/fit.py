@@ -25,6 +25,7 @@ from s2t.files import RunFolder, read_jsonl, write_bytes, write_text
 from s2t.progress import count, progress
 from s2t.train.dataset import plan_batches
 from s2t.train.processes import Processes, Whole, full, like
+from s2t.train.watch import Watch, open_watch
 
 T = TypeVar("T")
 
@@ -64,6 +65,7 @@ class Fit(ABC):
         self.num_steps = config.max_steps or max(1, math.ceil(config.epochs * self.steps_per_epoch))
         self.log: list[dict[str, float]] = []
         self.step = 0
+        self.watch: Watch = lambda part, values, step: None
 
     @abstractmethod
     def terms(self, chosen: Sequence[int]) -> dict[str, Tensor]:
@@ -93,9 +95,15 @@ class Fit(ABC):
         """Run all remaining steps."""
         self.begin()
         self.train_mode()
-        with progress("train", self.num_steps, self.step, self.processes.is_first, "steps") as advance:
+        is_first = self.processes.is_first
+        with (
+            open_watch(self.recipe.log_with, self.run, self.step, is_first) as self.watch,
+            progress("train", self.num_steps, self.step, is_first, "steps") as advance,
+        ):
             for chosen in self._batches():
-                self.log.append(self.optimize(self.shared_terms(chosen)))
+                line = self.optimize(self.shared_terms(chosen))
+                self.log.append(line)
+                self.watch("train", {key: value for key, value in line.items() if key != "step"}, self.step)
                 advance(1)
                 self.after_step()
                 count(tokens=sum(self.lengths[i] for i in chosen))

@@ -28,6 +28,7 @@ from s2t.train.fit import Fit
 from s2t.train.forward import FrozenPrefixes, States, forward, lm_kl
 from s2t.train.processes import Processes, like, open_processes
 from s2t.train.validation import HeldOut, split_by_problem
+from s2t.train.watch import check_tracker
 
 _TRAJECTORIES_TO_CHECK = 64
 _TRAJECTORIES_AT_ONCE = 8
@@ -39,12 +40,13 @@ NO_BETTER = (
 
 def train(config: TrainConfig) -> dict[str, Any]:
     """Train an adapter on collected groups; returns train.json. Same command again: resumes, or returns the finished run."""
+    check_tracker(config.log_with)
     with open_processes(config.device) as processes:
         return _train(config, processes)
 
 
 def _train(config: TrainConfig, processes: Processes) -> dict[str, Any]:
-    run = processes.open_run(config.out, "train", config)
+    run = processes.open_run(config.out, "train", config, ("log_with",))
     if run.is_complete:
         return read_json(run.file("train.json"))
     data = read_group_data(config.groups, config.num_candidates)
@@ -132,7 +134,7 @@ class Trainer(Fit):
         self.weights = config.selection_weights
         self.positive_weight = self._positive_weight()
         self.frozen: FrozenPrefixes | None = None
-        self.validation: list[dict[str, float]] = []
+        self.validation: list[dict[str, Any]] = []
         self.best: dict[str, Tensor] = {}
 
     def _positive_weight(self) -> float:
@@ -215,11 +217,16 @@ class Trainer(Fit):
         """Look at the held-out groups now and then; keep the best weights, and stop when they have not got better for long."""
         if not self.held or (self.step % self.config.validation_steps and self.step < self.num_steps):
             return
-        quality = self.read_held_out().quality(self.adapter.combined, 1.0)
+        found = self.read_held_out()
+        quality = found.quality(self.adapter.combined, 1.0)
         if not self.validation or quality["nll"] < min(line["nll"] for line in self.validation):
             self.best = self.full_parameters()
-        self.validation.append({"step": self.step, **quality})
+        precision = {"criticality_average_precision": found.average_precision()}
+        self.validation.append({"step": self.step, **quality, **precision})
         best = min(range(len(self.validation)), key=lambda i: self.validation[i]["nll"])
+        slm = {f"{name}_of_slm": value for name, value in found.slm().items()}
+        seen = {**quality, **precision, **slm, "best_step": self.validation[best]["step"]}
+        self.watch("held_out", seen, self.step)
         if self.config.patience and len(self.validation) - 1 - best >= self.config.patience:
             self.num_steps = self.step
 
