@@ -62,7 +62,7 @@ def main() -> None:
         "task": "gsm8k",
         "arms": {arm: describe(found, runs, arm) for arm, found in rows.items()},
         "paired": {f"{left} vs {right}": compare(rows[left], rows[right]) for left, right in known(PAIRS, rows)},
-        "sufficiency": {path.parent.name.removeprefix("sufficiency-"): sufficiency(path) for path in measured(runs)},
+        "sufficiency": {read_json(path)["task"]: sufficiency(path) for path in measured(runs)},
     }
     write_json(OUT / "real-pair.json", document)
     write_text(OUT / "real-pair.md", table(document))
