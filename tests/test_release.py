@@ -45,8 +45,9 @@ EXTRAS = {
 EVERY_MODULE = """
 import importlib, pkgutil, s2t
 names = [found.name for found in pkgutil.walk_packages(s2t.__path__, "s2t.")]
+programs = ("s2t.__main__", *(f"s2t.tasks.{name}" for name in ("_jail", "_judge", "_compare", "_algebra")))  # run by path
 for name in names:
-    if not name.endswith(("__main__", "._jail")):  # programs, which run when they are imported
+    if name not in programs and name != "s2t.integrations.vllm":  # of servers, in whose environment vLLM is
         importlib.import_module(name)
 print(len(names))
 """

@@ -96,4 +96,4 @@ def _reason(error: Exception) -> str:
         said = said.replace(token, "***")
     said = re.sub(r"hf_\w+", "***", said)[:300]
     next_step = {401: "log in with `hf auth login`", 403: "take a token that may write there, or another --repo"}
-    return f"{said.rstrip('.')}; {next_step.get(status, 'check the name, the network and `hf auth login`')}."
+    return f"{said.rstrip('.')}; {next_step.get(status or 0, 'check the name, the network and `hf auth login`')}."

@@ -153,7 +153,7 @@ def _example(traces: Traces, greedy: int, place: int, problem: int) -> Repaired:
 def _flips(run: Mapping[str, Any], pieces: Sequence[str]) -> Iterator[tuple[int, Part]]:
     for step in run["x"]:
         greedy = run["g"].get(str(step))
-        yield step, Part(pieces[run["t"][step]], "flip", pieces[greedy] if greedy is not None else "")
+        yield step, Part(pieces[int(run["t"][step])], "flip", pieces[int(greedy)] if greedy is not None else "")
 
 
 def _parts(tokens: Sequence[int], pieces: Sequence[str], first: int, marked: Mapping[int, Part]) -> list[Part]:
@@ -176,7 +176,7 @@ def _offered(run: Mapping[str, Any], pieces: Sequence[str], step: int) -> list[t
         return []
     places, probs, _, _, chosen = candidates
     shown = [i for i in range(len(places)) if i < _OFFERED or i == chosen]
-    return [(pieces[places[i]], _share(probs[i]), i == chosen) for i in shown]
+    return [(pieces[int(places[i])], _share(probs[i]), i == chosen) for i in shown]
 
 
 def _share(scaled: int | None) -> str:
