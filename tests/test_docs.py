@@ -178,7 +178,7 @@ def test_the_readme_is_short_with_one_picture_and_six_lines_of_python():
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
 def test_links_and_pictures_of_pages_outside_the_site_are_there(page):
-    text = (ROOT / page).read_text(encoding="utf-8")
+    text = re.sub(r"`[^`]*`", "", (ROOT / page).read_text(encoding="utf-8"))
     targets = re.findall(r"\]\(([^)#\s]+)", text) + re.findall(r'(?:src|srcset)="([^"]+)"', text)
     gone = [target for target in targets if "://" not in target and not (ROOT / target).exists()]
     assert not gone
