@@ -178,6 +178,14 @@ def test_the_readme_is_short_with_one_picture_and_six_lines_of_python():
     assert "docs/tools.md" in readme
 
 
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_and_pictures_of_pages_outside_the_site_are_there(page):
+    text = re.sub(r"`[^`]*`", "", (ROOT / page).read_text(encoding="utf-8"))
+    targets = re.findall(r"\]\(([^)#\s]+)", text) + re.findall(r'(?:src|srcset)="([^"]+)"', text)
+    gone = [target for target in targets if "://" not in target and not (ROOT / target).exists()]
+    assert not gone
+
+
 def test_the_reference_of_the_command_line_is_current():
     make_cli = runpy.run_path(str(ROOT / "docs/make_cli.py"))
     assert make_cli["reference"]() == (ROOT / "docs/cli.md").read_text(encoding="utf-8"), "run python docs/make_cli.py"

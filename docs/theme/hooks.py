@@ -13,6 +13,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from nbconvert import MarkdownExporter
+from traitlets.config import Config
 
 ROOT = Path(__file__).parents[2]
 ROOT_PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
@@ -55,7 +56,7 @@ def _by_title(link: re.Match[str], page: Page, files: Files) -> str:
 
 def as_page(file: File, config: MkDocsConfig) -> list[File]:
     """The notebook as a page, and the pictures among its outputs."""
-    exporter = MarkdownExporter(display_data_priority=PREFERRED)
+    exporter = MarkdownExporter(config=Config({"NbConvertBase": {"display_data_priority": PREFERRED}}))
     folder = PurePosixPath(file.src_uri)
     text, resources = exporter.from_filename(
         str(file.abs_src_path), resources={"output_files_dir": folder.stem, "unique_key": folder.stem}
