@@ -58,7 +58,7 @@ def shorter():
         patch.setattr(baselines, "NUM_SAMPLES", 2)
         patch.setattr(triggers, "RATES", (0.01, 0.1))
         patch.setattr(triggers, "KS", (1, 8))
-        patch.setattr(adapters, "ARMS", {name: adapters.ARMS[name] for name in ("default", "scope always")})
+        patch.setattr(adapters, "ARMS", {name: adapters.ARMS[name] for name in ("default", "bins, scope always")})
         patch.setattr(adapters, "_SHARES", (0.5, 1.0))
         yield
 
