@@ -83,19 +83,20 @@ def write_table(path: str | Path, table: pyarrow.Table) -> None:
     _write_atomically(Path(path), write)
 
 
-def read_json(path: str | Path) -> Any:
+def read_json(path: str | Path, takes_halves: bool = False) -> Any:
     """The JSON document at `path`; DataError when it is missing or not JSON."""
-    return parse_json(_read_text(Path(path)), str(path), "write it again")
+    return parse_json(_read_text(Path(path)), str(path), "write it again", takes_halves)
 
 
-def parse_json(text: str, where: str, next_step: str = "fix it") -> Any:
+def parse_json(text: str, where: str, next_step: str = "fix it", takes_halves: bool = False) -> Any:
     """The value of a JSON text; DataError names `where` it stands, whatever the parser raises.
 
-    So are numbers and nestings that Python does not take, and half of a character (a lone surrogate), which no file can hold.
+    So are numbers and nestings that Python does not take, and half of a character (a lone surrogate), which no file can hold;
+    a reader that can show such halves takes them.
     """
     try:
         value = json.loads(text)
-        if "\\u" in text:
+        if "\\u" in text and not takes_halves:
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}: " if "\n" in text.strip() else f"column {error.colno}: "
@@ -120,13 +121,13 @@ def read_jsonl_lines(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
     return list(iter_jsonl(path))
 
 
-def iter_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def iter_jsonl(path: str | Path, takes_halves: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
     """Like `read_jsonl_lines`, with one line in memory at a time."""
     with _readable(Path(path)), Path(path).open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 where = f"{path}:{number}"
-                yield where, _json_object(_decoded(line, file.tell() - len(line)), where)
+                yield where, _json_object(_decoded(line, file.tell() - len(line)), where, takes_halves)
 
 
 def read_tables(paths: Iterable[str | Path], columns: Sequence[str] | None = None) -> pyarrow.Table:
@@ -321,8 +322,8 @@ def _readable(path: Path) -> Iterator[None]:
         raise DataError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from error
 
 
-def _json_object(line: str, where: str) -> dict[str, Any]:
-    row = parse_json(line, where, "fix that line")
+def _json_object(line: str, where: str, takes_halves: bool = False) -> dict[str, Any]:
+    row = parse_json(line, where, "fix that line", takes_halves)
     if not isinstance(row, dict):
         raise DataError(f"{where} must be one JSON object; got {type(row).__name__}; fix that line.")
     return row

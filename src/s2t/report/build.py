@@ -100,7 +100,7 @@ def page_context(
 def _read_object(path: Path, next_step: str) -> dict[str, Any]:
     if not path.exists():
         raise DataError(f"{path} is missing; {next_step}.")
-    data = read_json(path)
+    data = read_json(path, takes_halves=True)
     if not isinstance(data, dict):
         raise DataError(f"{path} must hold one JSON object; got {type(data).__name__}; {next_step}.")
     return data

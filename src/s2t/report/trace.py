@@ -85,7 +85,7 @@ def load_traces(path: Path, config: dict[str, Any]) -> Traces | None:
     if not path.exists():
         return None
     found = _Collected()
-    for where, line in iter_jsonl(path):
+    for where, line in iter_jsonl(path, takes_halves=True):
         try:
             found.add(line, _trigger(str(line["strategy"]), config))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
