@@ -1,6 +1,6 @@
 """The table of the real pair: every arm of `s2t reproduce recipes/qwen2.5-coder.toml`, from its run folders to one file.
 
-    python benchmarks/real_pair.py runs/qwen2.5-coder                # -> docs/results/real-pair.json and real-pair.md
+    python benchmarks/real_pair.py runs/qwen2.5-coder                # -> docs/results/real-pair.json
 
 An arm that was run alone (`s2t eval --out runs/qwen2.5-coder/ARM`) is read from the folder of its name. Arms and tasks whose
 folders are not there, or not finished, are named and left out. Accuracies have Wilson's 95 % intervals; two arms are compared
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from s2t.core.stats import paired_comparison, wilson_interval
-from s2t.files import read_json, read_jsonl, write_json, write_text
+from s2t.files import read_json, read_jsonl, write_json
 
 OUT = Path(__file__).parents[1] / "docs" / "results"
 WEIGHTS = "bfloat16, dequantised from Q4_K_M GGUF files"
@@ -65,7 +65,6 @@ def main() -> None:
         "sufficiency": {read_json(path)["task"]: sufficiency(path) for path in measured(runs)},
     }
     write_json(OUT / "real-pair.json", document)
-    write_text(OUT / "real-pair.md", table(document))
     print(table(document))
 
 
