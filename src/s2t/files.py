@@ -103,7 +103,7 @@ def parse_json(text: str, where: str, next_step: str = "fix it", takes_halves: b
         raise DataError(f"{where} is not JSON ({place}{error.msg}); {next_step}.") from error
     except UnicodeEncodeError as error:
         half = ascii(error.object[error.start])
-        raise DataError(f"{where} holds {half}, half of a character; {next_step}.") from error
+        raise DataError(f"{where} holds {half}, half of a surrogate pair; {next_step}.") from error
     except RecursionError as error:
         raise DataError(f"{where} is nested too deeply to be read; {next_step}.") from error
     except ValueError as error:  # a whole number of thousands of digits

@@ -150,7 +150,7 @@ def test_a_tokenizer_without_a_fast_backend_refuses_the_text():
         def get_vocab(self):
             return {"<unused7>": 3}
 
-        def __call__(self, text, add_special_tokens):
+        def __call__(self, text, add_special_tokens, verbose=True):
             return {"input_ids": [1]}
 
     assert encode(Slow(), "fine", True) == [1]  # type: ignore[arg-type]
