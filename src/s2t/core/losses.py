@@ -33,14 +33,17 @@ def pairwise_margin(expected: Tensor, llm_probs: Tensor, margin: float) -> Tenso
 
 def listwise_kl(scores: Tensor, llm_probs: Tensor) -> Tensor:
     """KL(p_L renormalised on the candidates || softmax of scores), nats; [G, K], [G, K] -> []."""
-    target = llm_probs / llm_probs.sum(-1, keepdim=True).clamp_min(1e-12)
-    return F.kl_div(scores.log_softmax(-1), target, reduction="batchmean")
+    return F.kl_div(scores.log_softmax(-1), _on_candidates(llm_probs), reduction="batchmean")
 
 
 def listwise_cross_entropy(scores: Tensor, llm_probs: Tensor) -> Tensor:
     """Cross-entropy of softmax(scores) under p_L renormalised on the candidates, nats, mean; [G, K], [G, K] -> []."""
-    target = llm_probs / llm_probs.sum(-1, keepdim=True).clamp_min(1e-12)
-    return -(target * scores.log_softmax(-1)).sum(-1).mean()
+    return -(_on_candidates(llm_probs) * scores.log_softmax(-1)).sum(-1).mean()
+
+
+def _on_candidates(llm_probs: Tensor) -> Tensor:
+    """p_L renormalised on the candidates; [G, K] -> [G, K]."""
+    return llm_probs / llm_probs.sum(-1, keepdim=True).clamp_min(1e-12)
 
 
 def lm_preserving_kl(base_logits: Tensor, adapted_logits: Tensor) -> Tensor:
