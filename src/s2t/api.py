@@ -99,7 +99,14 @@ def load(
     """
     texts = {"quantization": _as_text(quantization), "llm_quantization": _as_text(llm_quantization)}
     given = {"slm": slm, "llm": llm, "adapter": None if adapter is None else str(adapter)}
-    return Reasoner(open_pair(build_config(_LoadConfig, flags={**given, **texts, **settings})))
+    return open_reasoner(build_config(_LoadConfig, flags={**given, **texts, **settings}))
+
+
+def open_reasoner(
+    config: ModelConfig, strategies: Sequence[str] | None = None, with_llm: bool | None = None
+) -> Reasoner:
+    """As `load`, for settings that are checked already; see `decode.opening.open_pair`."""
+    return Reasoner(open_pair(config, strategies, with_llm))
 
 
 def generate(prompt: Prompt | Prompts, slm: str = "tiny:slm", **settings: Any) -> Generation | list[Generation]:

@@ -245,7 +245,7 @@ def moody(tokenizer, monkeypatch):
     """Every model's template reads one variable."""
     source = TEXTS + "{{ mood }}"
     monkeypatch.setattr("s2t.decode.opening.load_model", lambda name, **_: _with_template(load_model(name), source))
-    monkeypatch.setattr("s2t.api.load_model", lambda name, **_: _with_template(load_model(name), source))
+    monkeypatch.setattr("s2t.decode.opening.load_model", lambda name, **_: _with_template(load_model(name), source))
 
 
 def _with_template(loaded, source):
