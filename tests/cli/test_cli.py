@@ -11,6 +11,7 @@ import types
 from dataclasses import MISSING, dataclass, fields
 
 import pytest
+import typer
 
 from s2t.cli import demo as demo_cli
 from s2t.cli import main as cli
@@ -170,11 +171,28 @@ def test_every_setting_is_an_option_with_its_default(name, capsys, monkeypatch):
     cli.main([name, "--help"])
     shown = " ".join(capsys.readouterr().out.split())
     for item in fields(CONFIGS[name]):
+        if not item.init:  # no setting of this command
+            assert f"--{item.name.replace('_', '-')} " not in shown
+            continue
         assert f"--{item.name.replace('_', '-')} " in shown
         if item.default not in (None, MISSING) and not isinstance(item.default, bool):
             assert f"[default: {item.default}]" in shown
     for flag in ("--config", "--json", "--debug"):
         assert flag in shown
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_begins_with_the_ten_settings_that_people_use_and_shows_none_twice(name):
+    command = typer.main.get_command(cli.build_app()).commands[name]
+    options = [option for option in command.params if option.param_type_name == "option" and not option.hidden]
+    flags = [flag for option in options for flag in (*option.opts, *option.secondary_opts)]
+    assert len(flags) == len(set(flags))
+    panels = [
+        option.rich_help_panel for option in options if option.name not in ("all", "everything", "history", "trace")
+    ]
+    assert panels[: panels.count("Options")] == ["Options"] * panels.count("Options")
+    assert panels.count("Options") <= 10
+    assert panels == sorted(panels, key=panels.index)  # every panel in one piece
 
 
 def test_every_command_has_a_config():

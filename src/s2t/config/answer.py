@@ -76,22 +76,18 @@ class ServeConfig(DecodeConfig, ServedConfig, ChatConfig, ModelConfig):
     no_auth: bool = False
     """Allow an address that others can reach without a key."""
 
-    num_samples: int = 1
-    """Not for a server, and always 1: requests ask for n choices."""
-    llm_url: list[str] = field(default_factory=list)
-    """Not for a server, which runs the LLM in its own process."""
+    num_samples: int = field(default=1, init=False)  # no setting of a server: requests ask for n choices
+    llm_url: list[str] = field(default_factory=list, init=False)  # the LLM runs in the server's own process
 
     def __post_init__(self) -> None:
         self.check_model()
         self.check_chat()
         self.check_remote()
         self.check_decode()
-        require(not self.llm_urls, "s2t serve takes no llm_url: it runs the LLM in its own process; pass --llm MODEL.")
         require(
             not (self.slm_urls and self.llm),
             "with slm_url the server writes with greedy and s2t-local, which need no LLM; drop --llm or --slm-url.",
         )
-        require(self.num_samples == 1, "a server takes no num_samples; let requests ask for n choices.")
         if self.strategy is not None:
             check_choice(
                 "strategy", self.strategy, tuple(name for name in STRATEGIES if name not in ("sample", *MANY_SAMPLES))
