@@ -26,11 +26,11 @@ from s2t.config import (
     build_config,
     check_effects,
 )
-from s2t.decode.generated import Generated
 from s2t.decode.loop import Request
 from s2t.decode.opening import open_pair
 from s2t.decode.pair import Pair
 from s2t.decode.prompts import ids_key, prompt_key, sample_key
+from s2t.decode.rows import Generated
 from s2t.decode.workload import strategy_of
 from s2t.errors import ConfigError
 from s2t.methods.sample import choose_sample

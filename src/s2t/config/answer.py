@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from s2t.config.checks import check_at_least, check_choice, check_positive, check_range, require
-from s2t.config.effects import check_effects
+from s2t.config.checks import check_at_least, check_choice, check_effects, check_positive, check_range, require
 from s2t.config.methods import MANY_SAMPLES, STRATEGIES, TRIGGERED, TRIGGERS
 from s2t.config.shared import (
     READERS,
