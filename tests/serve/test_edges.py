@@ -273,7 +273,7 @@ def test_the_command_names_a_mistake_before_models_are_loaded(monkeypatch, capsy
         (["--api-key-file", str(tmp_path / "none")], "cannot be read"),
         (["--port", "70000"], "port"),
         (["--strategy", "sample"], "strategy"),
-        (["--num-samples", "4"], "n choices"),
+        (["--num-samples", "4"], "No such option: --num-samples"),
         (["--max-length", "1"], "max_length"),
     ):
         assert cli.main(["serve", *words]) == 2
