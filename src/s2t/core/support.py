@@ -11,6 +11,8 @@ from torch import Tensor
 
 from s2t.errors import ConfigError
 
+_FAR = -200.0  # below the likeliest token, in nats: its exponential is 0 in float32
+
 
 def align_vocabulary(logits: Tensor, size: int) -> Tensor:
     """Crop or pad (-inf) the last dimension to `size`, so that padded vocabularies compare; [..., V'] -> [..., size]."""
@@ -47,8 +49,11 @@ def divergence(
         raise ConfigError(f"support must be slm-top or llm-top; got {support!r}.")
     support_size = min(support_size, slm_logits.shape[-1])
     top = (slm_logits if support == "slm-top" else llm_logits).topk(support_size, dim=-1)  # [..., S]
-    slm_probs = bucket_probs(slm_logits, top.indices)  # [..., S + 1]
-    llm_probs = bucket_probs(llm_logits, top.indices)  # [..., S + 1]
+    return bucket_divergence(bucket_probs(llm_logits, top.indices), bucket_probs(slm_logits, top.indices), kind)
+
+
+def bucket_divergence(llm_probs: Tensor, slm_probs: Tensor, kind: str = "llm-slm") -> Tensor:
+    """The divergence of two distributions over the same buckets, nats; [..., S + 1] each -> [...]."""
     if kind == "llm-slm":
         return kl_divergence(llm_probs, slm_probs)
     if kind == "slm-llm":
@@ -144,6 +149,32 @@ def self_certainty(logits: Tensor) -> Tensor:
     return (-mean - count.log()).clamp_min(0.0)
 
 
+class Distribution:
+    """Next-token probabilities of n rows of logits [n, V], float32: whatever is read of them, one pass takes the exponentials."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+        self.peak, self.best = logits.max(-1, keepdim=True)  # [n, 1]
+        self._below = (logits - self.peak).clamp_min_(_FAR)  # finite, so that nothing times it is no number
+        self._weights = self._below.exp()
+        self._total = self._weights.sum(-1, keepdim=True)
+
+    def logprobs(self, ids: Tensor) -> Tensor:
+        """[n, K] -> [n, K]; -inf for what may not be written."""
+        return self.logits.gather(-1, ids) - self.peak - self._total.log()
+
+    def entropy(self) -> Tensor:
+        """Nats, [n]."""
+        return (self._total.log()[..., 0] - torch.linalg.vecdot(self._weights, self._below) / self._total[..., 0]).clamp_min(0)
+
+    def buckets(self, ids: Tensor) -> Tensor:
+        """As `bucket_probs`; [n, S] -> [n, S + 1]."""
+        listed = self._weights.gather(-1, ids)
+        rest = self._weights.scatter_(-1, ids, 0.0).sum(-1, keepdim=True)
+        self._weights.scatter_(-1, ids, listed)
+        return torch.cat([listed, rest], dim=-1) / (listed.sum(-1, keepdim=True) + rest)
+
+
 def rank_of(logits: Tensor, ids: Tensor) -> Tensor:
     """Place of a token in the order of the logits, 0 for the best; ties go to the lower id; [..., V], [...] -> [...].
 
@@ -152,3 +183,15 @@ def rank_of(logits: Tensor, ids: Tensor) -> Tensor:
     value = logits.gather(-1, ids.unsqueeze(-1))  # [..., 1]
     before = torch.arange(logits.shape[-1], device=logits.device) < ids.unsqueeze(-1)
     return ((logits > value) | ((logits == value) & before)).sum(-1)
+
+
+def rank_among(logits: Tensor, ids: Tensor, top_values: Tensor, top_ids: Tensor) -> Tensor:
+    """`rank_of` with the largest logits in hand: only rows whose token is not surely one of them are looked through.
+
+    [n, V], [n], [n, S], [n, S] -> [n].
+    """
+    value = logits.gather(-1, ids[:, None])  # [n, 1]
+    rank = ((top_values > value) | ((top_values == value) & (top_ids < ids[:, None]))).sum(-1)
+    if (outside := (value <= top_values[:, -1:])[:, 0]).any():  # equal ones may stand outside the list
+        rank[outside] = rank_of(logits[outside], ids[outside])
+    return rank
