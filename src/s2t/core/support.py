@@ -102,10 +102,7 @@ def bucket_probs(logits: Tensor, ids: Tensor) -> Tensor:
 
     The rest is summed from its own tokens: `1 - sum` in float32 would lose it below 1e-7, and its logarithm with it.
     """
-    probs = logits.float().softmax(-1)
-    listed = probs.gather(-1, ids)
-    rest = probs.scatter_(-1, ids, 0.0).sum(-1, keepdim=True)
-    return torch.cat([listed, rest], dim=-1)
+    return Distribution(logits.float()).buckets(ids)
 
 
 def bucket_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
@@ -134,7 +131,7 @@ def _masked_divergence(llm_logits: Tensor, slm_logits: Tensor) -> Tensor:
 
 def entropy(logits: Tensor) -> Tensor:
     """Entropy of the next-token distribution in nats; [..., V] -> [...], float32, >= 0."""
-    return torch.special.entr(logits.float().softmax(-1)).sum(-1)
+    return Distribution(logits.float()).entropy()
 
 
 def self_certainty(logits: Tensor) -> Tensor:
@@ -150,25 +147,27 @@ def self_certainty(logits: Tensor) -> Tensor:
 
 
 class Distribution:
-    """Next-token probabilities of n rows of logits [n, V], float32: whatever is read of them, one pass takes the exponentials."""
+    """Next-token probabilities of float32 logits [..., V]: whatever is read of them, one pass takes the exponentials."""
 
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits
-        self.peak, self.best = logits.max(-1, keepdim=True)  # [n, 1]
+        self.peak, self.best = logits.max(-1, keepdim=True)  # [..., 1]
         self._below = (logits - self.peak).clamp_min_(_FAR)  # finite, so that nothing times it is no number
         self._weights = self._below.exp()
         self._total = self._weights.sum(-1, keepdim=True)
 
     def logprobs(self, ids: Tensor) -> Tensor:
-        """[n, K] -> [n, K]; -inf for what may not be written."""
+        """[..., K] -> [..., K]; -inf for what may not be written."""
         return self.logits.gather(-1, ids) - self.peak - self._total.log()
 
     def entropy(self) -> Tensor:
-        """Nats, [n]."""
-        return (self._total.log()[..., 0] - torch.linalg.vecdot(self._weights, self._below) / self._total[..., 0]).clamp_min(0)
+        """Nats, [...]."""
+        return (
+            self._total.log()[..., 0] - torch.linalg.vecdot(self._weights, self._below) / self._total[..., 0]
+        ).clamp_min(0)
 
     def buckets(self, ids: Tensor) -> Tensor:
-        """As `bucket_probs`; [n, S] -> [n, S + 1]."""
+        """As `bucket_probs`; [..., S] -> [..., S + 1]."""
         listed = self._weights.gather(-1, ids)
         rest = self._weights.scatter_(-1, ids, 0.0).sum(-1, keepdim=True)
         self._weights.scatter_(-1, ids, listed)
