@@ -1,9 +1,9 @@
 """What one GPU gives: `python benchmarks/gpu.py`; random weights, no download, at most eight minutes, one line of JSON last.
 
-Greedy decoding at batch 1 against transformers' `generate` (eager and static cache) and against the card's bandwidth, which a copy
-measures; s2t-local over greedy at four batch sizes; a triggered step; drafted s2t against its LLM alone; every stage over its own
-matrix products; and whether all ways of running a step write the same tokens in float32. Contestants run in turns after a
-warm-up round; a section that would begin after `--minutes` is left out and named. `--shape tiny` does it all on a CPU in a minute.
+Greedy decoding at batch 1 against transformers' `generate` (eager and static cache) and against the card's bandwidth, which a
+copy measures; s2t-local over greedy at four batch sizes; a triggered step; drafted s2t against its LLM alone; every stage over
+its own matrix products; and whether all ways of running a step write the same tokens in float32. Contestants run in turns after
+a warm-up round; a section that would begin after `--minutes` is left out and named. `--shape tiny` does it all on a CPU.
 """
 
 from __future__ import annotations
