@@ -70,7 +70,7 @@ class Products:
             F.linear(self._rows(product.rows, product.weight, 1), product.weight)
         for product in reversed(self.noted):
             if product.is_trained_through:
-                self._rows(product.rows, product.weight, 0) @ product.weight
+                torch.mm(self._rows(product.rows, product.weight, 0), product.weight)
         yield
 
     def _rows(self, rows: int, weight: Tensor, side: int) -> Tensor:

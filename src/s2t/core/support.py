@@ -6,11 +6,14 @@ end may differ in number. Knows no model and no threshold.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from s2t.errors import ConfigError
 
+_LOGITS_AT_ONCE = {"cpu": 2**20}  # floats, keyed by device type
 _FAR = -200.0  # below the likeliest token, in nats: its exponential is 0 in float32
 
 
@@ -144,6 +147,19 @@ def self_certainty(logits: Tensor) -> Tensor:
     count = allowed.sum(-1)
     mean = torch.where(allowed, logprobs, torch.zeros_like(logprobs)).sum(-1) / count
     return (-mean - count.log()).clamp_min(0.0)
+
+
+def in_parts(read: Callable[..., Tensor], *logits: Tensor) -> Tensor:
+    """What `read` says of the rows of some logits [n, V], on a CPU of as many rows at once as its caches hold."""
+    size = rows_at_once(logits[0])
+    if len(logits[0]) <= size:
+        return read(*logits)
+    return torch.cat([read(*rows) for rows in zip(*(part.split(size) for part in logits), strict=True)])
+
+
+def rows_at_once(logits: Tensor) -> int:
+    """Rows of [n, V] that several passes in turn had better read together: few on a CPU, whose caches are small."""
+    return max(1, _LOGITS_AT_ONCE.get(logits.device.type, 2**26) // logits.shape[-1])
 
 
 class Distribution:

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from s2t.core.candidates import argmax_first, mask_forbidden
-from s2t.core.support import Distribution, align_vocabulary, bucket_divergence, bucket_probs, divergence, rank_among
+from s2t.core.support import (
+    Distribution,
+    align_vocabulary,
+    bucket_divergence,
+    bucket_probs,
+    divergence,
+    rank_among,
+    rows_at_once,
+)
 from s2t.decode.finite import check_numbers
 from s2t.decode.remote.llm import Listed, RemoteLLM
 from s2t.decode.text_reference import TextReference
@@ -152,8 +160,9 @@ def llm_targets(
         parts = []
         for chunk in hidden.split(_steps_at_once(llm)):
             logits = mask_forbidden(align_vocabulary(engine.head(chunk), slm.vocab_size), forbidden, slm.vocab_size)
-            ids = logits.topk(size, dim=-1).indices
-            parts.append((ids.int().cpu().numpy(), bucket_probs(logits / temperature, ids).cpu().numpy()))
+            for rows in logits.split(rows_at_once(logits)):
+                ids = rows.topk(size, dim=-1).indices
+                parts.append((ids.int().cpu().numpy(), bucket_probs(rows / temperature, ids).cpu().numpy()))
         ends = np.cumsum([len(generated[i]) for i in batch])[:-1]
         check_numbers([part[1] for part in parts], llm.name)
         columns = [np.split(np.concatenate([part[c] for part in parts]), ends) for c in range(2)]
@@ -293,7 +302,7 @@ class _PairReader:
 
     def _compare(self, slm_logits: Tensor, llm_logits: Tensor) -> list[tuple[np.ndarray, ...]]:
         """The columns of `Labels` for all steps, in parts of as many as a CPU's caches hold; [n, V] each."""
-        size = max(1, _LOGITS_AT_ONCE.get(slm_logits.device.type, 2**24) // slm_logits.shape[-1])
+        size = rows_at_once(slm_logits)
         pairs = zip(slm_logits.split(size), llm_logits.split(size), strict=True)
         return [tuple(value.cpu().numpy() for value in self._labels(*pair)) for pair in pairs]
 

@@ -19,26 +19,13 @@ NAME = "default"  # PEFT's, of an adapter without a name
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
 # What may stand in adapter_config.json of a plain LoRA; anything else that is set is for PEFT.
-_PLAIN = frozenset(
-    [
-        "auto_mapping",
-        "base_model_name_or_path",
-        "bias",
-        "inference_mode",
-        "init_lora_weights",
-        "lora_alpha",
-        "lora_dropout",
-        "megatron_core",
-        "peft_type",
-        "peft_version",
-        "qalora_group_size",
-        "r",
-        "revision",
-        "runtime_config",
-        "target_modules",
-        "task_type",
-    ]
-)
+# fmt: off
+_PLAIN = frozenset((
+    "auto_mapping", "base_model_name_or_path", "bias", "inference_mode", "init_lora_weights", "lora_alpha",
+    "lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "revision",
+    "runtime_config", "target_modules", "task_type",
+))
+# fmt: on
 
 
 class PlainLora(nn.Module):
