@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from s2t.bench import bench
 from s2t.bench.decode import DecodeBench, exact_keys, local_name, untrained_adapter
+from s2t.bench.limit import LimitBench
 from s2t.bench.shapes import SHAPES, open_model
 from s2t.bench.timing import in_turns, ratio
 from s2t.bench.train import TrainBench
@@ -24,14 +26,18 @@ CPU = torch.device("cpu")
 SMALL = {"batch_size": 2, "prompt_tokens": 12, "max_new_tokens": 20, "repeats": 1}
 
 
-@pytest.fixture(scope="module")
-def naive():
-    path = Path(__file__).parents[1] / "benchmarks" / "naive.py"
-    spec = importlib.util.spec_from_file_location("naive", path)
+def script(name):
+    path = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def naive():
+    return script("naive")
 
 
 def test_contestants_advance_in_turns_and_the_warm_up_is_not_counted():
@@ -110,6 +116,57 @@ def test_a_training_step_is_timed():
         BenchConfig(work="train", slm="tiny:slm-small", prompt_tokens=40, groups=3, repeats=2, num_candidates=4)
     )
     assert result["groups_per_s"] == pytest.approx(3 / result["seconds"]["training step"])
+
+
+def test_every_stage_is_timed_against_its_own_weight_products():
+    config = BenchConfig(
+        work="limit",
+        slm="tiny:slm-small",
+        llm="tiny:llm",
+        batch_sizes="1,3",
+        prompt_tokens=12,
+        max_new_tokens=10,
+        repeats=1,
+        groups=2,
+        trigger_rates="0.1",
+    )
+    result = bench(config)
+    names = {f"{stage}, batch {size}" for stage in ("rollout", "s2t-local 10 %") for size in (1, 3)}
+    names |= {"s2t drafted, batch 3", "s2t drafted, with traces, batch 3", "labelling", "training step"}
+    assert set(result["time_to_products"]) == set(result["per_s"]) == names
+    assert set(result["local_time_to_greedy"]) == {"1", "3"}
+    assert json.loads(json.dumps(result)) == result
+
+
+def test_the_products_of_a_rollout_are_those_of_its_layers_at_its_rows():
+    config = BenchConfig(
+        slm="tiny:slm-small", batch_sizes="2", prompt_tokens=12, max_new_tokens=10, trigger_rates="0.1"
+    )
+    work = LimitBench(config)
+    runs = work.contestants()
+    [_] = runs["rollout, batch 2"]()
+    model = work.decode.base.model
+    layers = sum(
+        layer.weight.numel()
+        for layer in model.modules()
+        if isinstance(layer, torch.nn.Linear) and layer is not model.get_output_embeddings()
+    )
+    head = model.get_output_embeddings().weight.numel()
+    assert work.products["rollout, batch 2"].flops == 2.0 * (2 * (12 + 9) * layers + 2 * 10 * head)
+    [_] = runs["training step"]()
+    noted = work.products["training step"].noted
+    assert {one.is_trained_through for one in noted} == {True, False}  # the prefix is read without gradients
+    assert all(one.weight.shape[0] != 16 and one.weight.shape[1] != 16 for one in noted)  # no LoRA
+
+
+def test_the_script_for_a_gpu_runs_on_a_cpu(capsys):
+    script("gpu").main(["--shape", "tiny", "--ways", "eager,static"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["same_tokens"] == {"eager": True, "static": True}
+    assert set(result["local"]["local_over_greedy"]) == {"1", "4"}
+    assert 0 < result["drafted"]["llm_forwards_per_token"] < 1
+    assert "labelling" in result["limit"]["time_to_products"]
+    assert all(isinstance(found, dict) for name, found in result.items() if name in ("bandwidth", "greedy", "versions"))
 
 
 def test_the_naive_training_step_has_the_loss_of_ours(naive):

@@ -67,7 +67,7 @@ def merge(config: MergeConfig) -> dict[str, Any]:
     found = _measured(config.eval, folder)
     name = config.slm or adapter.base_model
     loaded = load_model(name, device="cpu", trust_remote_code=config.trust_remote_code)
-    attached = load_adapter(folder, loaded)
+    attached = load_adapter(folder, loaded, with_peft=True)
     part = out.with_name(f".{out.name}.merging")
     try:
         _clear(part)  # what a killed merge left

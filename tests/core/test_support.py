@@ -10,15 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from s2t.config import DIVERGENCES
-from s2t.core.candidates import propose
+from s2t.core.candidates import logprobs_at, propose
 from s2t.core.stats import hit_rate_curve
 from s2t.core.support import (
+    Distribution,
     align_vocabulary,
     bucket_logprobs,
     bucket_probs,
     divergence,
     entropy,
     kl_divergence,
+    rank_among,
     rank_of,
     resolve_support,
     self_certainty,
@@ -171,6 +173,27 @@ def test_rank_below_k_says_that_the_token_is_a_candidate():
     for k in (1, 4, 16, 30):
         ids, _ = propose(logits, k)
         assert torch.equal((ids == token[:, None]).any(-1), rank_of(logits, token) < k)
+
+
+@given(rows(max_size=40), st.integers(1, 12), st.booleans())
+def test_rank_among_the_largest_is_the_rank(pair, count, rounded):
+    logits, other = (torch.tensor([row]).round() if rounded else torch.tensor([row]) for row in pair)
+    top = logits.topk(min(count, logits.shape[-1]))
+    for ids in (other.argmax(-1), logits.argmin(-1), logits.argmax(-1)):
+        assert torch.equal(rank_among(logits, ids, top.values, top.indices), rank_of(logits, ids))
+
+
+@given(rows(max_size=40), st.integers(1, 12))
+def test_one_pass_reads_what_the_single_functions_read(pair, count):
+    logits = torch.tensor(pair)
+    logits[:, -1] = float("-inf")  # may not be written
+    ids = logits.topk(min(count, logits.shape[-1])).indices
+    read = Distribution(logits)
+    for _ in range(2):  # reading changes nothing
+        torch.testing.assert_close(read.buckets(ids), bucket_probs(logits, ids), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(read.logprobs(ids), logprobs_at(logits, ids), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(read.entropy(), entropy(logits), rtol=1e-4, atol=1e-5)
+    assert torch.equal(read.best[:, 0], logits.argmax(-1))
 
 
 @given(ranks=st.lists(st.integers(0, 40), min_size=1))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict, replace
 
 import pytest
@@ -11,7 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from s2t.errors import ModelError, S2TError
+from s2t.files import read_json, write_json
 from s2t.model.adapter import (
+    CONFIG_FILE,
     AdapterConfig,
     SelectorAdapter,
     attached_adapter,
@@ -24,6 +28,7 @@ from s2t.model.card import accuracy_section, with_accuracy
 from s2t.model.engine import Engine
 from s2t.model.load import load_model, wrap_model
 from s2t.model.merged import problem_hashes
+from s2t.model.plain_lora import PlainModel, attach_plain
 
 torch.set_num_threads(1)
 
@@ -373,3 +378,46 @@ def test_in_a_mixed_forward_the_adapter_acts_where_its_scope_says(scope, dtype, 
     plain = base.branch([0, 1], ids)
     assert not torch.allclose(branch, plain, atol=0.2)
     assert torch.allclose(hidden[:2], base.extend([0, 1], [[20], [21]]), atol=wide) == (scope == "candidates")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("scope", ["candidates", "always"])
+def test_a_lora_without_peft_reads_bit_for_bit_as_with_it(scope, dtype, tmp_path):
+    make("head", scope).save(tmp_path / "adapter")
+    slm = load_model("tiny:slm", dtype)
+    config = replace(read_adapter_config(tmp_path / "adapter"), base_fingerprint=slm.fingerprint)
+    write_json(tmp_path / "adapter" / CONFIG_FILE, asdict(config))
+    plain = load_adapter(tmp_path / "adapter", slm)
+    with_peft = load_adapter(tmp_path / "adapter", load_model("tiny:slm", dtype), with_peft=True)
+    assert isinstance(plain.peft_model, PlainModel) and not isinstance(with_peft.peft_model, PlainModel)
+    assert {name: p.shape for name, p in plain.trainable().items()} == {
+        name: p.shape for name, p in with_peft.trainable().items()
+    }
+    for ours, theirs in zip(readings(plain), readings(with_peft), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_what_is_no_plain_lora_is_left_to_peft(saved):
+    folder = saved[1]
+    config = read_json(folder / "adapter_config.json")
+    model = load_model("tiny:slm").model
+    for change in ({"use_dora": True}, {"rank_pattern": {"q_proj": 4}}, {"bias": "all"}, {"peft_type": "LOHA"}):
+        write_json(folder / "adapter_config.json", config | change)
+        assert attach_plain(model, folder) is None
+    write_json(folder / "adapter_config.json", config)
+    attached = attach_plain(model, folder)
+    assert attached is not None and any("lora_A" in name for name, _ in model.named_parameters())
+    attached.unload()
+    assert not any("lora_" in name or "base_layer" in name for name, _ in model.named_parameters())
+
+
+def test_inference_with_an_adapter_does_not_import_peft(saved):
+    code = (
+        "import sys, s2t\n"
+        f"model = s2t.load('tiny:slm', adapter={str(saved[1])!r})\n"
+        "assert model.generate('What is 1 + 2?', max_new_tokens=4).text\n"
+        "print(sorted({'peft', 'datasets', 'pandas', 'matplotlib', 'fastapi', 'sklearn'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().splitlines()[-1] == "[]", done.stdout

@@ -79,7 +79,11 @@ class DecodeBench:
         strategy = Strategy("s2t-local", Random(), rate, S2TLocal(), config.num_candidates, seed=config.seed)
         return self._decode(local_name(rate), strategy, self.adapter, rate)
 
-    def _s2t(self, name: str, draft_tokens: int) -> Iterator[object]:
+    def drafted(self, traces: bool = False) -> Iterator[object]:
+        """s2t with drafts of its own length; with `traces` every step notes its candidates, as `eval --traces` has it."""
+        return self._s2t("s2t drafted", 0, traces)
+
+    def _s2t(self, name: str, draft_tokens: int, traces: bool = False) -> Iterator[object]:
         strategy = Strategy(
             "s2t",
             Divergence(),
@@ -88,15 +92,20 @@ class DecodeBench:
             self.config.num_candidates,
             draft_tokens=draft_tokens,
         )
-        return self._decode(name, strategy)
+        return self._decode(name, strategy, traces=traces)
 
     def _decode(
-        self, name: str, strategy: Strategy, adapter: SelectorAdapter | None = None, rate: float = 0.0
+        self,
+        name: str,
+        strategy: Strategy,
+        adapter: SelectorAdapter | None = None,
+        rate: float = 0.0,
+        traces: bool = False,
     ) -> Iterator[object]:
         config, rows = self.config, len(self.prompts)
         engine = Engine(adapter.loaded if adapter is not None else self.base, rows, adapter)
         reference = ModelReference(Engine(self.llm, rows)) if strategy.needs_llm and self.llm is not None else None
-        decoder = Decoder(engine, strategy, reference, config.max_new_tokens)
+        decoder = Decoder(engine, strategy, reference, config.max_new_tokens, traces)
         keys = exact_keys(rate, rows, config.max_new_tokens, strategy.warmup_steps, config.seed)
         requests = [Request(i, ids, key) for (i, ids), key in zip(enumerate(self.prompts.tolist()), keys, strict=True)]
         yield from decoder.run(requests)

@@ -9,6 +9,7 @@ import torch
 
 from s2t.bench.collect import CollectBench
 from s2t.bench.decode import DecodeBench, local_name
+from s2t.bench.limit import ALONE, LimitBench
 from s2t.bench.timing import in_turns, machine, peak_memory_bytes, ratio
 from s2t.bench.train import TrainBench
 from s2t.config import BenchConfig
@@ -19,7 +20,8 @@ from s2t.progress import progress
 def bench(config: BenchConfig) -> dict[str, Any]:
     """Measure one kind of work; medians over rounds, ratios of times within a round, shapes, machine and versions."""
     device = torch.device(pick_device(config.device))
-    work: Any = {"decode": DecodeBench, "collect": CollectBench, "train": TrainBench}[config.work](config)
+    works = {"decode": DecodeBench, "collect": CollectBench, "train": TrainBench, "limit": LimitBench}
+    work: Any = works[config.work](config)
     contestants = work.contestants()
     with progress(f"bench {config.work}", config.repeats + 1, unit="rounds") as advance:
         seconds = in_turns(contestants, device, config.repeats, 1, 4 * config.batch_size, lambda: advance(1))
@@ -30,7 +32,9 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         "dtype": config.dtype,
         "rounds": config.repeats,
         "seconds": {name: statistics.median(values) for name, values in seconds.items()},
-        **{"decode": _decode, "collect": _collect, "train": _train}[config.work](config, work, seconds),
+        **{"decode": _decode, "collect": _collect, "train": _train, "limit": _limit}[config.work](
+            config, work, seconds
+        ),
         "peak_memory_bytes": peak_memory_bytes(device),
         **machine(device),
     }
@@ -73,4 +77,21 @@ def _train(config: BenchConfig, work: TrainBench, seconds: dict[str, list[float]
         "num_candidates": config.num_candidates,
         "groups": config.groups,
         "groups_per_s": config.groups / statistics.median(seconds["training step"]),
+    }
+
+
+def _limit(config: BenchConfig, work: LimitBench, seconds: dict[str, list[float]]) -> dict[str, Any]:
+    local = local_name(config.rates[-1])
+    return {
+        "prompt_tokens": config.prompt_tokens,
+        "max_new_tokens": config.max_new_tokens,
+        "groups": config.groups,
+        "time_to_products": {name: ratio(seconds, name, name + ALONE) for name in work.stages},
+        "local_time_to_greedy": {
+            str(size): ratio(seconds, f"{local}, batch {size}", f"rollout, batch {size}") for size in config.batches
+        },
+        "per_s": {name: count / statistics.median(seconds[name]) for name, count in work.counts.items()},
+        "products_gflops_per_s": {
+            name: found.flops / statistics.median(seconds[name + ALONE]) / 1e9 for name, found in work.products.items()
+        },
     }

@@ -40,6 +40,7 @@ SHAPES: dict[str, dict[str, Any]] = {  # hidden, intermediate, layers, heads, ke
         "qwen2.5-0.5b": (896, 4864, 24, 14, 2, 151936, True),
         "qwen2.5-1.5b": (1536, 8960, 28, 12, 2, 151936, True),
         "qwen2.5-7b": (3584, 18944, 28, 28, 4, 152064, False),
+        "qwen2.5-14b": (5120, 13824, 48, 40, 8, 152064, False),
         "qwen2.5-32b": (5120, 27648, 64, 40, 8, 152064, False),
     }.items()
 }

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Annotated, Any
+
+import typer
 
 from s2t.cli.options import with_options
 from s2t.cli.output import percent, percent_interval, print_facts, print_table
+from s2t.config import BenchConfig
 from s2t.workflows import WORKFLOWS
 
 BAND_KS = ("1", "2", "4", "8", "16")
@@ -78,6 +82,9 @@ def show_pushed(pushed: Mapping[str, Any]) -> None:
 
 
 def show_bench(result: Mapping[str, Any]) -> None:
+    if result["work"] == "limit":
+        _show_limit(result)
+        return
     speeds = result.get("tokens_per_s") or result["groups_per_s"]
     unit = "tokens/s" if "tokens_per_s" in result else "groups/s"
     rows = [
@@ -89,6 +96,26 @@ def show_bench(result: Mapping[str, Any]) -> None:
     ratios = {key: value for key, value in result.items() if "_to_" in key and isinstance(value, dict)}
     for key, values in ratios.items():
         print_table(key, ("trigger rate", "ratio"), list(values.items()))
+
+
+def _show_limit(result: Mapping[str, Any]) -> None:
+    rows = [
+        (name, result["seconds"][name], result["per_s"][name], of) for name, of in result["time_to_products"].items()
+    ]
+    head = ("stage", "seconds", "tokens/s", "times its products")
+    print_table(f"limit, medians of {result['rounds']} rounds; training counts groups", head, rows)
+    print_table("s2t-local over greedy", ("batch", "time"), list(result["local_time_to_greedy"].items()))
+
+
+@with_options(BenchConfig, show_bench)
+def bench(
+    config: BenchConfig,
+    what: Annotated[str, typer.Argument(help="decode, collect, train or limit; the same as --work.")] = "",
+) -> Any:
+    return WORKFLOWS["bench"].start(replace(config, work=what or config.work))
+
+
+bench.__doc__ = WORKFLOWS["bench"].about
 
 
 def _show_bands(bands: list[Mapping[str, Any]]) -> None:
@@ -113,5 +140,5 @@ COMMANDS = {
     "distill": command_of("distill", show_distilled),
     "merge": command_of("merge", show_merged),
     "push": command_of("push", show_pushed),
-    "bench": command_of("bench", show_bench),
+    "bench": bench,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from s2t.config.build import build_config, parse_settings
 from s2t.config.checks import check_at_least, check_choice, check_range, require
@@ -128,9 +129,11 @@ class BenchConfig(ReadoutConfig, ModelConfig):
 
     work: str = "decode"
     """decode (against transformers and our greedy; with --llm drafted s2t too), collect (labelling by prefill against step by
-    step; needs --llm) or train (one optimizer step on shared prefixes)."""
+    step; needs --llm), train (one optimizer step on shared prefixes) or limit (every stage against its own matrix products)."""
     batch_size: int = 8
     """Sequences decoded at once."""
+    batch_sizes: str = "1,8,64"
+    """The same of limit, comma-separated; drafts and labels take the largest."""
     prompt_tokens: int = 128
     """Length of every prompt, or of a training prefix."""
     max_new_tokens: int = 64
@@ -154,7 +157,7 @@ class BenchConfig(ReadoutConfig, ModelConfig):
 
     def __post_init__(self) -> None:
         self.check_model()
-        check_choice("work", self.work, ("decode", "collect", "train"))
+        check_choice("work", self.work, ("decode", "collect", "train", "limit"))
         self.check_readout()
         require(
             self.work != "collect" or self.llm is not None, "bench of collect compares two models; pass --llm MODEL."
@@ -164,12 +167,23 @@ class BenchConfig(ReadoutConfig, ModelConfig):
         check_at_least(0, seed=self.seed)
         for rate in self.rates:
             check_range("trigger_rates", rate, low=0, high=1)
+        for size in self.batches:
+            check_range("batch_sizes", size, low=1)
 
     @property
     def rates(self) -> tuple[float, ...]:
-        try:
-            rates = tuple(float(rate) for rate in self.trigger_rates.split(",") if rate.strip())
-        except ValueError:
-            rates = ()
-        require(bool(rates), f"trigger_rates must be numbers within 0..1, comma-separated; got {self.trigger_rates!r}.")
-        return rates
+        return _listed(float, self.trigger_rates, "trigger_rates must be numbers within 0..1")
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        return _listed(int, self.batch_sizes, "batch_sizes must be whole numbers from 1 on")
+
+
+def _listed(kind: type[Any], text: str, expected: str) -> tuple[Any, ...]:
+    """Comma-separated numbers; raises ConfigError where they are none."""
+    try:
+        found = tuple(kind(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        found = ()
+    require(bool(found), f"{expected}, comma-separated; got {text!r}.")
+    return found

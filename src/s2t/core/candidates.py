@@ -34,13 +34,12 @@ def propose(logits: Tensor, num_candidates: int) -> tuple[Tensor, Tensor]:
             f"num_candidates must be 1..{size} (the vocabulary size), got {num_candidates}; lower --num-candidates."
         )
     values, ids = logits.topk(num_candidates, dim=-1)
-    values, ids = argmax_first(logits, values, ids)
+    values, ids = argmax_first(logits, values, ids, logits.argmax(-1, keepdim=True))
     return ids, values - logits.logsumexp(-1, keepdim=True)
 
 
-def argmax_first(logits: Tensor, values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """`topk` may order equal logits in any way; put the argmax first so that greedy is always candidate 0."""
-    best = logits.argmax(-1, keepdim=True)
+def argmax_first(logits: Tensor, values: Tensor, ids: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
+    """`topk` may order equal logits in any way; put the argmax `best` [..., 1] first so that greedy is always candidate 0."""
     if torch.equal(ids[..., :1], best):
         return values, ids
     ids, values = ids.clone(), values.clone()

@@ -352,7 +352,8 @@ def _note_likeliest(logits: Tensor, members: Sequence[Place]) -> None:
 def _look_at(logits: Tensor, places: Sequence[Place], num_candidates: int) -> dict[int, int]:
     """Note the candidates' logits of some rows; returns what those that begin a group's row are forced to."""
     index = torch.tensor([i for i, _, _ in places], device=logits.device)
-    values, ids = argmax_first(logits[index], *logits[index].topk(num_candidates))
+    looked_at = logits[index]
+    values, ids = argmax_first(looked_at, *looked_at.topk(num_candidates), looked_at.argmax(-1, keepdim=True))
     forced = {}
     for (i, row, written), best, candidates in zip(places, values.tolist(), ids.tolist(), strict=True):
         if row.is_first(written):

@@ -6,10 +6,15 @@ end may differ in number. Knows no model and no threshold.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from s2t.errors import ConfigError
+
+_LOGITS_AT_ONCE = {"cpu": 2**20}  # floats, keyed by device type
+_FAR = -200.0  # below the likeliest token, in nats: its exponential is 0 in float32
 
 
 def align_vocabulary(logits: Tensor, size: int) -> Tensor:
@@ -47,8 +52,11 @@ def divergence(
         raise ConfigError(f"support must be slm-top or llm-top; got {support!r}.")
     support_size = min(support_size, slm_logits.shape[-1])
     top = (slm_logits if support == "slm-top" else llm_logits).topk(support_size, dim=-1)  # [..., S]
-    slm_probs = bucket_probs(slm_logits, top.indices)  # [..., S + 1]
-    llm_probs = bucket_probs(llm_logits, top.indices)  # [..., S + 1]
+    return bucket_divergence(bucket_probs(llm_logits, top.indices), bucket_probs(slm_logits, top.indices), kind)
+
+
+def bucket_divergence(llm_probs: Tensor, slm_probs: Tensor, kind: str = "llm-slm") -> Tensor:
+    """The divergence of two distributions over the same buckets, nats; [..., S + 1] each -> [...]."""
     if kind == "llm-slm":
         return kl_divergence(llm_probs, slm_probs)
     if kind == "slm-llm":
@@ -97,10 +105,7 @@ def bucket_probs(logits: Tensor, ids: Tensor) -> Tensor:
 
     The rest is summed from its own tokens: `1 - sum` in float32 would lose it below 1e-7, and its logarithm with it.
     """
-    probs = logits.float().softmax(-1)
-    listed = probs.gather(-1, ids)
-    rest = probs.scatter_(-1, ids, 0.0).sum(-1, keepdim=True)
-    return torch.cat([listed, rest], dim=-1)
+    return Distribution(logits.float()).buckets(ids)
 
 
 def bucket_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
@@ -129,7 +134,7 @@ def _masked_divergence(llm_logits: Tensor, slm_logits: Tensor) -> Tensor:
 
 def entropy(logits: Tensor) -> Tensor:
     """Entropy of the next-token distribution in nats; [..., V] -> [...], float32, >= 0."""
-    return torch.special.entr(logits.float().softmax(-1)).sum(-1)
+    return Distribution(logits.float()).entropy()
 
 
 def self_certainty(logits: Tensor) -> Tensor:
@@ -144,6 +149,47 @@ def self_certainty(logits: Tensor) -> Tensor:
     return (-mean - count.log()).clamp_min(0.0)
 
 
+def in_parts(read: Callable[..., Tensor], *logits: Tensor) -> Tensor:
+    """What `read` says of the rows of some logits [n, V], on a CPU of as many rows at once as its caches hold."""
+    size = rows_at_once(logits[0])
+    if len(logits[0]) <= size:
+        return read(*logits)
+    return torch.cat([read(*rows) for rows in zip(*(part.split(size) for part in logits), strict=True)])
+
+
+def rows_at_once(logits: Tensor) -> int:
+    """Rows of [n, V] that several passes in turn had better read together: few on a CPU, whose caches are small."""
+    return max(1, _LOGITS_AT_ONCE.get(logits.device.type, 2**26) // logits.shape[-1])
+
+
+class Distribution:
+    """Next-token probabilities of float32 logits [..., V]: whatever is read of them, one pass takes the exponentials."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+        self.peak, self.best = logits.max(-1, keepdim=True)  # [..., 1]
+        self._below = (logits - self.peak).clamp_min_(_FAR)  # finite, so that nothing times it is no number
+        self._weights = self._below.exp()
+        self._total = self._weights.sum(-1, keepdim=True)
+
+    def logprobs(self, ids: Tensor) -> Tensor:
+        """[..., K] -> [..., K]; -inf for what may not be written."""
+        return self.logits.gather(-1, ids) - self.peak - self._total.log()
+
+    def entropy(self) -> Tensor:
+        """Nats, [...]."""
+        return (
+            self._total.log()[..., 0] - torch.linalg.vecdot(self._weights, self._below) / self._total[..., 0]
+        ).clamp_min(0)
+
+    def buckets(self, ids: Tensor) -> Tensor:
+        """As `bucket_probs`; [..., S] -> [..., S + 1]."""
+        listed = self._weights.gather(-1, ids)
+        rest = self._weights.scatter_(-1, ids, 0.0).sum(-1, keepdim=True)
+        self._weights.scatter_(-1, ids, listed)
+        return torch.cat([listed, rest], dim=-1) / (listed.sum(-1, keepdim=True) + rest)
+
+
 def rank_of(logits: Tensor, ids: Tensor) -> Tensor:
     """Place of a token in the order of the logits, 0 for the best; ties go to the lower id; [..., V], [...] -> [...].
 
@@ -152,3 +198,15 @@ def rank_of(logits: Tensor, ids: Tensor) -> Tensor:
     value = logits.gather(-1, ids.unsqueeze(-1))  # [..., 1]
     before = torch.arange(logits.shape[-1], device=logits.device) < ids.unsqueeze(-1)
     return ((logits > value) | ((logits == value) & before)).sum(-1)
+
+
+def rank_among(logits: Tensor, ids: Tensor, top_values: Tensor, top_ids: Tensor) -> Tensor:
+    """`rank_of` with the largest logits in hand: only rows whose token is not surely one of them are looked through.
+
+    [n, V], [n], [n, S], [n, S] -> [n].
+    """
+    value = logits.gather(-1, ids[:, None])  # [n, 1]
+    rank = ((top_values > value) | ((top_values == value) & (top_ids < ids[:, None]))).sum(-1)
+    if (outside := (value <= top_values[:, -1:])[:, 0]).any():  # equal ones may stand outside the list
+        rank[outside] = rank_of(logits[outside], ids[outside])
+    return rank

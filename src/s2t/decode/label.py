@@ -13,8 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from s2t.core.candidates import logprobs_at, mask_forbidden, propose
-from s2t.core.support import align_vocabulary, bucket_probs, divergence, entropy, rank_of
+from s2t.core.candidates import argmax_first, mask_forbidden
+from s2t.core.support import (
+    Distribution,
+    align_vocabulary,
+    bucket_divergence,
+    bucket_probs,
+    divergence,
+    rank_among,
+    rows_at_once,
+)
 from s2t.decode.finite import check_numbers
 from s2t.decode.remote.llm import Listed, RemoteLLM
 from s2t.decode.text_reference import TextReference
@@ -152,8 +160,9 @@ def llm_targets(
         parts = []
         for chunk in hidden.split(_steps_at_once(llm)):
             logits = mask_forbidden(align_vocabulary(engine.head(chunk), slm.vocab_size), forbidden, slm.vocab_size)
-            ids = logits.topk(size, dim=-1).indices
-            parts.append((ids.int().cpu().numpy(), bucket_probs(logits / temperature, ids).cpu().numpy()))
+            for rows in logits.split(rows_at_once(logits)):
+                ids = rows.topk(size, dim=-1).indices
+                parts.append((ids.int().cpu().numpy(), bucket_probs(rows / temperature, ids).cpu().numpy()))
         ends = np.cumsum([len(generated[i]) for i in batch])[:-1]
         check_numbers([part[1] for part in parts], llm.name)
         columns = [np.split(np.concatenate([part[c] for part in parts]), ends) for c in range(2)]
@@ -235,8 +244,9 @@ class _PairReader:
         llm_logits = self._llm_logits(prompts, generated) if listed is None else self._listed_logits(listed)
         size = _steps_at_once(self.slm.loaded)
         parts = [
-            self._compare(self.slm.logits(slm_hidden[i : i + size]), llm_logits(slice(i, i + size)))
+            part
             for i in range(0, len(slm_hidden), size)
+            for part in self._compare(self.slm.logits(slm_hidden[i : i + size]), llm_logits(slice(i, i + size)))
         ]
         columns = [np.concatenate([part[c] for part in parts]) for c in range(6)]
         self._check(columns)
@@ -263,7 +273,8 @@ class _PairReader:
             slm_logits = self.slm.logits(torch.stack([hidden[row][step] for row in rows]))
             drafts = {row: [generated[row][step]] for row in rows}
             llm_logits = reference.logits([(row, 0) for row in rows], drafts, slm_logits, self.slm.forbidden_ids)
-            columns = self._compare(slm_logits, llm_logits)
+            parts = self._compare(slm_logits, llm_logits)
+            columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
             for place, row in enumerate(rows):
                 found[row].append(tuple(column[place] for column in columns))
                 reference.settle(row, drafts[row], drafts[row])
@@ -289,14 +300,23 @@ class _PairReader:
         whole, size, forbidden = Listed.joined(listed), self.slm.vocab_size, self.slm.forbidden_ids
         return lambda part: Listed(whole.ids[part], whole.logprobs[part]).logits(size, forbidden)
 
-    def _compare(self, slm_logits: Tensor, llm_logits: Tensor) -> tuple[np.ndarray, ...]:
-        ids, logprobs = propose(slm_logits, self.num_candidates)
-        values = (
-            divergence(llm_logits, slm_logits, self.support_size, self.kind, self.support),
-            entropy(slm_logits),
-            rank_of(slm_logits, llm_logits.argmax(-1)).int(),
-            ids.int(),
-            logprobs,
-            logprobs_at(llm_logits, ids).exp(),
-        )
-        return tuple(value.cpu().numpy() for value in values)
+    def _compare(self, slm_logits: Tensor, llm_logits: Tensor) -> list[tuple[np.ndarray, ...]]:
+        """The columns of `Labels` for all steps, in parts of as many as a CPU's caches hold; [n, V] each."""
+        size = rows_at_once(slm_logits)
+        pairs = zip(slm_logits.split(size), llm_logits.split(size), strict=True)
+        return [tuple(value.cpu().numpy() for value in self._labels(*pair)) for pair in pairs]
+
+    def _labels(self, slm_logits: Tensor, llm_logits: Tensor) -> tuple[Tensor, ...]:
+        """The columns of `Labels`, each distribution read in one pass."""
+        slm, llm = Distribution(slm_logits), Distribution(llm_logits)
+        width = min(self.support_size, slm_logits.shape[-1])
+        values, top = slm_logits.topk(max(width, self.num_candidates), dim=-1)
+        values, top = argmax_first(slm_logits, values, top, slm.best)
+        ids = top[:, : self.num_candidates]
+        if self.kind == "released-code":
+            between = divergence(llm_logits, slm_logits, kind=self.kind)
+        else:
+            support = top[:, :width] if self.support == "slm-top" else llm_logits.topk(width, dim=-1).indices
+            between = bucket_divergence(llm.buckets(support), slm.buckets(support), self.kind)
+        rank = rank_among(slm_logits, llm.best[:, 0], values, top)
+        return between, slm.entropy(), rank.int(), ids.int(), slm.logprobs(ids), llm.logprobs(ids).exp()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from s2t.config import DecodeConfig
-from s2t.core.support import divergence, entropy, resolve_support
+from s2t.core.support import divergence, entropy, in_parts, resolve_support
 from s2t.methods.base import Round, Trigger
 
 
@@ -37,7 +38,7 @@ class Entropy(Trigger):
     name = "entropy"
 
     def read(self, round: Round) -> Tensor:
-        return entropy(round.logits)
+        return in_parts(entropy, round.logits)
 
 
 @dataclass
@@ -56,7 +57,8 @@ class Divergence(Trigger):
 
     def read(self, round: Round) -> Tensor:
         support, size = resolve_support(self.support, self.support_size, self.kind, round.num_listed)
-        return divergence(round.llm_logits(), round.logits, size, self.kind, support)
+        between = partial(divergence, support_size=size, kind=self.kind, support=support)
+        return in_parts(between, round.llm_logits(), round.logits)
 
 
 class Criticality(Trigger):

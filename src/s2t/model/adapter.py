@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from s2t.core.rule import criticality, expected_bin, score
-from s2t.errors import ModelError
+from s2t.errors import ModelError, S2TError
 from s2t.files import write_bytes, write_json, write_text
 from s2t.model.adapter_config import AdapterConfig, adapter_config, check_weights, read_adapter_config
 from s2t.model.card import EVAL_FILE, adapter_card
@@ -40,6 +40,7 @@ from s2t.model.merged import (
     read_merged,
     sha256,
 )
+from s2t.model.plain_lora import attach_plain
 from s2t.model.reserved import ReservedIds
 
 LORA_FILE = "adapter_model.safetensors"  # PEFT's name
@@ -259,8 +260,8 @@ def attached_adapter(model: nn.Module) -> SelectorAdapter | None:
     return model.__dict__.get(_ATTACHED)
 
 
-def load_adapter(folder: str | Path, loaded: LoadedModel) -> SelectorAdapter:
-    """Attach a saved adapter, a folder or a hub id, to its base model.
+def load_adapter(folder: str | Path, loaded: LoadedModel, with_peft: bool = False) -> SelectorAdapter:
+    """Attach a saved adapter, a folder or a hub id, to its base model; `with_peft` says that its LoRA must be PEFT's own.
 
     Raises ModelError, one line, when it is none, is not what was saved, or belongs to another base model.
     """
@@ -278,18 +279,20 @@ def load_adapter(folder: str | Path, loaded: LoadedModel) -> SelectorAdapter:
             f"adapter {folder} is damaged: {LORA_FILE} is missing; weights are read from safetensors only."
         )
     check_weights(folder, config.weights)
-    peft, peft_model = import_peft(), None
+    peft_model: Any = None
     try:
         state = load_file(Path(folder) / SELECTOR_FILE)
         with safe_open(
             Path(folder) / LORA_FILE, framework="pt"
         ):  # its header and length, before PEFT touches the model
             pass
-        with quiet_peft():
-            peft_model = peft.PeftModel.from_pretrained(loaded.model, str(folder))
+        peft_model = None if with_peft else attach_plain(loaded.model, Path(folder))
+        if peft_model is None:
+            with quiet_peft():
+                peft_model = import_peft().PeftModel.from_pretrained(loaded.model, str(folder))
         adapter = SelectorAdapter(loaded, config, peft_model)
         adapter.selector.load_state_dict(state)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except (S2TError, OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         if peft_model is not None:
             peft_model.unload()  # the base model stays usable
         raise ModelError(f"adapter {folder} is damaged: {' '.join(str(error).split())[:200]}.") from error
@@ -308,9 +311,8 @@ def _new_peft_model(loaded: LoadedModel, config: AdapterConfig) -> Any:
 
 
 def _tuner_layers(model: nn.Module) -> list[Any]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    """The layers with a LoRA, ours or PEFT's."""
+    return [module for module in model.modules() if hasattr(module, "lora_A") and hasattr(module, "base_layer")]
 
 
 def _add_lora(first: int, num_tokens: int, layer: Any, args: tuple[Tensor, ...], output: Tensor) -> None:

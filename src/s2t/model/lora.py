@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save
 from transformers.utils.hub import cached_file
 
@@ -137,6 +138,22 @@ def new_lora(model: Any, rank: int, alpha: float, dropout: float) -> Any:
     )
     with quiet_peft():
         return peft.get_peft_model(model, config).eval()  # training turns dropout on
+
+
+@contextmanager
+def trained_in_half(model: Any) -> Iterator[None]:
+    """Forwards inside the block that have gradients run a LoRA's products in the model's own half precision, as everybody trains.
+
+    Its weights, their gradients and the optimizer stay float32. PEFT alone would cast whole activations to float32.
+    """
+    dtype = model.dtype
+    if dtype not in (torch.bfloat16, torch.float16) or not torch.is_grad_enabled():
+        yield
+        return
+    from peft.helpers import disable_input_dtype_casting
+
+    with disable_input_dtype_casting(model), torch.autocast(model.device.type, dtype=dtype):
+        yield
 
 
 def lora_parameters(model: Any) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from s2t.errors import ConfigError
 from s2t.files import RunFolder, read_json, versions, write_json
 from s2t.model.head import Head
 from s2t.model.load import LoadedModel, load_model
-from s2t.model.lora import DISTILL_CONFIG, find_lora, lora_parameters, new_lora, save_lora
+from s2t.model.lora import DISTILL_CONFIG, find_lora, lora_parameters, new_lora, save_lora, trained_in_half
 from s2t.model.merged import PROBLEMS_FILE, base_model
 from s2t.model.tiny import is_embedded
 from s2t.tasks.problems import heldout_templates
@@ -134,7 +134,8 @@ class Distiller(Fit):
             padded = pad_ids([batch[i] for i in group]).to(
                 self.device
             )  # on the right, where no token of an answer looks
-            hidden = self.base_model.get_decoder()(input_ids=padded, use_cache=False).last_hidden_state
+            with trained_in_half(self.base_model):
+                hidden = self.base_model.get_decoder()(input_ids=padded, use_cache=False).last_hidden_state
             for row, i in enumerate(group):
                 found[i] = hidden[row, len(batch[i].prompt_ids) - 1 : len(batch[i].ids)]
         return torch.cat([found[i] for i in range(len(batch))])

@@ -23,6 +23,7 @@ from s2t.core.candidates import propose
 from s2t.core.losses import lm_preserving_kl
 from s2t.model.adapter import SelectorAdapter
 from s2t.model.head import Head
+from s2t.model.lora import trained_in_half
 from s2t.model.tree import causal_mask, layer_masks
 from s2t.progress import count, progress
 from s2t.train.dataset import Batch, Trajectory, pad_ids
@@ -240,13 +241,11 @@ def _run(
 ) -> Tensor:
     model = adapter.base_model
     config = model.config.get_text_config(decoder=True)
-    output = model.get_decoder()(
-        input_ids=ids,
-        attention_mask=layer_masks(config, mask, positions, keys, model.dtype),
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-    )
+    masks = layer_masks(config, mask, positions, keys, model.dtype)
+    with trained_in_half(model):
+        output = model.get_decoder()(
+            input_ids=ids, attention_mask=masks, position_ids=positions, past_key_values=cache, use_cache=True
+        )
     return output.last_hidden_state
 
 
