@@ -31,6 +31,8 @@ from s2t.hub import offline_unless_it_answers
 from s2t.model.cache import check_cacheable
 from s2t.model.chat import stop_ids
 from s2t.model.checkpoint import check_complete, check_config, check_generation_config, check_runs
+from s2t.model.gguf.file import Header, find_gguf, names_gguf
+from s2t.model.gguf.tokenizer import load_tokenizer
 from s2t.model.lora import Lora, find_lora, lora_base, merge_lora
 from s2t.model.merged import MergedConfig, local_folder, open_merged
 from s2t.model.quantization import missing_package, quantization_config
@@ -57,6 +59,12 @@ class LoadedModel:
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens that it can read; None where it has no limit."""
+        text = self.model.config.get_text_config(decoder=True)
+        return getattr(text, "max_position_embeddings", None) or None
 
     @cached_property
     def num_params(self) -> int:
@@ -96,8 +104,9 @@ def load_model(
 ) -> LoadedModel:
     """Load `name` for inference, in eval mode, with SDPA attention where the model has it.
 
-    `name` is a hub id, a folder, an embedded model, or a PEFT adapter (folder or hub id), which is merged into the base
-    it names. `execution` is how the engines of this model run their steps: auto, eager, static or compile.
+    `name` is a hub id, a folder, an embedded model, a GGUF file (a path, or hub:OWNER/NAME/FILE.gguf; its weights are unpacked),
+    or a PEFT adapter (folder or hub id), which is merged into the base it names. `execution` is how the engines of this model
+    run their steps: auto, eager, static or compile.
     `quantization` is a name, a JSON object or a JSON file; `device_map` is transformers' own and takes the place of
     `device`; the whole model has to end up on one device.
 
@@ -116,10 +125,14 @@ def load_model(
     with one_line(name, revision, quantization), progress(f"load {name}", 0, unit="tensors", brief=True) as bar:
         source = name if is_embedded(name) else local_folder(name, revision)
         merged = None if is_embedded(name) else open_merged(source)
+        header = find_gguf(source, revision)
         reading = _Reading(name, dtype, place, device_map, quantization, {"trust_remote_code": trust_remote_code})
         with quiet(bar), nullcontext() if _is_here(name) else offline_unless_it_answers():
-            lora = None if is_embedded(name) or merged is not None else find_lora(name, revision)
-            tokenizer, model = reading.merged(lora, revision) if lora else reading.plain(source, revision)
+            lora = None if is_embedded(name) or merged or header else find_lora(name, revision)
+            if header is not None:
+                tokenizer, model = reading.unpacked(header)
+            else:
+                tokenizer, model = reading.merged(lora, revision) if lora else reading.plain(source, revision)
         identity = fingerprint(model)  # before any cast that cannot hold every value of the checkpoint
         reading.cast(model)
         loaded = replace(wrap_model(name, model, tokenizer, merged), execution=execution)
@@ -141,14 +154,8 @@ def one_line(name: str, revision: str | None = None, quantization: str | None = 
 
 
 def check_is_no_file(name: str) -> None:
-    """Raise ModelError for a model that is given as one file, with what that file is."""
-    kind = os.path.splitext(name)[1].lower()
-    if kind == ".gguf":
-        raise ModelError(
-            f"{name} is a GGUF file, weights of llama.cpp, which s2t does not load yet; pass the hub id or the folder "
-            "(safetensors) of the model that it was made from."
-        )
-    if os.path.isfile(name):
+    """Raise ModelError for a model that is given as one file, unless that is a GGUF file."""
+    if os.path.isfile(name) and not names_gguf(name):
         raise ModelError(f"{name} is a file; pass the folder it is in, with config.json, weights and tokenizer.")
 
 
@@ -162,9 +169,12 @@ def load_without_weights(name: str, revision: str | None = None, trust_remote_co
     with one_line(name, revision), quiet():
         source = str(embedded_path(name)) if is_embedded(name) else local_folder(name, revision)
         merged = None if is_embedded(name) else open_merged(source)
-        if not is_embedded(name) and merged is None and find_lora(name, revision):
+        if (header := find_gguf(source, revision)) is not None:
+            options = {"gguf_file": header.path.name}
+            source = str(header.path.parent)
+        if header is None and not is_embedded(name) and merged is None and find_lora(name, revision):
             raise ModelError(f"{name} is an adapter; serve a model, and name that.")
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        tokenizer = load_tokenizer(header) if header else AutoTokenizer.from_pretrained(source, **options)
         config = AutoConfig.from_pretrained(source, **options)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -193,6 +203,16 @@ class _Reading:
             kind, self.final = "auto", torch.float16
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, **self.options)
         return tokenizer, self._weights(source, kind, revision, self.name)
+
+    def unpacked(self, header: Header) -> tuple[PreTrainedTokenizerBase, Any]:
+        """Tokenizer and model of a GGUF file."""
+        from s2t.model.gguf.dense import load_dense
+
+        if self.quantization is not None:
+            raise ConfigError(f"{self.name} is quantized already; leave out --quantization {self.quantization}.")
+        tokenizer, model = load_dense(header, _DTYPES.get(self.dtype), self.place, self.device_map)
+        check_on_one_device(self.name, model)
+        return tokenizer, model
 
     def merged(self, lora: Lora, revision: str | None) -> tuple[PreTrainedTokenizerBase, Any]:
         """Tokenizer and model of a base with an adapter merged into it, in float32 so that it is the same for every dtype."""
