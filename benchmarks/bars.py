@@ -28,7 +28,8 @@ from s2t.bench.train import TrainBench
 from s2t.config import BenchConfig, DecodeConfig, TaskConfig
 from s2t.decode.label import label
 from s2t.decode.loop import Request
-from s2t.decode.session import Session
+from s2t.decode.opening import open_pair
+from s2t.decode.pair import Pair
 from s2t.decode.workload import open_task, requests_for
 from s2t.methods.select import S2TLocal
 from s2t.methods.strategies import Strategy, build_strategy
@@ -119,23 +120,23 @@ def section_tree() -> dict[str, float]:
     return {"tree_vs_naive": ratio(found, "naive", "tree")}
 
 
-def _pair(strategies: list[str], batch_size: int = 64) -> tuple[Session, list[Request], Callable[[int], list[Request]]]:
-    config = BenchConfig(**PAIR)
-    session = Session.open(config, strategies, None, batch_size)
+def _pair(strategies: list[str], batch_size: int = 64) -> tuple[Pair, list[Request], Callable[[int], list[Request]]]:
+    config = BenchConfig(**PAIR, batch_size=batch_size)
+    pair = open_pair(config, strategies)
     task = open_task(TaskConfig(), PAIR["slm"])
     problems = task.problems("train", 128, 0)
-    return session, requests_for(session, task, problems), lambda n: requests_for(session, task, problems, n)
+    return pair, requests_for(pair, task, problems), lambda n: requests_for(pair, task, problems, n)
 
 
 def section_maj8() -> dict[str, float]:
-    session, requests, sampled = _pair([])
-    session.adapter = untrained_adapter(session.slm, "rank", "step")
+    pair, requests, sampled = _pair([])
+    pair.adapter = untrained_adapter(pair.slm, "rank", "step")
     local = Strategy("s2t-local", Random(), RATE, S2TLocal())
     sample = build_strategy("self-consistency", DecodeConfig(), {})
     tokens: dict[str, int] = {}
 
     def run(name: str, strategy: Strategy, work: list[Request]) -> Iterator[object]:
-        tokens[name] = sum(len(sequence.token_ids) for sequence in session.run(strategy, work, 256))
+        tokens[name] = sum(len(sequence.token_ids) for sequence in pair.write(strategy, work, 256))
         yield
 
     found = in_turns(
@@ -145,16 +146,16 @@ def section_maj8() -> dict[str, float]:
 
 
 def section_drafted() -> dict[str, float]:
-    session, requests, _ = _pair(["s2t"])
-    assert session.llm is not None
-    greedy = session.run(build_strategy("greedy", DecodeConfig(), {}), requests, 256)
-    found = label(session.slm, session.llm, [r.prompt_ids for r in requests], [s.token_ids for s in greedy])
+    pair, requests, _ = _pair(["s2t"])
+    assert pair.llm is not None
+    greedy = pair.write(build_strategy("greedy", DecodeConfig(), {}), requests, 256)
+    found = label(pair.slm, pair.llm, [r.prompt_ids for r in requests], [s.token_ids for s in greedy])
     threshold = float(np.quantile(np.concatenate([labels.divergence[3:] for labels in found]), 1 - RATE))
     done: dict[str, Any] = {}
 
     def run(name: str, length: int) -> Iterator[object]:
         strategy = build_strategy("s2t", DecodeConfig(threshold=threshold, draft_tokens=length), {})
-        done[name] = session.run(strategy, requests, 256)
+        done[name] = pair.write(strategy, requests, 256)
         yield
 
     seconds = in_turns({"step by step": lambda: run("plain", 1), "drafted": lambda: run("drafted", 0)}, CPU, 2, 1)
@@ -238,7 +239,7 @@ def section_train_memory_ours() -> dict[str, float]:
 def _decode_memory(with_selection: bool) -> dict[str, float]:
     loaded = replace(open_model(SHAPE, "bfloat16", "cpu", False), stop_ids=frozenset())
     adapter = untrained_adapter(loaded, "rank", "step")
-    session = Session(loaded, None, adapter, 8)
+    pair = Pair(loaded, None, adapter, 8)
     rate = RATE if with_selection else 0.0
     keys = exact_keys(rate, 8, 50, 3, 0)
     ids = torch.randint(4, loaded.vocab_size, (8, 256), generator=torch.Generator().manual_seed(0)).tolist()
@@ -246,7 +247,7 @@ def _decode_memory(with_selection: bool) -> dict[str, float]:
     name = "s2t-local" if with_selection else "greedy"
     how = Strategy(name, Random(), rate, S2TLocal()) if with_selection else build_strategy(name, DecodeConfig(), {})
     before = memory_bytes()
-    session.run(how, requests, 50)
+    pair.write(how, requests, 50)
     return {"peak": peak_memory_bytes(CPU), "before": before}
 
 

@@ -35,12 +35,12 @@ def main() -> None:
     facts = {}
     for _ in range(args.repeats):
         for name, how in ways.items():
-            reasoner.session.take_report()
+            reasoner.pair.take_report()
             start = time.perf_counter()
             done = reasoner.generate(prompts, max_new_tokens=256, batch_size=args.in_flight, **how)
             seconds = time.perf_counter() - start
             count = sum(len(one.token_ids) for one in done)
-            report = reasoner.session.take_report() or {}
+            report = reasoner.pair.take_report() or {}
             rates[name].append(count / seconds)
             facts[name] = {
                 "requests_per_token": report["calls"] / count,

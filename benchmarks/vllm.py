@@ -33,7 +33,7 @@ WARMUP_STEPS = 3
 
 def plain(reasoner: Any, prompts: list[list[int]], max_tokens: int, in_flight: int) -> int:
     """Plain greedy, a request a problem, nothing listed and nothing biased; the number of tokens."""
-    stops = {"stop_token_ids": sorted(reasoner.session.stop_ids), "ignore_eos": True}
+    stops = {"stop_token_ids": sorted(reasoner.pair.stop_ids), "ignore_eos": True}
 
     async def work(client: Any) -> int:
         room = asyncio.Semaphore(in_flight)
@@ -44,13 +44,13 @@ def plain(reasoner: Any, prompts: list[list[int]], max_tokens: int, in_flight: i
 
         return sum(await asyncio.gather(*map(one, prompts)))
 
-    return reasoner.session.served_slm.client.run(work)
+    return reasoner.pair.served_slm.client.run(work)
 
 
 def main() -> None:
     args = _arguments()
     reasoner = load(args.slm, slm_url=[args.slm_url], max_in_flight=8 * args.in_flight)
-    served = reasoner.session.served_slm
+    served = reasoner.pair.served_slm
     assert served is not None
     task = load_task("rg:gsm_symbolic,max_number=100", "plain")
     trigger = {"trigger": "random", "threshold": args.rate} if args.random else _threshold(reasoner, task, args)
@@ -96,12 +96,12 @@ def _measure(
     reasoner: Any, prompts: list[str], way: tuple[bool, dict[str, Any]] | None, args: argparse.Namespace
 ) -> dict[str, float]:
     """One way once: tokens/s, and what it asked of the server."""
-    served = reasoner.session.served_slm
+    served = reasoner.pair.served_slm
     served.client.take_counts()
     before, start, cpu = _engine(args.slm_url), time.perf_counter(), time.process_time()
     facts: dict[str, float] = {}
     if way is None:
-        ids = [reasoner.session.prompt(prompt) for prompt in prompts]
+        ids = [reasoner.pair.prompt(prompt) for prompt in prompts]
         count = plain(reasoner, ids, args.max_new_tokens, args.in_flight)
     else:
         served.has_plugin, settings = way

@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("images"))
     given = parser.parse_args()
     model = s2t.load("tiny:slm", adapter=given.adapter)
-    texts = TokenTexts(model.session.slm.tokenizer)
+    texts = TokenTexts(model.pair.slm.tokenizer)
     answers = {name: model.generate(QUESTION, name, trace=True) for name in ("greedy", "s2t-local")}
     flips = [step for step in answers["s2t-local"].steps if step.flip]
     if not flips:

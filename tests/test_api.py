@@ -12,7 +12,8 @@ import s2t
 from s2t import api
 from s2t.cli import main as cli
 from s2t.config import MANY_SAMPLES, NEEDS_LLM, STRATEGIES
-from s2t.decode.session import Generated, Session
+from s2t.decode.generated import Generated
+from s2t.decode.pair import Pair
 from s2t.errors import ConfigError, S2TError
 from s2t.model.adapter import AdapterConfig, SelectorAdapter
 from s2t.model.chat import prompt_ids
@@ -28,7 +29,7 @@ FIRES = {"trigger": "random", "threshold": 0.5}
 
 @pytest.fixture(scope="module")
 def reasoner(tiny_slm, tiny_llm):
-    return api.Reasoner(Session(tiny_slm, tiny_llm))
+    return api.Reasoner(Pair(tiny_slm, tiny_llm))
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +121,9 @@ def test_a_stop_id_that_the_tokenizer_shows_is_no_text_either(tiny_slm):
     shown = tiny_slm.tokenizer("a", add_special_tokens=False)["input_ids"][0]
     others = set(range(tiny_slm.vocab_size)) - {shown}
     loaded = type(tiny_slm)("x", tiny_slm.model, tiny_slm.tokenizer, tiny_slm.vocab_size, frozenset(others))
-    answer = api.Reasoner(Session(loaded)).generate(PROMPT)
+    answer = api.Reasoner(Pair(loaded)).generate(PROMPT)
     assert (len(answer.token_ids), answer.finish_reason, answer.text) == (1, "stop", "")
-    assert list(api.Reasoner(Session(loaded)).stream(PROMPT)) == []
+    assert list(api.Reasoner(Pair(loaded)).stream(PROMPT)) == []
 
 
 @pytest.mark.parametrize("name", COLLABORATIVE)
@@ -225,7 +226,7 @@ def test_a_token_that_the_model_has_no_row_for_is_refused(reasoner):
 
 def test_reserved_tokens_spelled_in_a_prompt_are_text(reasoner, tiny_slm):
     ids = tiny_slm.reserved.all
-    assert not set(reasoner.session.prompt("the <|reserved_27|> and <|reserved_20|>")) & set(ids)
+    assert not set(reasoner.pair.prompt("the <|reserved_27|> and <|reserved_20|>")) & set(ids)
 
 
 # Randomness
@@ -296,7 +297,7 @@ def test_all_tokens_as_candidates_is_takeover(reasoner, tiny_slm):
 
 
 def test_a_model_as_its_own_llm_never_triggers_and_never_flips(tiny_slm):
-    alone = api.Reasoner(Session(tiny_slm, tiny_slm))
+    alone = api.Reasoner(Pair(tiny_slm, tiny_slm))
     for answer in alone.generate(PROMPTS, "s2t", threshold=1e-4, **SHORT):
         assert answer.num_triggered == 0
     for answer in alone.generate(PROMPTS, "takeover", **FIRES, **SHORT):
@@ -305,7 +306,7 @@ def test_a_model_as_its_own_llm_never_triggers_and_never_flips(tiny_slm):
 
 
 def test_the_llm_alone_is_the_llms_own_greedy(reasoner, tiny_llm):
-    alone = api.Reasoner(Session(tiny_llm)).generate(PROMPT, "greedy", **SHORT)
+    alone = api.Reasoner(Pair(tiny_llm)).generate(PROMPT, "greedy", **SHORT)
     done = reasoner.generate(PROMPT, "llm", **SHORT)
     assert done.token_ids == alone.token_ids
     assert (done.cost.slm_forwards, done.cost.llm_forwards) == (0, alone.cost.slm_forwards)
@@ -315,7 +316,7 @@ def test_the_llm_alone_is_the_llms_own_greedy(reasoner, tiny_llm):
 
 
 def test_with_an_adapter_s2t_local_is_the_default_and_reads_the_adapters_settings(local):
-    assert local.session.llm is None
+    assert local.pair.llm is None
     done = local.generate(PROMPT, **SHORT)
     assert done.token_ids == local.generate(PROMPT, "s2t-local", **SHORT).token_ids
     fired = done.steps[3:]  # the adapter's threshold is 0: all but the warm-up
@@ -392,7 +393,7 @@ def test_settings_that_do_not_fit_are_one_line(method, settings, named, reasoner
 @pytest.mark.parametrize("name", sorted(NEEDS_LLM))
 def test_a_strategy_that_reads_the_llm_is_refused_where_there_is_none(name, tiny_slm):
     with pytest.raises(ConfigError, match="needs the LLM"):
-        api.Reasoner(Session(tiny_slm)).generate(PROMPT, name)
+        api.Reasoner(Pair(tiny_slm)).generate(PROMPT, name)
 
 
 @pytest.mark.parametrize("prompt", [3, [PROMPT, 3], [[PROMPT]]])

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import s2t
 from s2t.config import EvalConfig
-from s2t.decode.session import Session
+from s2t.decode.pair import Pair
 from s2t.errors import ConfigError
 from s2t.evaluate import _num_traces, evaluate
 from s2t.methods.sample import choose_sample
@@ -292,13 +292,13 @@ def test_few_answers_are_read_again_unless_more_are_asked_for(strategies, asked,
 
 def test_what_the_report_shows_is_a_small_part_of_what_is_read(tmp_path, monkeypatch):
     read = []
-    label = Session.label
+    label = Pair.label
 
     def counted(self, requests, *args, **kwargs):
         read.extend(requests)
         return label(self, requests, *args, **kwargs)
 
-    monkeypatch.setattr(Session, "label", counted)
+    monkeypatch.setattr(Pair, "label", counted)
     common = {"llm": "tiny:llm", "strategies": "greedy,llm", "max_new_tokens": 8, "limit": 250, "shard_size": 100}
     evaluate(EvalConfig(out=str(tmp_path / "run"), **common))
     assert len(read) == 2 * 5

@@ -191,14 +191,14 @@ def test_every_family_goes_through_the_whole_chain(family, problems, tmp_path):
     settings = {"threshold": 0.0, "trigger": "entropy", "max_new_tokens": 16}
     answers = model.generate(["What is 3 + 4?", "Ann has 2."], **settings)
     assert any(answer.num_triggered for answer in answers)
-    reserved = set(model.session.adapter.reserved.all)
+    reserved = set(model.pair.adapter.reserved.all)
     assert not any(reserved & set(answer.token_ids) for answer in answers)
     merge(MergeConfig(adapter=adapter, out=str(tmp_path / "merged")))
     again = s2t.load(str(tmp_path / "merged"))
     for reloaded in (s2t.load(slm, adapter=adapter), again):
         same = reloaded.generate(["What is 3 + 4?", "Ann has 2."], **settings)
         assert [answer.token_ids for answer in same] == [answer.token_ids for answer in answers]
-    prompt = torch.tensor([again.session.request(0, "What is 3 + 4?").prompt_ids])
+    prompt = torch.tensor([again.pair.request(0, "What is 3 + 4?").prompt_ids])
     plain, base = (
         AutoModelForCausalLM.from_pretrained(folder).generate(prompt, do_sample=False, max_new_tokens=16)[0].tolist()
         for folder in (tmp_path / "merged", slm)
@@ -215,7 +215,7 @@ def test_pairs_across_families_go_through_the_chain(slm, llm, problems, tmp_path
     small, large = make_folder(slm, tmp_path / "slm", 0), make_folder(llm, tmp_path / "llm", 1)
     adapter = run_chain(small, large, problems, tmp_path, "candidates")
     model = s2t.load(small, llm=large, adapter=adapter)
-    assert model.session.vocabulary is not None
+    assert model.pair.vocabulary is not None
     for strategy in ("s2t", "takeover", "llm", "s2t-local"):
         threshold = {} if strategy == "llm" else {"threshold": 0.0, "trigger": "entropy"}
         done = model.generate("What is 3 + 4?", strategy, max_new_tokens=12, **threshold)

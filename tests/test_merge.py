@@ -111,8 +111,8 @@ def test_a_merged_folder_writes_and_reads_what_the_adapter_did(shape, scope, cri
 
 def readings(reasoner):
     """Next-token logits, scores and criticality of some prompts."""
-    adapter = reasoner.session.adapter
-    engine = Engine(reasoner.session.slm, len(IDS), adapter)
+    adapter = reasoner.pair.adapter
+    engine = Engine(reasoner.pair.slm, len(IDS), adapter)
     rows = list(range(len(IDS)))
     hidden = engine.extend(rows, IDS)
     with torch.inference_mode():

@@ -12,7 +12,7 @@ from s2t import progress
 from s2t.config import DecodeConfig
 from s2t.decode.label import label
 from s2t.decode.loop import Request
-from s2t.decode.session import Session
+from s2t.decode.pair import Pair
 from s2t.methods.strategies import build_strategy
 from s2t.model import load
 from s2t.progress import Bar, count, counted_as
@@ -66,9 +66,9 @@ def test_what_shards_say_and_what_is_counted_never_add_up_twice(clock):
 def test_a_problem_that_is_written_and_read_counts_once(tiny_slm, tiny_llm):
     bar, texts = Bar("measure", 2), []
     requests = [Request(i, [5 + i, 6]) for i in range(2)]
-    session = Session(tiny_slm)
+    pair = Pair(tiny_slm)
     with counted_as(1 / 2):
-        done = session.run(
+        done = pair.write(
             build_strategy("greedy", DecodeConfig(), {}), requests, 16, on_finish=lambda: texts.append(bar.credit)
         )
         assert bar.credit == pytest.approx(1)

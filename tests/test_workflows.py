@@ -102,7 +102,7 @@ def no_models(monkeypatch):
     def refuse(name, *options):
         raise AssertionError(f"{name} was loaded")
 
-    for module in ("measure", "train.trainer", "decode.session"):
+    for module in ("train.trainer", "decode.opening"):
         monkeypatch.setattr(f"s2t.{module}.load_model", refuse)
 
 

@@ -7,7 +7,7 @@ forget. Speaks text; everything below it speaks token ids.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, overload
 
@@ -17,7 +17,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from s2t.config import (
     MANY_SAMPLES,
     NEEDS_ADAPTER,
-    NEEDS_LLM,
     READERS,
     STRATEGIES,
     ChatConfig,
@@ -27,16 +26,15 @@ from s2t.config import (
     build_config,
     check_effects,
 )
+from s2t.decode.generated import Generated
 from s2t.decode.loop import Request
+from s2t.decode.opening import open_pair
+from s2t.decode.pair import Pair
 from s2t.decode.prompts import ids_key, prompt_key, sample_key
-from s2t.decode.session import Generated, Session, open_llm
 from s2t.decode.workload import strategy_of
 from s2t.errors import ConfigError
 from s2t.methods.sample import choose_sample
 from s2t.methods.strategies import Strategy
-from s2t.model.adapter import load_selector
-from s2t.model.load import load_model
-from s2t.model.merged import is_merged, local_folder
 from s2t.model.stops import StoppingText
 from s2t.records import Cost, Step
 from s2t.tasks.graders import canonical_answer, extract_answer
@@ -49,8 +47,15 @@ Prompts = list[str] | list[list[dict[str, str]]]
 class _LoadConfig(ServedConfig, ChatConfig, ModelConfig):
     """What `load` takes."""
 
+    adapter: str | None = None
 
-_LOAD_SETTINGS = frozenset({item.name for item in fields(_LoadConfig)} - {"slm"} | {"adapter"})
+    def __post_init__(self) -> None:
+        self.check_model()
+        self.check_chat()
+        self.check_remote()
+
+
+_LOAD_SETTINGS = frozenset({item.name for item in fields(_LoadConfig)} - {"slm"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,24 +98,8 @@ def load(
     Raises ModelError or ConfigError, one line, for what is missing, unsupported or does not fit together.
     """
     texts = {"quantization": _as_text(quantization), "llm_quantization": _as_text(llm_quantization)}
-    config = build_config(_LoadConfig, flags={"slm": slm, "llm": llm, **texts, **settings})
-    config.check_model()
-    config.check_chat()
-    config.check_remote()
-    if config.slm_urls:
-        return Reasoner(_served(config, adapter))
-    small = load_model(config.slm, **config.load_options)
-    selector = load_selector(adapter, small)
-    large = open_llm(config) if config.llm is not None or config.llm_urls else None
-    session = Session(small, large, selector, variables=config.template_variables)
-    _ = session.vocabulary  # raises for a pair that cannot be mapped
-    session.note_unread()
-    return Reasoner(session)
-
-
-def _served(config: _LoadConfig, adapter: str | None) -> Session:
-    names = ["s2t-local"] if is_merged(local_folder(config.slm, config.revision)) else ["greedy"]
-    return Session.served(config, config, names, adapter, 64)
+    given = {"slm": slm, "llm": llm, "adapter": None if adapter is None else str(adapter)}
+    return Reasoner(open_pair(build_config(_LoadConfig, flags={**given, **texts, **settings})))
 
 
 def generate(prompt: Prompt | Prompts, slm: str = "tiny:slm", **settings: Any) -> Generation | list[Generation]:
@@ -128,8 +117,8 @@ def stream(prompt: Prompt, slm: str = "tiny:slm", **settings: Any) -> Iterator[s
 class Reasoner:
     """Loaded models that answer prompts; settings are the fields of `DecodeConfig`, given per call."""
 
-    def __init__(self, session: Session) -> None:
-        self.session = session
+    def __init__(self, pair: Pair) -> None:
+        self.pair = pair
 
     @overload
     def generate(
@@ -146,6 +135,7 @@ class Reasoner:
         *,
         seed: int = 0,
         trace: bool = False,
+        config: DecodeConfig | None = None,
         **settings: Any,
     ) -> Generation | list[Generation]:
         """Answer a prompt, or a list of them in one batch; no answer depends on the other prompts.
@@ -153,11 +143,12 @@ class Reasoner:
         A prompt is a text (one user message), or a list of messages: dicts of a role and a content. `strategy` is
         `s2t-local` where an adapter or a merged model was loaded, else `greedy`. `system` is a system prompt; `stop`, a text
         or several, ends an answer and is left out of it. `trace` keeps the candidates of every step instead of those of
-        triggered steps alone. Raises ConfigError for settings that are unknown, out of range or need a model that was not
-        loaded.
+        triggered steps alone. `config` gives all settings at once, in place of keywords.
+
+        Raises ConfigError for settings that are unknown, out of range or need a model that was not loaded.
         """
         prompts, is_one = _as_prompts(prompt)
-        plan = self._plan(strategy, seed, settings)
+        plan = self._plan(strategy, seed, config, settings)
         answers = self._answers(plan, plan.requests(prompts), trace)
         return answers[0] if is_one else answers
 
@@ -171,60 +162,76 @@ class Reasoner:
         **settings: Any,
     ) -> list[Generation]:
         """As `generate`, for prompts given as token ids, which are used as they are: no chat template, no BOS."""
-        plan = self._plan(strategy, seed, settings)
+        plan = self._plan(strategy, seed, None, settings)
         if plan.config.system is not None:
             raise ConfigError("system has no place in a prompt of token ids; put its tokens into the ids.")
-        requests = [(self.session.request_of_ids(0, list(ids)), ids_key(ids)) for ids in prompts]
+        requests = [(self.pair.request_of_ids(0, list(ids)), ids_key(ids)) for ids in prompts]
         return self._answers(plan, plan.numbered(requests), trace)
 
     def check(self, strategy: str | None = None, **settings: Any) -> None:
         """Raise as `generate` would for these settings, before there is a prompt."""
-        self._plan(strategy, 0, settings)
+        self._plan(strategy, 0, None, settings)
 
-    def stream(self, prompt: Prompt, strategy: str | None = None, *, seed: int = 0, **settings: Any) -> Iterator[str]:
+    def stream(
+        self,
+        prompt: Prompt,
+        strategy: str | None = None,
+        *,
+        seed: int = 0,
+        config: DecodeConfig | None = None,
+        **settings: Any,
+    ) -> Iterator[str]:
         """The answer to one prompt in pieces, as it is written; pieces joined are the text of `generate`.
 
         Self-consistency has nothing to show before the vote: its answer comes in one piece. Raises as
         `generate` does, before the first piece.
         """
-        plan = self._plan(strategy, seed, settings)
+        plan = self._plan(strategy, seed, config, settings)
         prompts, is_one = _as_prompts(prompt)
         if not is_one:
             raise ConfigError("stream answers one prompt; pass a list of prompts to generate.")
         requests = plan.requests(prompts)
         if plan.num_samples > 1:
             return iter([answer.text for answer in self._answers(plan, requests, trace=False)])
-        steps = self.session.steps(plan.strategy, requests, plan.config.max_new_tokens, plan.config.stop)
+        steps = self.pair.steps(plan.strategy, requests, plan.config.max_new_tokens, plan.config.stop)
         return self._pieces(plan, steps)
 
     def _answers(self, plan: _Plan, requests: Sequence[Request], trace: bool) -> list[Generation]:
-        session = replace(self.session, batch_size=plan.config.batch_size)
-        done = session.run(
+        config = plan.config
+        done = self.pair.write(
             plan.strategy,
             requests,
-            plan.config.max_new_tokens,
+            config.max_new_tokens,
             keep_steps=True,
             trace=trace,
-            stop=plan.config.stop,
+            stop=config.stop,
+            batch_size=config.batch_size,
         )
         size = plan.num_samples
         return [self._answer(plan, done[start : start + size]) for start in range(0, len(done), size)]
 
-    def _plan(self, name: str | None, seed: int, settings: dict[str, Any]) -> _Plan:
+    def _plan(self, name: str | None, seed: int, config: DecodeConfig | None, settings: dict[str, Any]) -> _Plan:
         """Settings and strategy of one call, checked against what was loaded."""
-        session = self.session
-        if name is None:
-            name = "greedy" if session.selector is None else "s2t-local"
-        _check_settings(name, settings, session)
-        config = build_config(DecodeConfig, flags=settings)
-        config.check_decode()
-        trained = session.selector if name in NEEDS_ADAPTER else None
-        return _Plan(session, config, strategy_of(name, config, trained, seed))
+        name = self.pair.default_strategy if name is None else name
+        given = [key for key, value in settings.items() if value is not None]
+        if config is not None:
+            if settings:
+                raise ConfigError(
+                    f"settings come as config or as keywords, not both; got {', '.join(settings)} beside config."
+                )
+            given = [key for key in READERS if getattr(config, key) != getattr(DecodeConfig, key)]
+        _check_settings(name, settings, given)
+        self.pair.check_has(name)
+        if config is None:
+            config = build_config(DecodeConfig, flags=settings)
+            config.check_decode()
+        trained = self.pair.selector if name in NEEDS_ADAPTER else None
+        return _Plan(self.pair, config, strategy_of(name, config, trained, seed))
 
     def _pieces(self, plan: _Plan, steps: Iterable[Step]) -> Iterator[str]:
         text = StoppingText(plan.tokenizer, plan.config.stop)
         for step in steps:
-            is_stop_id = step.finish_reason == "stop" and step.token_id in self.session.stop_ids
+            is_stop_id = step.finish_reason == "stop" and step.token_id in self.pair.stop_ids
             if not is_stop_id and (piece := text.push(step.token_id)):
                 yield piece
         if rest := text.finish():
@@ -241,7 +248,7 @@ class Reasoner:
 
     def _generation(self, plan: _Plan, done: Generated) -> Generation:
         return Generation(
-            text=self.session.text(done, plan.config.stop, plan.strategy.name),
+            text=self.pair.text(done, plan.config.stop, plan.strategy.name),
             token_ids=done.token_ids,
             steps=done.steps,
             cost=done.cost,
@@ -255,13 +262,13 @@ class Reasoner:
 class _Plan:
     """What one call does, before any token is written."""
 
-    session: Session
+    pair: Pair
     config: DecodeConfig
     strategy: Strategy
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return self.session.tokenizer_of(self.strategy.name)
+        return self.pair.tokenizer_of(self.strategy.name)
 
     @property
     def num_samples(self) -> int:
@@ -270,7 +277,7 @@ class _Plan:
     def requests(self, prompts: Sequence[Prompt]) -> list[Request]:
         """One request per prompt and sample; random numbers depend on the prompt's own text."""
         system = self.config.system
-        return self.numbered([(self.session.request(0, p, system=system), prompt_key(p, system)) for p in prompts])
+        return self.numbered([(self.pair.request(0, p, system=system), prompt_key(p, system)) for p in prompts])
 
     def numbered(self, prompts: Sequence[tuple[Request, str]]) -> list[Request]:
         """One request per prompt and sample; a key that comes again gets other random numbers the second time."""
@@ -312,23 +319,16 @@ def _parted(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return loading, {name: value for name, value in settings.items() if name not in _LOAD_SETTINGS}
 
 
-def _check_settings(name: str, settings: dict[str, Any], session: Session) -> None:
-    """Refuse what belongs to `load`, what nobody knows, and a strategy whose model was not loaded."""
-    if misplaced := sorted(settings.keys() & (_LOAD_SETTINGS | {"slm"})):
+def _check_settings(name: str, settings: Collection[str], given: Collection[str]) -> None:
+    """Refuse what belongs to `load`, what nobody knows, and what the strategy does not read."""
+    if misplaced := sorted(_LOAD_SETTINGS.union({"slm"}).intersection(settings)):
         raise ConfigError(f"{', '.join(misplaced)} is given when loading: s2t.load({misplaced[0]}=...).")
     known = {item.name for item in fields(DecodeConfig)} - _LOAD_SETTINGS
-    if unknown := sorted(settings.keys() - known):
+    if unknown := sorted(set(settings) - known):
         raise ConfigError(f"unknown setting {', '.join(unknown)}; known: {', '.join(sorted(known))}.")
     if name not in STRATEGIES:
         raise ConfigError(f"strategy must be one of {', '.join(STRATEGIES)}; got {name!r}.")
-    check_effects([key for key, value in settings.items() if value is not None], [name], READERS)
-    if name in NEEDS_LLM and session.llm is None:
-        raise ConfigError(f"strategy {name} needs the LLM; pass --llm MODEL, or s2t.load(llm=...).")
-    if name in NEEDS_ADAPTER and session.selector is None:
-        raise ConfigError(
-            f"strategy {name} needs an adapter, a folder written by `s2t train`; pass --adapter FOLDER, "
-            "or s2t.load(adapter=...)."
-        )
+    check_effects(given, [name], READERS)
 
 
 def _answer_of(text: str) -> str | None:

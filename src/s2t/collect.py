@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from s2t.config import HOW_IT_RUNS, CollectConfig, DecodeConfig
+from s2t.config import HOW_IT_RUNS, NEEDS_LLM, CollectConfig, DecodeConfig
 from s2t.decode.label import Labels
-from s2t.decode.session import Session, check_needs, open_llm
+from s2t.decode.opening import check_needs, open_pair
 from s2t.decode.workload import (
     ServerReport,
     check_shards,
@@ -26,11 +26,12 @@ from s2t.decode.workload import (
     requests_for,
     shard_workers,
     shards_of,
+    strategy_of,
     task_for_workers,
 )
 from s2t.errors import ConfigError, DataError
 from s2t.files import MANIFEST, RunFolder, read_json, read_tables, write_json, write_table
-from s2t.methods.strategies import Strategy, build_strategy
+from s2t.methods.strategies import Strategy
 from s2t.progress import counted_as
 from s2t.records import Problem, Provenance, SelectionGroup
 from s2t.scale import Shard, to_files, write_missing
@@ -59,7 +60,7 @@ SCHEMA = pa.schema(
 def collect(config: CollectConfig) -> dict[str, Any]:
     """Collect groups and return their counts (also collect.json); a killed run resumes by shard, without loss or duplicates."""
     threshold = _threshold(config)
-    check_needs(config, [config.policy], config.adapter)
+    check_needs(config, [config.policy], with_llm=True)
     run = RunFolder.open(config.out, "collect", config, ignore=HOW_IT_RUNS)
     task = open_task(config, config.slm, config.revision)
     heldout = heldout_templates(task.templates(), config.heldout_templates)
@@ -89,41 +90,33 @@ class _Collector:
     """Writes trajectories with the policy and turns them into rows."""
 
     def __init__(self, config: CollectConfig, task: Task | None, threshold: float) -> None:
-        if config.llm is None:
-            raise ConfigError("collect labels with the LLM; pass --llm MODEL.")
-        self.config, self.task, self.threshold = (
-            config,
-            task or open_task(config, config.slm, config.revision),
-            threshold,
-        )
-        self.session = Session.open(config, [config.policy], config.adapter, config.batch_size)
-        if self.session.llm is None:
-            self.session.llm = open_llm(config)
-        self.session.check_tokens()
-        self.pair = f"{self.session.slm.fingerprint}/{self.session.llm.fingerprint}"
+        self.config, self.threshold = config, threshold
+        self.task = task or open_task(config, config.slm, config.revision)
+        self.pair = open_pair(config, [config.policy], with_llm=True)
+        assert self.pair.llm is not None
+        self.fingerprints = f"{self.pair.slm.fingerprint}/{self.pair.llm.fingerprint}"
         self.strategy = self._policy()
 
     def _policy(self) -> Strategy:
-        config, adapter = self.config, self.session.adapter
-        thresholds = {"divergence": self.threshold} | (adapter.config.thresholds if adapter is not None else {})
+        config = self.config
         decode = DecodeConfig(
             temperature=config.temperature,
             top_p=1.0,
             support_size=config.support_size,
             support=config.support,
             divergence=config.divergence,
+            threshold=self.threshold if config.policy in NEEDS_LLM else None,
         )
-        k = adapter.config.num_candidates if adapter is not None else None
-        return build_strategy(config.policy, decode, thresholds, k, config.seed)
+        return strategy_of(config.policy, decode, self.pair.selector, config.seed)
 
     def shard(self, shard: Shard[Problem]) -> tuple[pa.Table, dict[str, Any] | None]:
         """One shard's table (write, label, pack), and what asking servers took."""
-        config, session, problems = self.config, self.session, shard.items
-        requests = requests_for(session, self.task, problems)
+        config, pair, problems = self.config, self.pair, shard.items
+        requests = requests_for(pair, self.task, problems)
         with counted_as(1 / 2):  # written, then read
-            done = session.run(self.strategy, requests, config.max_new_tokens)
+            done = pair.write(self.strategy, requests, config.max_new_tokens)
             prompts, generated = [r.prompt_ids for r in requests], [s.token_ids for s in done]
-            labels = session.label(
+            labels = pair.label(
                 requests,
                 generated,
                 config.num_candidates,
@@ -133,7 +126,7 @@ class _Collector:
                 exact_at=lambda _, found: self._chosen(found),
             )
         rows = [self._row(*row) for row in zip(problems, prompts, generated, labels, strict=True)]
-        return pa.Table.from_pylist(rows, schema=SCHEMA), session.take_report()
+        return pa.Table.from_pylist(rows, schema=SCHEMA), pair.take_report()
 
     def _chosen(self, labels: Labels) -> np.ndarray:
         """The steps that become groups."""
@@ -148,7 +141,7 @@ class _Collector:
             "problem_id": problem.problem_id,
             "template": problem.template,
             "policy": self.config.policy,
-            "pair": self.pair,
+            "pair": self.fingerprints,
             "seed": self.config.seed,
             "num_candidates": labels.candidate_ids.shape[1],
             "prompt_ids": list(prompt),

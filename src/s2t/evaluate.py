@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 
 from s2t.config import HOW_IT_RUNS, MANY_SAMPLES, NEEDS_LLM, EvalConfig
+from s2t.decode.generated import Generated
 from s2t.decode.label import Labels
 from s2t.decode.loop import Request
-from s2t.decode.session import Generated, Session, check_needs
+from s2t.decode.opening import check_needs, open_pair
+from s2t.decode.pair import Pair
 from s2t.decode.workload import (
     ServerReport,
     check_shards,
@@ -49,7 +51,7 @@ _NUM_TRACES, _A_HANDFUL = 32, 5
 def evaluate(config: EvalConfig) -> dict[str, Any]:
     """Run all strategies and return summary.json; writes results.jsonl, traces.jsonl and the shards they come from."""
     names = config.strategy_names
-    check_needs(config, [name.partition("@")[0] for name in names], config.adapter)
+    check_needs(config, [name.partition("@")[0] for name in names])
     if config.card and not Path(str(config.adapter)).is_dir():
         raise ConfigError(f"--card writes into the adapter's folder, and {config.adapter} is none; leave it out.")
     adapter = selector_config(config.adapter, config.slm, config.revision)
@@ -174,20 +176,20 @@ class _Evaluator:
     def __init__(self, config: EvalConfig, task: Task | None) -> None:
         self.config, self.task = config, task or open_task(config, config.slm, config.revision)
         names = [name.partition("@")[0] for name in config.strategy_names]
-        self.session = Session.open(config, names, config.adapter, config.batch_size)
-        _warm_up(self.session)
+        self.pair = open_pair(config, names)
+        _warm_up(self.pair)
 
     def shard(self, shard: Shard[Problem], judges: Sequence[_Contestant], num_traces: int) -> dict[str, Any]:
         """What one strategy wrote for a shard: per judge of its answers the results, traces and seconds; the models' names and
         sizes, and what asking servers took."""
         one, problems = judges[0], shard.items
-        session, strategy = self.session, one.strategy
+        pair, strategy = self.pair, one.strategy
         samples = self.config.num_samples if strategy.name in MANY_SAMPLES else 1
-        requests = requests_for(session, self.task, problems, samples, self.config.system)
+        requests = requests_for(pair, self.task, problems, samples, self.config.system)
         start = time.perf_counter()
         traced = max(0, num_traces - shard.index * self.config.shard_size) if samples == 1 and one.is_first else 0
         with counted_as(1 / samples):
-            done = session.run(
+            done = pair.write(
                 strategy,
                 requests,
                 self.config.max_new_tokens,
@@ -197,7 +199,7 @@ class _Evaluator:
             )
         seconds = time.perf_counter() - start
         answers = [done[i * samples : (i + 1) * samples] for i in range(len(problems))]
-        texts = [[session.text(sample, self.config.stop, strategy.name) for sample in row] for row in answers]
+        texts = [[pair.text(sample, self.config.stop, strategy.name) for sample in row] for row in answers]
         grades = [[self.task.grade(p, text) for text in row] for p, row in zip(problems, texts, strict=True)]
         found = []
         for judge in judges:
@@ -211,7 +213,7 @@ class _Evaluator:
                     "traces": [_compact(trace) for trace in traces],
                 }
             )
-        return {"index": shard.index, "pair": _pair(session), "report": session.take_report(), "found": found}
+        return {"index": shard.index, "pair": _names_and_sizes(pair), "report": pair.take_report(), "found": found}
 
     def _result(
         self,
@@ -259,7 +261,7 @@ class _Evaluator:
         results: Sequence[Result],
     ) -> list[dict[str, Any]]:
         strategy = one.strategy
-        texts = TokenTexts(self.session.tokenizer_of(strategy.name))
+        texts = TokenTexts(self.pair.tokenizer_of(strategy.name))
         labels = self._labels(strategy, requests[: len(problems)], done[: len(problems)])
         return [
             {
@@ -279,14 +281,14 @@ class _Evaluator:
         self, strategy: Strategy, requests: Sequence[Request], done: Sequence[Generated]
     ) -> list[Labels] | list[None]:
         """What both models say of the written tokens; None where no LLM is loaded or it has tokens of its own."""
-        session, config = self.session, self.config
-        if session.llm is None or not session.has_one_tokenizer or not requests:
+        pair, config = self.pair, self.config
+        if pair.llm is None or not pair.has_one_tokenizer or not requests:
             return [None] * len(requests)
         written = [sequence.token_ids for sequence in done]
         fired = [[step.index for step in sequence.steps if step.fired] for sequence in done]
         settings = (strategy.num_candidates, config.support_size, config.divergence, config.support)
         with counted_as(0):
-            return session.label(requests, written, *settings, exact_at=lambda i, own: _shown(fired[i], own))
+            return pair.label(requests, written, *settings, exact_at=lambda i, own: _shown(fired[i], own))
 
 
 def _shown(fired: Sequence[int], labels: Labels) -> list[int]:
@@ -294,8 +296,8 @@ def _shown(fired: Sequence[int], labels: Labels) -> list[int]:
     return sorted({*fired, *np.flatnonzero(labels.rank > 0).tolist()})
 
 
-def _pair(session: Session) -> dict[str, Any]:
-    slm, llm = session.slm, session.llm
+def _names_and_sizes(pair: Pair) -> dict[str, Any]:
+    slm, llm = pair.slm, pair.llm
     return {
         "slm": slm.name,
         "llm": llm.name if llm is not None else None,
@@ -304,10 +306,10 @@ def _pair(session: Session) -> dict[str, Any]:
     }
 
 
-def _warm_up(session: Session) -> None:
+def _warm_up(pair: Pair) -> None:
     """One short batch before the clock starts, so that no strategy pays for the libraries' first call."""
     with counted_as(0):
-        session.run(build_strategy("greedy", EvalConfig(), {}), [session.request(0, "1 + 1 =")], 4)
+        pair.write(build_strategy("greedy", EvalConfig(), {}), [pair.request(0, "1 + 1 =")], 4)
 
 
 def _read_results(run: RunFolder, one: _Contestant) -> Run:

@@ -17,8 +17,9 @@ import pyarrow as pa
 from s2t.config import HOW_IT_RUNS, CalibrateConfig, DecodeConfig, MeasureConfig
 from s2t.core.calibration import threshold_at
 from s2t.core.stats import clustered_rate_interval, hit_rate_curve
+from s2t.decode.generated import Generated
 from s2t.decode.label import Labels
-from s2t.decode.session import Generated, Session, open_llm
+from s2t.decode.opening import check_needs, open_pair
 from s2t.decode.workload import (
     ServerReport,
     check_shards,
@@ -31,7 +32,6 @@ from s2t.decode.workload import (
 from s2t.errors import DataError
 from s2t.files import RunFolder, load_run, read_tables, write_json, write_table
 from s2t.methods.strategies import build_strategy
-from s2t.model.load import load_model
 from s2t.progress import counted_as
 from s2t.records import Problem
 from s2t.scale import Shard, to_files, write_missing
@@ -44,6 +44,7 @@ _NUM_RESAMPLES = 2000
 
 def measure(config: MeasureConfig) -> dict[str, Any]:
     """Measure a pair and return measure.json; resumes by shard. Source: arXiv 2604.26940, local sufficiency."""
+    check_needs(config, ["greedy"], with_llm=True)
     run = RunFolder.open(config.out, "measure", config, ignore=HOW_IT_RUNS)
     task = open_task(config, config.slm, config.revision)
     problems = task.problems(config.split, config.limit, config.seed)
@@ -71,19 +72,16 @@ class _Measurer:
     """Rolls a shard out and labels it."""
 
     def __init__(self, config: MeasureConfig, task: Task | None) -> None:
-        slm = load_model(config.slm, **config.load_options)
         self.config, self.task = config, task or open_task(config, config.slm, config.revision)
-        self.session = Session(slm, open_llm(config), batch_size=config.batch_size, variables=config.template_variables)
-        self.session.check_tokens()
-        self.session.note_unread()
+        self.pair = open_pair(config, ["greedy"], with_llm=True)
 
     def shard(self, shard: Shard[Problem]) -> tuple[pa.Table, dict[str, Any] | None]:
         """One shard's steps, and what asking servers took."""
-        config, session, problems = self.config, self.session, shard.items
-        requests = requests_for(session, self.task, problems)
+        config, pair, problems = self.config, self.pair, shard.items
+        requests = requests_for(pair, self.task, problems)
         with counted_as(1 / 2):  # written, then read
-            done = session.run(build_strategy("greedy", DecodeConfig(), {}), requests, config.max_new_tokens)
-            labels = session.label(
+            done = pair.write(build_strategy("greedy", DecodeConfig(), {}), requests, config.max_new_tokens)
+            labels = pair.label(
                 requests,
                 [sequence.token_ids for sequence in done],
                 max(KS),
@@ -92,7 +90,7 @@ class _Measurer:
                 config.support,
             )
         tables = [_steps_table(*row, config.warmup_steps) for row in zip(problems, done, labels, strict=True)]
-        return pa.concat_tables(tables), session.take_report()
+        return pa.concat_tables(tables), pair.take_report()
 
 
 def _steps_table(problem: Problem, sequence: Generated, labels: Labels, warmup_steps: int) -> pa.Table:

@@ -14,8 +14,9 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from s2t.config import DecodeConfig
+from s2t.decode.generated import Generated
 from s2t.decode.loop import Request
-from s2t.decode.session import Generated, Session
+from s2t.decode.pair import Pair
 from s2t.methods.strategies import Strategy, build_strategy
 from s2t.model.adapter import AdapterConfig, SelectorAdapter
 from s2t.model.load import LoadedModel, wrap_model
@@ -139,9 +140,9 @@ def write(slm: LoadedModel, llm: LoadedModel, adapters: dict[str, SelectorAdapte
     ) -> list[Generated]:
         adapter = adapters[scope] if strategy.name == "s2t-local" else None
         parts = {"slm": adapter.loaded if adapter else slm, "llm": llm, "adapter": adapter} | models
-        session = Session(**parts, batch_size=batch_size)
+        pair = Pair(**parts, batch_size=batch_size)
         requests = [Request(i, prompt, f"problem-{i}") for i, prompt in enumerate(prompts)]
-        return session.run(strategy, requests, max_new_tokens, keep_steps=True)
+        return pair.write(strategy, requests, max_new_tokens, keep_steps=True)
 
     return run
 

@@ -11,7 +11,7 @@ from s2t.cli.main import main
 from s2t.config import ServeConfig
 from s2t.decode.context import context_length
 from s2t.decode.loop import Request
-from s2t.decode.session import Session
+from s2t.decode.pair import Pair
 from s2t.errors import ContextError
 
 CONTEXT = 256  # of the models of these tests
@@ -23,15 +23,15 @@ def requests(*lengths):
 
 @pytest.mark.parametrize("name", ["greedy", "sample", "llm", "s2t"])
 def test_an_answer_ends_where_the_context_does(name, strategy, slm, llm):
-    session = Session(slm, llm)
+    pair = Pair(slm, llm)
     settings = {"threshold": 1.0} if name == "s2t" else {}
-    long = session.run(strategy(name, **settings), requests(250, 3, 254), 10_000)
+    long = pair.write(strategy(name, **settings), requests(250, 3, 254), 10_000)
     assert [len(sequence.token_ids) for sequence in long if sequence.finish_reason == "length"]
     for sequence, length in zip(long, (250, 3, 254), strict=True):
         assert len(sequence.token_ids) <= CONTEXT - length
         if sequence.finish_reason == "length":
             assert len(sequence.token_ids) == CONTEXT - length
-    alone = session.run(strategy(name, **settings), requests(250), 4)
+    alone = pair.write(strategy(name, **settings), requests(250), 4)
     assert alone[0].token_ids == long[0].token_ids[: len(alone[0].token_ids)]
 
 
@@ -41,19 +41,19 @@ def test_the_shorter_context_of_a_pair_counts(slm, random_model):
 
 
 def test_a_prompt_without_room_for_a_token_is_refused(strategy, slm):
-    session = Session(slm)
-    assert session.run(strategy("greedy"), requests(255), 8)[0].token_ids
+    pair = Pair(slm)
+    assert pair.write(strategy("greedy"), requests(255), 8)[0].token_ids
     for length in (256, 257, 10_000):
         with pytest.raises(ContextError, match=f"has {length} tokens, and the models read up to 256"):
-            session.run(strategy("greedy"), requests(3, length), 8)
+            pair.write(strategy("greedy"), requests(3, length), 8)
         with pytest.raises(ContextError):
-            next(iter(session.steps(strategy("greedy"), requests(length), 8)))
+            next(iter(pair.steps(strategy("greedy"), requests(length), 8)))
 
 
 def test_the_server_has_the_same_limit(slm, llm):
     intake = pytest.importorskip("s2t.serve.intake")
-    for session in (Session(slm), Session(slm, llm)):
-        assert intake.longest(ServeConfig(), session) == session.context_length == CONTEXT
+    for pair in (Pair(slm), Pair(slm, llm)):
+        assert intake.longest(ServeConfig(), pair) == pair.context_length == CONTEXT
 
 
 @pytest.fixture(scope="module")

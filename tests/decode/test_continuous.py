@@ -9,7 +9,7 @@ import pytest
 
 from s2t.decode.continuous import OwnRequest
 from s2t.decode.loop import Request
-from s2t.decode.session import Session
+from s2t.decode.pair import Pair
 from s2t.methods.sample import Sampling
 
 LENGTH = 24
@@ -25,7 +25,7 @@ def drain(decoder, found):
 
 def session_of(name, slm, llm, adapters, rows):
     adapter = adapters["candidates"] if name == "s2t-local" else None
-    return Session(adapter.loaded if adapter else slm, llm, adapter, batch_size=rows)
+    return Pair(adapter.loaded if adapter else slm, llm, adapter, batch_size=rows)
 
 
 def settings_of(name):
@@ -34,7 +34,7 @@ def settings_of(name):
 
 @pytest.mark.parametrize("name", ["greedy", "sample", "s2t-local", "s2t", "takeover"])
 def test_a_request_gets_what_it_gets_alone_whoever_comes_and_goes(name, slm, llm, adapters, prompts, strategy):
-    session = session_of(name, slm, llm, adapters, rows=3)
+    pair = session_of(name, slm, llm, adapters, rows=3)
     how = Sampling(1.3, 0.9) if name == "sample" else None
     one = strategy(name, **settings_of(name))
     rng = random.Random(0)
@@ -49,7 +49,7 @@ def test_a_request_gets_what_it_gets_alone_whoever_comes_and_goes(name, slm, llm
         )
         for i in range(17)
     ]
-    decoder, found, gone = session.continuous(one, 64), {}, set()
+    decoder, found, gone = pair.continuous(one, 64), {}, set()
     for request in asked:
         decoder.add(request)
         for step in decoder.round():
@@ -65,34 +65,34 @@ def test_a_request_gets_what_it_gets_alone_whoever_comes_and_goes(name, slm, llm
         if request.index in gone:
             continue
         own = replace(one, seed=request.seed, sampling=request.sampling)
-        alone = session.run(own, [Request(0, request.prompt_ids, request.key)], request.max_new_tokens)[0]
+        alone = pair.write(own, [Request(0, request.prompt_ids, request.key)], request.max_new_tokens)[0]
         assert [step.token_id for step in found[request.index]] == alone.token_ids
         assert found[request.index][-1].finish_reason == alone.finish_reason
 
 
 def test_greedy_and_samples_of_different_settings_share_a_decoder(slm, prompts, strategy):
-    session = Session(slm, batch_size=8)
+    pair = Pair(slm, batch_size=8)
     settings = [None, Sampling(0.5, 1.0), Sampling(2.0, 0.8), Sampling(2.0, 0.8, top_k=3), None]
-    decoder = session.continuous(strategy("greedy"), 64)
+    decoder = pair.continuous(strategy("greedy"), 64)
     for i, how in enumerate(settings):
         decoder.add(OwnRequest(i, prompts[0], "key", max_new_tokens=LENGTH, sampling=how, seed=7))
     found = drain(decoder, {})
     for i, how in enumerate(settings):
         own = replace(strategy("sample", seed=7), sampling=how)
-        alone = session.run(own, [Request(0, prompts[0], "key")], LENGTH)[0]
+        alone = pair.write(own, [Request(0, prompts[0], "key")], LENGTH)[0]
         assert [step.token_id for step in found[i]] == alone.token_ids
 
 
 def test_readings_are_the_models_own_distribution(slm, adapters, prompts, strategy):
     adapter = adapters["candidates"]
-    session = Session(adapter.loaded, adapter=adapter, batch_size=4)
+    pair = Pair(adapter.loaded, adapter=adapter, batch_size=4)
     one = strategy("s2t-local", threshold=0.5)
-    decoder = session.continuous(one, 64)
+    decoder = pair.continuous(one, 64)
     decoder.add(OwnRequest(0, prompts[0], max_new_tokens=LENGTH, num_likeliest=6))
     decoder.add(OwnRequest(1, prompts[1], max_new_tokens=LENGTH))
     steps = drain(decoder, {})[0]
     assert {index for index, _ in decoder.readings} == {0}
-    traced = session.steps(one, [Request(0, prompts[0])], LENGTH)
+    traced = pair.steps(one, [Request(0, prompts[0])], LENGTH)
     for step, reference in zip(steps, traced, strict=True):
         reading = decoder.readings[0, step.index]
         assert reference.candidates is not None
@@ -104,7 +104,7 @@ def test_readings_are_the_models_own_distribution(slm, adapters, prompts, strate
 
 
 def test_the_logprob_of_an_unlikely_sample_is_known(slm, prompts, strategy):
-    decoder = Session(slm, batch_size=4).continuous(strategy("greedy"), 64)
+    decoder = Pair(slm, batch_size=4).continuous(strategy("greedy"), 64)
     hot = Sampling(5.0, 1.0)
     decoder.add(OwnRequest(0, prompts[0], "key", max_new_tokens=LENGTH, sampling=hot, num_likeliest=1))
     decoder.add(OwnRequest(1, prompts[0], "key", max_new_tokens=LENGTH, sampling=hot, num_likeliest=40))
@@ -117,7 +117,7 @@ def test_the_logprob_of_an_unlikely_sample_is_known(slm, prompts, strategy):
 
 
 def test_cancelling_what_waits_what_runs_and_what_is_unknown(slm, prompts, strategy):
-    decoder = Session(slm, batch_size=1).continuous(strategy("greedy"), 64)
+    decoder = Pair(slm, batch_size=1).continuous(strategy("greedy"), 64)
     for i in range(3):
         decoder.add(OwnRequest(i, prompts[0], max_new_tokens=LENGTH))
     decoder.round()
@@ -137,8 +137,8 @@ def _columns(candidates):
 def test_steps_of_fixed_shapes_give_the_same(slm, prompts, strategy):
     found = []
     for execution in ("eager", "static"):
-        session = Session(replace(slm, execution=execution), batch_size=3)
-        decoder, steps = session.continuous(strategy("greedy"), 64), {}
+        pair = Pair(replace(slm, execution=execution), batch_size=3)
+        decoder, steps = pair.continuous(strategy("greedy"), 64), {}
         for i in range(7):
             decoder.add(OwnRequest(i, prompts[i % len(prompts)], f"p{i}", max_new_tokens=4 + 3 * i))
             decoder.round()

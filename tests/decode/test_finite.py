@@ -12,7 +12,7 @@ from s2t.cli.main import main
 from s2t.decode.finite import best_tokens
 from s2t.decode.label import label, llm_targets
 from s2t.decode.loop import Request
-from s2t.decode.session import Session
+from s2t.decode.pair import Pair
 from s2t.errors import ModelError
 
 PROMPT = [5, 9, 12, 30, 7]
@@ -41,7 +41,7 @@ def refusal(write, *models):
 
 
 def writing(strategy, **models):
-    return lambda: Session(**models).run(strategy, [Request(0, [3, 4]), Request(1, PROMPT)], 8)
+    return lambda: Pair(**models).write(strategy, [Request(0, [3, 4]), Request(1, PROMPT)], 8)
 
 
 @pytest.mark.parametrize("name", ["greedy", "sample", "self-certainty"])

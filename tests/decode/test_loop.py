@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 from s2t.decode.draft import DraftLength
 from s2t.decode.loop import Decoder, Request
-from s2t.decode.session import Session
+from s2t.decode.pair import Pair
 from s2t.errors import ConfigError
 from s2t.model.engine import Engine
 
@@ -92,8 +92,8 @@ def test_samples_depend_on_seed_and_key_alone(write, strategy, tokens, prompts):
 def test_samples_of_one_prompt_share_its_prefill_and_differ(slm, strategy, prompts):
     how = strategy("sample", **RUNS["sample"][1])
     requests = [Request(i, prompts[0], f"p/{i}") for i in range(4)]
-    together = Session(slm, batch_size=4).run(how, requests, 24)
-    alone = Session(slm, batch_size=1).run(how, requests, 24)
+    together = Pair(slm, batch_size=4).write(how, requests, 24)
+    alone = Pair(slm, batch_size=1).write(how, requests, 24)
     assert [s.token_ids for s in together] == [s.token_ids for s in alone]
     assert len({tuple(s.token_ids) for s in together}) == 4
     prompt_tokens = sum(s.cost.slm_processed - (s.cost.generated - 1) for s in together)
@@ -104,10 +104,10 @@ def test_samples_of_one_prompt_share_its_prefill_and_differ(slm, strategy, promp
 def test_a_trace_changes_nothing(run, slm, llm, adapters, strategy, prompts):
     name, settings = RUNS[run]
     adapter = adapters["candidates"] if name == "s2t-local" else None
-    session = Session(adapter.loaded if adapter else slm, llm, adapter, batch_size=8)
+    pair = Pair(adapter.loaded if adapter else slm, llm, adapter, batch_size=8)
     requests = [Request(i, prompt, f"problem-{i}") for i, prompt in enumerate(prompts)]
-    plain = session.run(strategy(name, **settings), requests, 24)
-    traced = session.run(strategy(name, **settings), requests, 24, keep_steps=True)
+    plain = pair.write(strategy(name, **settings), requests, 24)
+    traced = pair.write(strategy(name, **settings), requests, 24, keep_steps=True)
     assert [(s.token_ids, s.cost, s.num_triggered) for s in plain] == [
         (s.token_ids, s.cost, s.num_triggered) for s in traced
     ]
@@ -185,10 +185,10 @@ def test_a_selector_that_learned_nothing_ranks_as_the_slm_does(scope, new_model,
     assert learned
     for parameter in learned.values():
         torch.nn.init.zeros_(parameter)
-    session = Session(adapter.loaded, adapter=adapter, batch_size=8)
+    pair = Pair(adapter.loaded, adapter=adapter, batch_size=8)
     requests = [Request(i, prompt) for i, prompt in enumerate(prompts)]
-    greedy = session.run(strategy("s2t-local", trigger="never"), requests, 24)
-    found = session.run(strategy("s2t-local", **EVERY_STEP), requests, 24)
+    greedy = pair.write(strategy("s2t-local", trigger="never"), requests, 24)
+    found = pair.write(strategy("s2t-local", **EVERY_STEP), requests, 24)
     assert [s.token_ids for s in found] == [s.token_ids for s in greedy]
     assert sum(s.num_triggered for s in found) > 0
 
@@ -201,10 +201,10 @@ def test_an_adapter_that_selects_does_flip(scope, write, strategy):
 @every_scope
 def test_an_adapter_of_weight_0_is_greedy(scope, new_model, new_adapter, strategy, prompts):
     adapter = new_adapter(new_model(0), scope, adapter_weight=0.0)
-    session = Session(adapter.loaded, adapter=adapter, batch_size=8)
+    pair = Pair(adapter.loaded, adapter=adapter, batch_size=8)
     requests = [Request(i, prompt) for i, prompt in enumerate(prompts)]
-    greedy = session.run(strategy("s2t-local", trigger="never"), requests, 24)
-    found = session.run(strategy("s2t-local", **EVERY_STEP), requests, 24)
+    greedy = pair.write(strategy("s2t-local", trigger="never"), requests, 24)
+    found = pair.write(strategy("s2t-local", **EVERY_STEP), requests, 24)
     assert [s.token_ids for s in found] == [s.token_ids for s in greedy]
 
 
@@ -282,12 +282,12 @@ def test_reserved_ids_and_padding_rows_are_never_emitted(
             for place, row in enumerate([*model.reserved.all, *range(model.vocab_size, len(rows))]):
                 rows[row] = huge if place % 2 else -huge  # one of the two is far above every other logit
     adapter = new_adapter(loaded, scope, prior_weight=prior_weight)
-    session = Session(loaded, llm, adapter, batch_size=8)
+    pair = Pair(loaded, llm, adapter, batch_size=8)
     requests = [Request(i, prompt) for i, prompt in enumerate(prompts)]
     k = loaded.vocab_size if num_candidates == "all" else 8
     forbidden = set(loaded.reserved.all) | set(range(loaded.vocab_size, 80))
     for name, settings in RUNS.values():
-        done = session.run(strategy(name, **{**settings, "num_candidates": k}), requests, 12)
+        done = pair.write(strategy(name, **{**settings, "num_candidates": k}), requests, 12)
         assert not forbidden & {token for s in done for token in s.token_ids}, name
 
 

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from s2t.config import DecodeConfig
-from s2t.decode.session import Session
+from s2t.decode.pair import Pair
 from s2t.decode.text_reference import TextReference
 from s2t.errors import ConfigError
 from s2t.methods.strategies import build_strategy
@@ -120,12 +120,12 @@ def test_text_that_the_llm_would_cut_otherwise_is_stepped_back_over(numbers, dig
 
 
 @pytest.fixture(scope="module")
-def sessions():
+def pairs():
     """The embedded pair, read by token and read by text."""
     slm, llm = load_model("tiny:slm"), load_model("tiny:llm")
-    by_text = Session(slm, llm)
+    by_text = Pair(slm, llm)
     by_text._made["map"] = VocabularyMap(slm, llm)
-    by_token = Session(slm, llm)
+    by_token = Pair(slm, llm)
     assert by_token.vocabulary is None
     return by_token, by_text
 
@@ -136,22 +136,22 @@ def questions():
 
 
 @pytest.mark.parametrize("name", ["s2t", "takeover"])
-def test_a_pair_of_one_tokenizer_writes_the_same_by_text(sessions, questions, name):
+def test_a_pair_of_one_tokenizer_writes_the_same_by_text(pairs, questions, name):
     strategy = build_strategy(name, DecodeConfig(threshold=0.3), {})
     written = []
-    for session in sessions:
-        requests = [session.request(i, text) for i, text in enumerate(questions)]
-        written.append([(s.token_ids, s.num_flips) for s in session.run(strategy, requests, 160)])
+    for pair in pairs:
+        requests = [pair.request(i, text) for i, text in enumerate(questions)]
+        written.append([(s.token_ids, s.num_flips) for s in pair.write(strategy, requests, 160)])
     assert written[0] == written[1]
     assert any(flips for _, flips in written[0])
 
 
-def test_a_pair_of_one_tokenizer_is_labelled_the_same_by_text(sessions, questions):
+def test_a_pair_of_one_tokenizer_is_labelled_the_same_by_text(pairs, questions):
     greedy = build_strategy("greedy", DecodeConfig(), {})
     found = []
-    for session in sessions:
-        requests = [session.request(i, text) for i, text in enumerate(questions)]
-        found.append(session.label(requests, [s.token_ids for s in session.run(greedy, requests, 160)]))
+    for pair in pairs:
+        requests = [pair.request(i, text) for i, text in enumerate(questions)]
+        found.append(pair.label(requests, [s.token_ids for s in pair.write(greedy, requests, 160)]))
     for by_token, by_text in zip(*found, strict=True):
         assert (by_token.rank == by_text.rank).all()
         torch.testing.assert_close(by_text.divergence, by_token.divergence, rtol=1e-3, atol=1e-3)
@@ -163,41 +163,39 @@ def test_rows_read_by_text_come_and_go_as_single_sequences(numbers, digits):
     texts = ["12+3=", "0=", "1+1", "3+3+3 =", "2"]
 
     def write(batch_size):
-        session = Session(numbers, digits, batch_size=batch_size)
-        requests = [session.request(i, text) for i, text in enumerate(texts)]
-        return [(s.token_ids, s.cost) for s in session.run(strategy, requests, 20)]
+        pair = Pair(numbers, digits, batch_size=batch_size)
+        requests = [pair.request(i, text) for i, text in enumerate(texts)]
+        return [(s.token_ids, s.cost) for s in pair.write(strategy, requests, 20)]
 
     assert write(1) == write(2) == write(5)
 
 
 def test_the_llm_alone_reads_its_own_prompt_and_writes_its_own_tokens(numbers, digits):
-    session = Session(numbers, digits)
-    [done] = session.run(build_strategy("llm", DecodeConfig(), {}), [session.request(0, "12+3=")], 8)
-    alone = Session(digits)
+    pair = Pair(numbers, digits)
+    [done] = pair.write(build_strategy("llm", DecodeConfig(), {}), [pair.request(0, "12+3=")], 8)
+    alone = Pair(digits)
     [expected] = alone.run(build_strategy("greedy", DecodeConfig(), {}), [alone.request(0, "12+3=")], 8)
     assert done.token_ids == expected.token_ids
-    assert session.tokenizer_of("llm") is digits.tokenizer
+    assert pair.tokenizer_of("llm") is digits.tokenizer
 
 
 def test_drafts_of_a_fixed_length_need_one_tokenizer(numbers, digits):
-    session = Session(numbers, digits)
+    pair = Pair(numbers, digits)
     with pytest.raises(ConfigError, match="different tokenizers"):
-        session.run(
-            build_strategy("s2t", DecodeConfig(threshold=0.2, draft_tokens=4), {}), [session.request(0, "1")], 4
-        )
+        pair.write(build_strategy("s2t", DecodeConfig(threshold=0.2, draft_tokens=4), {}), [pair.request(0, "1")], 4)
 
 
 def test_s2t_mends_an_slm_with_another_tokenizer():
     """tiny:slm-numbers writes a number as one token, tiny:llm digit by digit."""
-    session = Session(load_model("tiny:slm-numbers"), load_model("tiny:llm"))
+    pair = Pair(load_model("tiny:slm-numbers"), load_model("tiny:llm"))
     task = load_task("rg:gsm_symbolic,max_number=100")
     problems = task.problems("calibration", 40, 0)
-    requests = [session.request(i, problem.question) for i, problem in enumerate(problems)]
+    requests = [pair.request(i, problem.question) for i, problem in enumerate(problems)]
 
     def correct(name):
         strategy = build_strategy(name, DecodeConfig(threshold=0.01), {})
-        done = session.run(strategy, requests, 200)
-        texts = [decode_ids(session.tokenizer_of(name), s.token_ids) for s in done]
+        done = pair.write(strategy, requests, 200)
+        texts = [decode_ids(pair.tokenizer_of(name), s.token_ids) for s in done]
         return sum(task.grade(problem, text).is_correct for problem, text in zip(problems, texts, strict=True))
 
     right = {name: correct(name) for name in ("greedy", "s2t", "llm")}

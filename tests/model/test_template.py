@@ -9,7 +9,8 @@ import pytest
 
 import s2t
 from s2t.config import CollectConfig, DistillConfig, EvalConfig, GenerateConfig, StudyConfig, build_config
-from s2t.decode.session import Session
+from s2t.decode.opening import open_pair
+from s2t.decode.pair import Pair
 from s2t.errors import ConfigError, ModelError
 from s2t.model import template
 from s2t.model.chat import chat_text, prompt_ids
@@ -243,7 +244,7 @@ def test_variables_that_are_none_are_refused(given):
 def moody(tokenizer, monkeypatch):
     """Every model's template reads one variable."""
     source = TEXTS + "{{ mood }}"
-    monkeypatch.setattr("s2t.decode.session.load_model", lambda name, **_: _with_template(load_model(name), source))
+    monkeypatch.setattr("s2t.decode.opening.load_model", lambda name, **_: _with_template(load_model(name), source))
     monkeypatch.setattr("s2t.api.load_model", lambda name, **_: _with_template(load_model(name), source))
 
 
@@ -255,9 +256,9 @@ def _with_template(loaded, source):
 @pytest.mark.parametrize("cls", [EvalConfig, CollectConfig, DistillConfig])
 def test_every_command_that_writes_answers_tells_its_models(cls, moody, capsys):
     config = build_config(cls, flags={"chat_template_kwargs": {"mood": "calm"}, "llm": "tiny:llm"})
-    session = Session.open(config, ["greedy", "llm"], None, 4)
-    assert session.slm.tokenizer.decode(session.prompt("hi")).endswith("hicalm")
-    assert session.slm.tokenizer.decode(session.prompt("hi", variables={"mood": "wild"})).endswith("hiwild")
+    pair = open_pair(config, ["greedy", "llm"])
+    assert pair.slm.tokenizer.decode(pair.prompt("hi")).endswith("hicalm")
+    assert pair.slm.tokenizer.decode(pair.prompt("hi", variables={"mood": "wild"})).endswith("hiwild")
     assert not capsys.readouterr().err
 
 
@@ -268,5 +269,5 @@ def test_a_loaded_model_tells_its_template(moody):
 
 
 def test_a_variable_that_no_template_reads_is_said(tiny_slm, tiny_llm, capsys):
-    Session(tiny_slm, tiny_llm, variables={"enable_thinkin": False}).note_unread()
+    Pair(tiny_slm, tiny_llm, variables={"enable_thinkin": False}).note_unread()
     assert "does not read enable_thinkin;" in capsys.readouterr().err

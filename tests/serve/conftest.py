@@ -21,7 +21,7 @@ from openai import OpenAI
 
 from s2t.api import Reasoner
 from s2t.config import ServeConfig
-from s2t.decode.session import Session
+from s2t.decode.pair import Pair
 from s2t.model.adapter import AdapterConfig, SelectorAdapter
 from s2t.model.load import load_model
 from s2t.serve.run import Server, build
@@ -110,12 +110,12 @@ def new_adapter_fixture() -> Callable[..., SelectorAdapter]:
 
 
 @contextmanager
-def running(session: Session, **settings: Any) -> Iterator[Running]:
-    """A server over a session, stopped at the end."""
+def running(pair: Pair, **settings: Any) -> Iterator[Running]:
+    """A server over a pair, stopped at the end."""
     config = ServeConfig(
         **({"port": 0, "drain_s": 0.0, "batch_size": 8, "max_length": 512, "max_new_tokens": 40} | settings)
     )
-    service, app = build(config, session)
+    service, app = build(config, pair)
     server = Server(app, service, config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -125,7 +125,7 @@ def running(session: Session, **settings: Any) -> Iterator[Running]:
     assert server.started
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
-        yield Running(f"http://127.0.0.1:{port}", service, Reasoner(session), server)
+        yield Running(f"http://127.0.0.1:{port}", service, Reasoner(pair), server)
     finally:
         server.should_exit = True
         thread.join(20)
@@ -139,7 +139,7 @@ def serve(models: Any, tiny_llm: Any) -> Callable[..., Any]:
 
     def start(with_llm: bool = False, endless: bool = False, **settings: Any) -> Any:
         slm = replace(loaded, stop_ids=frozenset()) if endless else loaded  # writes until its length limit
-        return running(Session(slm, tiny_llm if with_llm else None, adapter), **settings)
+        return running(Pair(slm, tiny_llm if with_llm else None, adapter), **settings)
 
     return start
 

@@ -16,7 +16,7 @@ import pytest
 
 from s2t.cli import main as cli
 from s2t.config import ServeConfig
-from s2t.decode.session import Session
+from s2t.decode.pair import Pair
 from s2t.errors import ConfigError, S2TError
 from s2t.serve import run
 from s2t.serve.run import build, check_address, read_key
@@ -284,20 +284,20 @@ def test_the_command_names_a_mistake_before_models_are_loaded(monkeypatch, capsy
 
 def test_a_port_that_is_taken_is_named(tiny_slm):
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match="choose another --port"):
-        run.serve(ServeConfig(port=taken.getsockname()[1]), Session(tiny_slm))
+        run.serve(ServeConfig(port=taken.getsockname()[1]), Pair(tiny_slm))
 
 
 def test_a_default_strategy_that_lacks_its_model_is_refused_at_the_start(tiny_slm):
     for name, says in (("s2t-local", "adapter"), ("s2t", "--llm"), ("llm", "--llm")):
         with pytest.raises(S2TError, match=says):
-            build(ServeConfig(strategy=name), Session(tiny_slm))
+            build(ServeConfig(strategy=name), Pair(tiny_slm))
 
 
 def test_a_strategy_without_its_threshold_is_not_offered(tiny_slm, tiny_llm):
-    service, _ = build(ServeConfig(), Session(tiny_slm, tiny_llm))
+    service, _ = build(ServeConfig(), Pair(tiny_slm, tiny_llm))
     assert list(service.intake.strategies) == ["greedy", "sample", "llm"]
     with pytest.raises(S2TError, match="threshold"):
-        build(ServeConfig(strategy="s2t"), Session(tiny_slm, tiny_llm))
+        build(ServeConfig(strategy="s2t"), Pair(tiny_slm, tiny_llm))
 
 
 def test_a_full_queue_answers_429_and_says_when_to_come_back(serve):

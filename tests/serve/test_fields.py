@@ -129,10 +129,10 @@ TEMPLATE = (
 @pytest.fixture
 def templated(serve, monkeypatch):
     with serve(chat_template_kwargs='{"enable_thinking": true}') as found:
-        session = found.service.intake.session
-        session.variables |= {"enable_thinking": True}  # as `s2t serve` loads them
-        monkeypatch.setattr(session.slm.tokenizer, "chat_template", TEMPLATE)
-        monkeypatch.setattr(found.reasoner.session.slm.tokenizer, "chat_template", TEMPLATE)
+        pair = found.service.intake.pair
+        pair.variables |= {"enable_thinking": True}  # as `s2t serve` loads them
+        monkeypatch.setattr(pair.slm.tokenizer, "chat_template", TEMPLATE)
+        monkeypatch.setattr(found.reasoner.pair.slm.tokenizer, "chat_template", TEMPLATE)
         yield found
 
 

@@ -97,7 +97,7 @@ def test_what_cannot_fit_is_refused_before_it_is_tokenized(serve, text, monkeypa
 
 def test_ids_that_cannot_fit_are_refused_before_anything_reads_them(serve, monkeypatch):
     with serve() as server:
-        monkeypatch.setattr(server.service.intake.session, "request_of_ids", lambda *_: pytest.fail("they were read"))
+        monkeypatch.setattr(server.service.intake.pair, "request_of_ids", lambda *_: pytest.fail("they were read"))
         response = post(server, COMPLETION | {"prompt": [5] * 5000}, TEXTS)
         assert response.json()["error"]["code"] == "context_length_exceeded"
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 
-from s2t.decode.session import Session
+from s2t.decode.pair import Pair
 from s2t.model.load import load_model
 
 NAME = "tiny:slm"
@@ -80,7 +80,7 @@ def test_a_served_answer_is_that_of_the_python_interface(server, strategy, is_st
 @pytest.mark.parametrize("scope", ["step", "stream"])
 def test_a_selector_of_readout_rank_is_served_as_any_other(scope, new_adapter, running):
     loaded = load_model(NAME)
-    with running(Session(loaded, None, new_adapter(loaded, scope, readout="rank")), threshold=0.5) as server:
+    with running(Pair(loaded, None, new_adapter(loaded, scope, readout="rank")), threshold=0.5) as server:
         with ThreadPoolExecutor(len(QUESTIONS)) as pool:
             answers = list(pool.map(lambda question: ask(server.client(), question, "s2t-local"), QUESTIONS))
         wholes = [expected(server, question, "s2t-local") for question in QUESTIONS]
@@ -155,7 +155,7 @@ def test_stop_strings_end_the_text_before_them(server, stop):
 @pytest.mark.parametrize("is_text", [True, False])
 @pytest.mark.parametrize("strategy", ["greedy", "s2t-local"])
 def test_plain_completions_continue_texts_and_token_ids(server, strategy, is_text):
-    tokenizer = server.reasoner.session.slm.tokenizer
+    tokenizer = server.reasoner.pair.slm.tokenizer
     texts = ["Ava has 3 apples and ", "Tom reads"]
     ids = [tokenizer(text)["input_ids"] for text in texts]
     threshold = {"threshold": 0.5} if strategy == "s2t-local" else {}

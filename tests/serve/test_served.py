@@ -46,7 +46,7 @@ def merged(new_adapter, tmp_path_factory):
 def answers(merged, fakes):
     """vLLM's replies for the merged model; each body is answered once and remembered."""
     known = {}
-    speak = fakes.ModelAnswers(merged[1].session.slm)
+    speak = fakes.ModelAnswers(merged[1].pair.slm)
 
     def answer(body):
         body = {name: value for name, value in body.items() if name != "ignore_eos"}
@@ -101,8 +101,8 @@ def serve(merged, running):
     @contextmanager
     def start(*urls, load_settings=(), **settings):
         quick = {"max_retries": 6, "patience_s": 0.5} | dict(load_settings)
-        session = load(merged[0], slm_url=list(urls), **quick).session
-        with session.served_slm.client, running(session, served_name=NAME, **settings) as server:
+        pair = load(merged[0], slm_url=list(urls), **quick).pair
+        with pair.served_slm.client, running(pair, served_name=NAME, **settings) as server:
             yield server
 
     return start
@@ -141,7 +141,7 @@ def test_answers_are_those_of_the_model_in_this_process(merged, upstream, serve,
 def test_a_selector_of_readout_rank_answers_as_in_this_process(new_adapter, running, fakes, tmp_path):
     new_adapter(load_model("tiny:slm"), "stream", "reserved", "rank").save(tmp_path / "adapter")
     folder = merge(MergeConfig(adapter=str(tmp_path / "adapter"), out=str(tmp_path / "merged")))["folder"]
-    here, there = load(folder), load(folder).session
+    here, there = load(folder), load(folder).pair
     speak, asked_of = fakes.ModelAnswers(there.slm), []
 
     def answer(body):
@@ -151,9 +151,9 @@ def test_a_selector_of_readout_rank_answers_as_in_this_process(new_adapter, runn
 
     upstream = fakes.FakeServer(answer, models=({"id": "base"}, {"id": "s2t", "parent": "base"}))
     try:
-        session = load(folder, slm_url=[upstream.url]).session
-        assert not session.served_slm.has_plugin
-        with session.served_slm.client, running(session, served_name=NAME) as server:
+        pair = load(folder, slm_url=[upstream.url]).pair
+        assert not pair.served_slm.has_plugin
+        with pair.served_slm.client, running(pair, served_name=NAME) as server:
             asked_of.clear()
             for question in QUESTIONS:
                 wanted = here.generate(asked(question), "s2t-local", max_new_tokens=TOKENS)
@@ -172,7 +172,7 @@ def test_stops_choices_and_token_ids(merged, upstream, serve):
         here = expected(merged, QUESTIONS[0], "greedy", stop=stop)
         answer = ask(server, QUESTIONS[0], "greedy", stop=stop, n=2)
         assert [choice.message.content for choice in answer.choices] == [here.text] * 2
-        ids = merged[1].session.slm.tokenizer("Ava has 3")["input_ids"]
+        ids = merged[1].pair.slm.tokenizer("Ava has 3")["input_ids"]
         plain = server.client().completions.create(model=f"{NAME}:s2t-local", prompt=ids, max_tokens=9)
         assert plain.choices[0].text == merged[1].complete([ids], "s2t-local", max_new_tokens=9)[0].text
 
@@ -323,14 +323,14 @@ def test_mistakes_are_one_line_before_anything_is_asked(merged, upstream, capsys
         said = capsys.readouterr().err
         assert says in said and said.count("\n") == 1
     monkeypatch.undo()
-    session = load(merged[0], slm_url=[upstream().url]).session
-    with session.served_slm.client:
+    pair = load(merged[0], slm_url=[upstream().url]).pair
+    with pair.served_slm.client:
         for settings, says in (
             ({"strategy": "s2t"}, "drop --slm-url"),
             ({"trigger": "entropy", "threshold": 1.0}, "takes trigger"),
         ):
             with pytest.raises(ConfigError, match=says):
-                build(ServeConfig(**settings), session)
+                build(ServeConfig(**settings), pair)
     words = [
         "serve",
         "--slm",

@@ -305,7 +305,7 @@ def test_an_ordinary_user_has_the_same_guarantees(open_folder: Path):
 
 
 def test_a_busy_sandbox_leaves_no_process_behind():
-    def sessions() -> int:
+    def pairs() -> int:
         count = 0
         for pid in filter(str.isdecimal, os.listdir("/proc")):
             try:
@@ -314,10 +314,10 @@ def test_a_busy_sandbox_leaves_no_process_behind():
                 continue
         return count
 
-    before = sessions()
+    before = pairs()
     for _ in range(5):
         run_program("while True: pass", timeout_s=0.3)
-    assert sessions() <= before
+    assert pairs() <= before
 
 
 def test_a_large_program_is_passed_whole():

@@ -25,7 +25,7 @@ from s2t.config import (
     TrainConfig,
 )
 from s2t.decode.label import llm_targets
-from s2t.decode.session import Session
+from s2t.decode.pair import Pair
 from s2t.decode.workload import open_task, requests_for
 from s2t.errors import ConfigError, OverlapError
 from s2t.evaluate import evaluate
@@ -187,9 +187,9 @@ def test_the_answers_are_whose_the_method_says(distilled, tiny_slm, tiny_llm):
         task = open_task(config, config.slm)
         found = {answer.problem_id: answer for answer in read_answers(RunFolder(distilled(method), {}))}
         problems = [p for p in task.problems("train", 40, 0) if p.problem_id in found][:4]
-        session = Session(tiny_slm, tiny_llm)
-        requests = requests_for(session, task, problems)
-        written = session.run(build_strategy(name, DecodeConfig(), {}), requests, config.max_new_tokens)
+        pair = Pair(tiny_slm, tiny_llm)
+        requests = requests_for(pair, task, problems)
+        written = pair.write(build_strategy(name, DecodeConfig(), {}), requests, config.max_new_tokens)
         assert [found[p.problem_id].token_ids.tolist() for p in problems] == [s.token_ids for s in written]
         assert [found[p.problem_id].prompt_ids.tolist() for p in problems] == [r.prompt_ids for r in requests]
         shapes = {answer.target_ids.shape[1] for answer in found.values()}
@@ -225,12 +225,12 @@ def test_an_llm_with_other_tokens_is_learnt_from_by_its_text(tmp_path):
     task = open_task(config, config.slm)
     found = read_answers(RunFolder(tmp_path / "sft", {}))
     problems = {p.problem_id: p for p in task.problems("train", 60, 0)}
-    session = Session(slm, llm)
-    requests = requests_for(session, task, [problems[answer.problem_id] for answer in found])
-    written = session.run(build_strategy("llm", DecodeConfig(), {}), requests, config.max_new_tokens)
+    pair = Pair(slm, llm)
+    requests = requests_for(pair, task, [problems[answer.problem_id] for answer in found])
+    written = pair.write(build_strategy("llm", DecodeConfig(), {}), requests, config.max_new_tokens)
     for answer, request, sequence in zip(found, requests, written, strict=True):
         assert answer.prompt_ids.tolist() == request.prompt_ids
-        assert decode_ids(slm.tokenizer, answer.token_ids) == session.text(sequence, strategy="llm")
+        assert decode_ids(slm.tokenizer, answer.token_ids) == pair.text(sequence, strategy="llm")
         assert (answer.token_ids[-1] in slm.stop_ids) == (sequence.finish_reason == "stop")
         assert answer.token_ids.tolist() != sequence.token_ids
 
@@ -254,11 +254,11 @@ def worn_slm(tmp_path_factory) -> str:
 
 def held_out_kl(slm: str, llm: Any) -> float:
     """KL(LLM || SLM) in nats per token on the LLM's answers to calibration problems."""
-    session = Session(load_model(slm), llm)
+    pair = Pair(load_model(slm), llm)
     task = open_task(DistillConfig(), "tiny:slm")
-    requests = requests_for(session, task, task.problems("calibration", 8, 0))
-    written = session.run(build_strategy("llm", DecodeConfig(), {}), requests, 100)
-    labels = session.label(requests, [sequence.token_ids for sequence in written], support_size=512)
+    requests = requests_for(pair, task, task.problems("calibration", 8, 0))
+    written = pair.write(build_strategy("llm", DecodeConfig(), {}), requests, 100)
+    labels = pair.label(requests, [sequence.token_ids for sequence in written], support_size=512)
     return float(np.concatenate([label.divergence for label in labels]).mean())
 
 

@@ -31,7 +31,7 @@ def pair(request, merged, serve_vllm):
     options = (*LORA, f"s2t={folder}/s2t_adapter") if kind in ("stream", "rank") else ()
     server = serve_vllm(folder, *options, *(PLUGIN if "plug-in" in request.param else ()))
     there = load(folder, slm_url=[server.url])
-    assert there.session.served_slm.has_plugin == ("plug-in" in request.param)
+    assert there.pair.served_slm.has_plugin == ("plug-in" in request.param)
     yield load(folder), there, server
     server.kill()
 
@@ -42,7 +42,7 @@ def test_s2t_local_on_a_server_writes_the_same_tokens(pair, prompts, trigger):
     asked = prompts if trigger == "criticality" else prompts[:A_FEW]
     settings = {"trigger": trigger, "threshold": 0.7 if trigger == "criticality" else 0.05, "max_new_tokens": 160}
     wanted = here.generate(asked, **settings)
-    client = there.session.served_slm.client
+    client = there.pair.served_slm.client
     client.take_counts()
     found = there.generate(asked, **settings)
     calls, tokens = client.take_counts().calls, sum(len(one.token_ids) for one in found)
@@ -50,7 +50,7 @@ def test_s2t_local_on_a_server_writes_the_same_tokens(pair, prompts, trigger):
     fired, flips = (sum(getattr(one, name) for one in found) for name in ("num_triggered", "num_flips"))
     facts = {
         "trigger": trigger,
-        "has_plugin": there.session.served_slm.has_plugin,
+        "has_plugin": there.pair.served_slm.has_plugin,
         "same": same,
         "problems": len(asked),
         "tokens": tokens,
@@ -62,7 +62,7 @@ def test_s2t_local_on_a_server_writes_the_same_tokens(pair, prompts, trigger):
     assert [one.text for one in found] == [one.text for one in wanted]
     for ours, theirs in zip(wanted, found, strict=True):
         assert [step.fired for step in theirs.steps] == [step.fired for step in ours.steps]
-        if there.session.served_slm.has_plugin:  # tells neither criticality nor scores
+        if there.pair.served_slm.has_plugin:  # tells neither criticality nor scores
             continue
         for step, other in zip(ours.steps, theirs.steps, strict=True):
             assert other.value == pytest.approx(step.value, abs=1e-3)
@@ -92,7 +92,7 @@ def test_other_requests_beside_those_of_the_plugin_are_left_alone(pair, prompts)
 def test_greedy_on_a_server_is_greedy_here_and_takes_a_request_a_sequence(pair, prompts):
     here, there, _ = pair
     wanted = here.generate(prompts[:A_FEW], strategy="greedy", max_new_tokens=160)
-    client = there.session.served_slm.client
+    client = there.pair.served_slm.client
     client.take_counts()
     found = there.generate(prompts[:A_FEW], strategy="greedy", max_new_tokens=160)
     assert [one.token_ids for one in found] == [one.token_ids for one in wanted]

@@ -11,7 +11,7 @@ from s2t.bench.timing import Contestant
 from s2t.config import BenchConfig, DecodeConfig, TaskConfig
 from s2t.core.calibration import threshold_at
 from s2t.decode.loop import Request
-from s2t.decode.session import Session
+from s2t.decode.opening import open_pair
 from s2t.decode.workload import open_task, requests_for
 from s2t.methods.strategies import build_strategy
 
@@ -23,10 +23,10 @@ class CollectBench:
 
     def __init__(self, config: BenchConfig) -> None:
         self.config = config
-        self.session = Session.open(config, ["s2t"], None, config.batch_size)
+        self.pair = open_pair(config, ["s2t"])
         task = open_task(TaskConfig(task=config.task), config.slm)
         problems = task.problems("train", config.limit, config.seed)
-        self.requests: list[Request] = requests_for(self.session, task, problems)
+        self.requests: list[Request] = requests_for(self.pair, task, problems)
         self.groups: dict[str, list[tuple[int, int, tuple[int, ...]]]] = {}
         self.threshold = 0.0
         warm = self._by_prefill(self.requests[:64])
@@ -45,17 +45,17 @@ class CollectBench:
         yield
 
     def _by_prefill(self, requests: list[Request]) -> list[tuple[np.ndarray, np.ndarray]]:
-        session = self.session
+        pair = self.pair
         strategy = build_strategy("greedy", DecodeConfig(), {})
-        written = [s.token_ids for s in session.run(strategy, requests, self.config.max_new_tokens)]
-        found = session.label(requests, written, _STORED)
+        written = [s.token_ids for s in pair.write(strategy, requests, self.config.max_new_tokens)]
+        found = pair.label(requests, written, _STORED)
         return [(labels.divergence, labels.candidate_ids) for labels in found]
 
     def _run_steps(self) -> Iterator[object]:
         """The loop itself with the LLM read at every token, divergence and candidates kept at each, and nothing selected."""
         never = DecodeConfig(threshold=float("inf"), draft_tokens=1, num_candidates=_STORED)
         strategy = build_strategy("s2t", never, {})
-        done = self.session.run(strategy, self.requests, self.config.max_new_tokens, keep_steps=True)
+        done = self.pair.write(strategy, self.requests, self.config.max_new_tokens, keep_steps=True)
         self.groups["step by step"] = [
             (row, step.index, step.candidates.ids)
             for row, sequence in enumerate(done)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from s2t.cli.options import with_options
-from s2t.cli.reasoner import decode_settings, load_reasoner, say_who_answers
+from s2t.cli.reasoner import open_reasoner, say_who_answers
 from s2t.config import GenerateConfig
 
 
@@ -21,11 +21,11 @@ def command(
     ] = False,
 ) -> Any:
     """Answer questions line by line; each is asked afresh unless --history."""
-    reasoner = load_reasoner(config)
+    reasoner = open_reasoner(config)
     turns: list[dict[str, str]] = []
     for question in _questions():
         prompt = _with_history(turns, question) if history and turns else question
-        pieces, answer = [], reasoner.stream(prompt, **decode_settings(config))
+        pieces, answer = [], reasoner.stream(prompt, config.strategy, seed=config.seed, config=config)
         if not turns:
             say_who_answers(config)
         for piece in answer:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from s2t.cli.options import with_options
-from s2t.cli.reasoner import decode_settings, load_reasoner, say_who_answers
+from s2t.cli.reasoner import open_reasoner, say_who_answers
 from s2t.config import GenerateConfig
 from s2t.errors import ConfigError
 
@@ -30,12 +30,14 @@ def command(
 ) -> Any:
     """Answer one prompt, streamed to stdout (with --trace or --json, once it is complete)."""
     text = _read_prompt(prompt)
-    reasoner = load_reasoner(config)
+    reasoner = open_reasoner(config)
     if trace is None and not as_json:
-        pieces = reasoner.stream(text, **decode_settings(config))  # raises for what cannot be asked
+        pieces = reasoner.stream(
+            text, config.strategy, seed=config.seed, config=config
+        )  # raises for what cannot be asked
         say_who_answers(config)
         return _stream(pieces)
-    generation = reasoner.generate(text, trace=trace is not None, **decode_settings(config))
+    generation = reasoner.generate(text, config.strategy, seed=config.seed, trace=trace is not None, config=config)
     say_who_answers(config)
     if trace is not None:
         _write_trace(Path(trace), generation.steps)

@@ -1,41 +1,23 @@
-"""What `s2t generate` and `s2t chat` share: a config becomes a loaded reasoner and its decode settings."""
+"""What `s2t generate` and `s2t chat` share: the models are opened, and who answers is said."""
 
 from __future__ import annotations
 
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from s2t.config import NEEDS_LLM, READERS, DecodeConfig, GenerateConfig, RemoteConfig
+from s2t.config import GenerateConfig
 
 if TYPE_CHECKING:
     from s2t.api import Reasoner
 
 
-def load_reasoner(config: GenerateConfig) -> Reasoner:
-    """Load the SLM, its adapter if any, and the LLM only where the strategy or the trigger asks for it."""
-    from s2t.api import load
+def open_reasoner(config: GenerateConfig) -> Reasoner:
+    """Load the SLM, what selects beside it if anything does, and the LLM only where the strategy reads it."""
+    from s2t.api import Reasoner
+    from s2t.decode.opening import open_pair
 
-    needs_llm = config.strategy in NEEDS_LLM or config.trigger == "divergence"
-    return load(
-        config.slm,
-        llm=config.llm if needs_llm else None,
-        adapter=config.adapter,
-        llm_revision=config.llm_revision,
-        llm_quantization=config.llm_quantization,
-        slm_url=config.slm_url,
-        slm_lora=config.slm_lora,
-        chat_template_kwargs=config.chat_template_kwargs,
-        **config.load_options,
-        **{item.name: getattr(config, item.name) for item in fields(RemoteConfig) if needs_llm},
-    )
-
-
-def decode_settings(config: GenerateConfig) -> dict[str, Any]:
-    """Keyword arguments of `Reasoner.generate` and `Reasoner.stream`: strategy, seed and decode settings; of those that not
-    every strategy reads, the ones that are not as they are by default."""
-    names = {item.name for item in fields(DecodeConfig)} - {"adapter"}
-    names -= {name for name in READERS if getattr(config, name) == getattr(DecodeConfig, name)}
-    return {name: getattr(config, name) for name in sorted(names | {"strategy", "seed"})}
+    if config.strategy is None:
+        return Reasoner(open_pair(config, with_llm=False))
+    return Reasoner(open_pair(config, [config.strategy]))
 
 
 def say_who_answers(config: GenerateConfig) -> None:

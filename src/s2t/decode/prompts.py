@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from s2t.config import ChatConfig
 from s2t.errors import ModelError
 from s2t.progress import note
 
@@ -48,11 +47,6 @@ def checked_ids(loaded: Known, ids: list[int]) -> list[int]:
         token = loaded.tokenizer.convert_ids_to_tokens(max(ids))
         raise ModelError(f"the prompt holds {token}, which {loaded.name} has no embedding for; take it out.")
     return ids
-
-
-def variables_of(config: Any) -> dict[str, Any]:
-    """What a command's settings tell chat templates; a command that writes no answers tells nothing."""
-    return config.template_variables if isinstance(config, ChatConfig) else {}
 
 
 def note_unread(variables: Mapping[str, Any], models: Sequence[Known]) -> None:

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 from s2t.config import DecodeConfig, ShardConfig, TaskConfig
 from s2t.decode.context import check_fits
 from s2t.decode.loop import Request
+from s2t.decode.pair import Pair
 from s2t.decode.remote.counts import merge_reports
-from s2t.decode.session import Session
 from s2t.errors import DataError
 from s2t.files import RunFolder, read_json, read_tables, write_json
 from s2t.methods.strategies import Strategy, build_strategy
@@ -92,13 +92,13 @@ def problems_outside(task: Task, split: str, limit: int, seed: int, heldout: fro
 
 
 def requests_for(
-    session: Session, task: Task, problems: Sequence[Problem], num_samples: int = 1, system: str | None = None
+    pair: Pair, task: Task, problems: Sequence[Problem], num_samples: int = 1, system: str | None = None
 ) -> list[Request]:
     """One request per problem and sample, numbered problem by problem; keys make samples independent of the batch."""
     requests = []
     for place, problem in enumerate(problems):
-        request = session.request(place * num_samples, task.prompt(problem), system=system)
-        check_fits(request, session.context_length, f"problem {problem.problem_id}")
+        request = pair.request(place * num_samples, task.prompt(problem), system=system)
+        check_fits(request, pair.context_length, f"problem {problem.problem_id}")
         for k in range(num_samples):
             requests.append(replace(request, index=request.index + k, key=f"{problem.problem_id}/{k}"))
     return requests

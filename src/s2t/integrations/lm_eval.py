@@ -71,13 +71,13 @@ class S2TLM(_Base):
         if device not in (None, "cuda:0"):  # what lm-eval passes when nobody asked for a device; ours is auto
             given["device"] = device
         self.reasoner = load(slm, **given)
-        session = self.reasoner.session
-        self.strategy = strategy or ("greedy" if session.adapter is None else "s2t-local")
+        pair = self.reasoner.pair
+        self.strategy = strategy or pair.default_strategy
         self.seed = seed
         self.reasoner.check(self.strategy, **self.settings)
         super().__init__(
-            pretrained=session.slm.model,
-            tokenizer=session.slm.tokenizer,
+            pretrained=pair.slm.model,
+            tokenizer=pair.slm.tokenizer,
             batch_size=batch_size,
             max_batch_size=max_batch_size or _DEFAULT_ROWS,
             **passed_on,
@@ -86,7 +86,7 @@ class S2TLM(_Base):
         self._is_templated = False
 
     def _model_call(self, *args: Any, **kwargs: Any) -> Any:
-        adapter = self.reasoner.session.adapter
+        adapter = self.reasoner.pair.adapter
         if adapter is not None:
             adapter.act(False)
         return super()._model_call(*args, **kwargs)
@@ -97,7 +97,7 @@ class S2TLM(_Base):
             raise ModelError(f"{self.pretrained} has no chat template; run without --apply_chat_template.")
         self._is_templated = True
         options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
-        told = self.reasoner.session.variables | self.chat_template_args
+        told = self.reasoner.pair.variables | self.chat_template_args
         return chat_text(self.tokenizer, chat_history, **(told | options))
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
@@ -146,12 +146,12 @@ class S2TLM(_Base):
     def _behind_thought(self, done: Generation) -> str:
         """What was written behind the last end of a thought; of thinking that was asked for and never ended, nothing."""
         mark: str | int | None = self.think_end_token
-        session, ids = self.reasoner.session, done.token_ids
-        tokenizer: Any = session.tokenizer_of(self.strategy)
+        pair, ids = self.reasoner.pair, done.token_ids
+        tokenizer: Any = pair.tokenizer_of(self.strategy)
         named = tokenizer.get_added_vocab().get(mark) if isinstance(mark, str) else mark
         if named in ids:  # a special token is no text, so it is looked for by its id
             behind = ids[len(ids) - ids[::-1].index(named) :]
-            is_ended = done.finish_reason == "stop" and behind[-1:] and behind[-1] in session.stop_ids
+            is_ended = done.finish_reason == "stop" and behind[-1:] and behind[-1] in pair.stop_ids
             return decode_ids(tokenizer, behind[:-1] if is_ended else behind).lstrip()
         _, found, answer = done.text.rpartition(mark) if isinstance(mark, str) else ("", "", done.text)
         if not found:

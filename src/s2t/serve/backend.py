@@ -14,7 +14,7 @@ from typing import Protocol
 from transformers import PreTrainedTokenizerBase
 
 from s2t.decode.continuous import ContinuousDecoder, OwnRequest, Reading
-from s2t.decode.session import Session, as_read
+from s2t.decode.pair import Pair, as_read
 from s2t.methods.strategies import Strategy
 from s2t.model.stops import Stops
 from s2t.records import Step
@@ -105,13 +105,13 @@ class Backend(Protocol):
 
 
 class EngineBackend:
-    """The batched engine in this process: one decoder of `session.batch_size` rows per strategy, made at first use.
+    """The batched engine in this process: one decoder of `pair.batch_size` rows per strategy, made at first use.
 
     All decoders share the loaded models. They are stepped in turns, one round each.
     """
 
-    def __init__(self, session: Session, strategies: Mapping[str, Strategy], max_length: int) -> None:
-        self.session, self.max_length = session, max_length
+    def __init__(self, pair: Pair, strategies: Mapping[str, Strategy], max_length: int) -> None:
+        self.pair, self.max_length = pair, max_length
         self._strategies = dict(strategies)
         self._decoders: dict[str, ContinuousDecoder] = {}
         self._jobs: dict[int, Job] = {}
@@ -123,7 +123,7 @@ class EngineBackend:
 
     @property
     def num_rows(self) -> int:
-        return self.session.batch_size
+        return self.pair.batch_size
 
     @property
     def is_busy(self) -> bool:
@@ -141,7 +141,7 @@ class EngineBackend:
         return True
 
     def tokenizer_of(self, strategy: str) -> PreTrainedTokenizerBase:
-        return self.session.tokenizer_of(strategy)
+        return self.pair.tokenizer_of(strategy)
 
     def add(self, job: Job) -> None:
         decoder, index = self._decoder(job.strategy), job.request.index
@@ -190,7 +190,7 @@ class EngineBackend:
     def _decoder(self, strategy: str) -> ContinuousDecoder:
         name = _decoder_name(strategy)
         if name not in self._decoders:
-            self._decoders[name] = self.session.continuous(self._strategies[name], self.max_length, self._ends)
+            self._decoders[name] = self.pair.continuous(self._strategies[name], self.max_length, self._ends)
         return self._decoders[name]
 
     def _ends(self, index: int, token_id: int) -> bool:

@@ -16,8 +16,8 @@ from s2t.config import ServeConfig, read_variables
 from s2t.decode.context import prompt_length
 from s2t.decode.continuous import OwnRequest
 from s2t.decode.loop import Request
+from s2t.decode.pair import Pair
 from s2t.decode.prompts import ids_key, prompt_key, sample_key
-from s2t.decode.session import Session
 from s2t.errors import S2TError
 from s2t.methods.sample import Sampling
 from s2t.methods.strategies import Strategy
@@ -50,12 +50,12 @@ class Plan:
 class Intake:
     """Makes plans; used by one thread, with a tokenizer of its own."""
 
-    def __init__(self, config: ServeConfig, name: str, session: Session, strategies: Mapping[str, Strategy]) -> None:
+    def __init__(self, config: ServeConfig, name: str, pair: Pair, strategies: Mapping[str, Strategy]) -> None:
         self.config, self.name, self.strategies = config, name, strategies
-        self.session = _with_own_tokenizer(session)
-        self.max_length = longest(config, session)
+        self.pair = _with_own_tokenizer(pair)
+        self.max_length = longest(config, pair)
         self.default = next(iter(strategies))
-        for loaded in (self.session.slm, *([self.session.llm] if self.session.llm is not None else [])):
+        for loaded in (self.pair.slm, *([self.pair.llm] if self.pair.llm is not None else [])):
             least_tokens(loaded.tokenizer, "")  # reads the vocabulary once, before there are requests
         self._numbers = itertools.count()
 
@@ -82,7 +82,7 @@ class Intake:
             raise ApiError(400, str(error), "chat_template_kwargs") from error
         try:
             key = prompt_key(turns, system)
-            request = self.session.request(0, turns, key, system, body.variables | variables, self.max_length)
+            request = self.pair.request(0, turns, key, system, body.variables | variables, self.max_length)
         except TooLong as error:
             raise self._too_long(f"at least {error.least} tokens of prompt", "messages") from error
         except S2TError as error:
@@ -102,18 +102,18 @@ class Intake:
 
     def _request_of(self, prompt: str | list[int]) -> Request:
         if isinstance(prompt, str):
-            check_size(self.session.slm.tokenizer, prompt, self.max_length)
-            ids = encode(self.session.slm.tokenizer, prompt, add_special_tokens=True)
+            check_size(self.pair.slm.tokenizer, prompt, self.max_length)
+            ids = encode(self.pair.slm.tokenizer, prompt, add_special_tokens=True)
         else:
             ids = prompt
         if len(ids) > self.max_length:  # before an LLM with other tokens has to read them as text
             raise TooLong(len(ids), self.max_length)
-        return self.session.request_of_ids(0, ids, ids_key(ids))
+        return self.pair.request_of_ids(0, ids, ids_key(ids))
 
     def _plan(self, body: Body, strategy: str, prompts: Sequence[Request]) -> Plan:
         if body.stream_options is not None and not body.stream:
             raise ApiError(400, "stream_options needs stream to be true.", "stream_options")
-        if body.num_top is not None and self.session.served_slm is not None:
+        if body.num_top is not None and self.pair.served_slm is not None:
             message = (
                 "the servers that run the model do not tell log-probabilities free of reserved ids; leave logprobs out."
             )
@@ -204,20 +204,22 @@ class Intake:
         return ApiError(400, message, param, "context_length_exceeded")
 
 
-def longest(config: ServeConfig, session: Session) -> int:
+def longest(config: ServeConfig, pair: Pair) -> int:
     """Tokens that prompt and answer may have together: the setting, or what models and servers can read, if that is less."""
-    own = [session.context_length]
-    if session.served_slm is not None:
-        served = [model.get("max_model_len") for model in session.served_slm.client.models()]
+    own = [pair.context_length]
+    if pair.served_slm is not None:
+        served = [model.get("max_model_len") for model in pair.served_slm.client.models()]
         own += [length - 1 for length in served if length]  # selecting writes one token behind the last
     return min([config.max_length, *(length for length in own if length)])
 
 
-def _with_own_tokenizer(session: Session) -> Session:
-    """The session with copies of the tokenizers, which two threads must not encode with at once."""
-    llm = session.llm
-    return replace(
-        session,
-        slm=replace(session.slm, tokenizer=copy.deepcopy(session.slm.tokenizer)),
+def _with_own_tokenizer(pair: Pair) -> Pair:
+    """The pair with copies of the tokenizers, which two threads must not encode with at once."""
+    llm = pair.llm
+    found = replace(
+        pair,
+        slm=replace(pair.slm, tokenizer=copy.deepcopy(pair.slm.tokenizer)),
         llm=None if llm is None else replace(llm, tokenizer=copy.deepcopy(llm.tokenizer)),
     )
+    _ = found.vocabulary  # made now, not at the first request
+    return found

@@ -10,9 +10,8 @@ import threading
 from pathlib import Path
 from types import FrameType
 
-from s2t.config import MANY_SAMPLES, NEEDS_ADAPTER, NEEDS_LLM, STRATEGIES, ServeConfig
-from s2t.decode.remote.selector import check_served
-from s2t.decode.session import Session
+from s2t.config import MANY_SAMPLES, NEEDS_ADAPTER, STRATEGIES, ServeConfig
+from s2t.decode.pair import Pair
 from s2t.decode.workload import strategy_of
 from s2t.errors import ConfigError, S2TError, missing_extra
 from s2t.methods.strategies import Strategy
@@ -36,15 +35,15 @@ _LAST_S = 0.8  # after draining, until the process ends
 _LAST_WORDS_S = 0.3  # for answers that were ended to reach their clients
 
 
-def build(config: ServeConfig, session: Session) -> tuple[Service, FastAPI]:
-    """The service and its application for loaded models; `session` gets the batch size of the settings."""
-    session.batch_size = config.batch_size
+def build(config: ServeConfig, pair: Pair) -> tuple[Service, FastAPI]:
+    """The service and its application for loaded models; `pair` gets the batch size of the settings."""
+    pair.batch_size = config.batch_size
     key = check(config)
-    strategies = offered(config, session)
-    kind = EngineBackend if session.served_slm is None else ServedBackend
-    backend: Backend = kind(session, strategies, longest(config, session))
+    strategies = offered(config, pair)
+    kind = EngineBackend if pair.served_slm is None else ServedBackend
+    backend: Backend = kind(pair, strategies, longest(config, pair))
     service = Service(
-        config, Intake(config, config.served_name or config.slm, session, strategies), backend, session.stop_ids
+        config, Intake(config, config.served_name or config.slm, pair, strategies), backend, pair.stop_ids
     )
     return service, create_app(service, key)
 
@@ -56,9 +55,9 @@ def check(config: ServeConfig) -> str | None:
     return key
 
 
-def serve(config: ServeConfig, session: Session) -> None:
+def serve(config: ServeConfig, pair: Pair) -> None:
     """Listen until a signal comes, then let running requests finish. Raises ConfigError where that cannot begin."""
-    service, app = build(config, session)
+    service, app = build(config, pair)
     listener = _listen(config.host, config.port)
     address = listener.getsockname()
     server = Server(app, service, config)
@@ -74,33 +73,24 @@ def serve(config: ServeConfig, session: Session) -> None:
         os._exit(0)
 
 
-def offered(config: ServeConfig, session: Session) -> dict[str, Strategy]:
+def offered(config: ServeConfig, pair: Pair) -> dict[str, Strategy]:
     """The strategies that the loaded models and the settings allow, the default one first."""
-    trained = session.selector
-    default = config.strategy or ("greedy" if trained is None else "s2t-local")
+    trained = pair.selector
+    default = config.strategy or pair.default_strategy
     found = {default: None} | dict.fromkeys(name for name in STRATEGIES if name not in MANY_SAMPLES)
     strategies: dict[str, Strategy] = {}
     for name in found:
         own = trained if name in NEEDS_ADAPTER else None
         try:
-            _check_models(name, session)
+            pair.check_has(name)
             strategy = strategy_of(name, config, own)
-            if session.served_slm is not None:
-                session.served_slm.check(strategy)
+            if pair.served_slm is not None:
+                pair.served_slm.check(strategy)
             strategies[name] = strategy
         except S2TError:
             if name == default:
                 raise
     return strategies
-
-
-def _check_models(name: str, session: Session) -> None:
-    if session.served_slm is not None:
-        check_served([name])
-    if name in NEEDS_LLM and session.llm is None:
-        raise ConfigError(f"strategy {name} needs the LLM; pass --llm MODEL.")
-    if name in NEEDS_ADAPTER and session.selector is None:
-        raise ConfigError(f"strategy {name} needs --adapter, a folder written by `s2t train`.")
 
 
 def read_key(config: ServeConfig) -> str | None:

@@ -16,9 +16,9 @@ from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
+from s2t.decode.pair import Pair
 from s2t.decode.remote.client import Client
 from s2t.decode.remote.continuous import ContinuousRemoteDecoder
-from s2t.decode.session import Session
 from s2t.errors import RemoteError
 from s2t.methods.strategies import Strategy
 from s2t.model.stops import Stops
@@ -34,16 +34,16 @@ _FRESH_S = 1.0  # how long it holds that the servers answered when they were ask
 
 
 class ServedBackend:
-    """A `Backend` over `session.served_slm`; `session.batch_size` sequences are written at once, of all strategies together."""
+    """A `Backend` over `pair.served_slm`; `pair.batch_size` sequences are written at once, of all strategies together."""
 
-    def __init__(self, session: Session, strategies: Mapping[str, Strategy], max_length: int) -> None:
-        assert session.served_slm is not None
-        self.session, self.slm = session, session.served_slm
+    def __init__(self, pair: Pair, strategies: Mapping[str, Strategy], max_length: int) -> None:
+        assert pair.served_slm is not None
+        self.pair, self.slm = pair, pair.served_slm
         self._decoders = {
             name: ContinuousRemoteDecoder.of(self.slm, strategy, max_length, self._ends)
             for name, strategy in strategies.items()
         }
-        self._room = asyncio.Semaphore(session.batch_size)
+        self._room = asyncio.Semaphore(pair.batch_size)
         self._num_running = 0
         self._open: dict[int, tuple[Job, Future[None]]] = {}
         self._stops: dict[int, Stops] = {}
@@ -56,7 +56,7 @@ class ServedBackend:
 
     @property
     def num_rows(self) -> int:
-        return self.session.batch_size
+        return self.pair.batch_size
 
     @property
     def is_busy(self) -> bool:
@@ -78,7 +78,7 @@ class ServedBackend:
         return True
 
     def tokenizer_of(self, strategy: str) -> PreTrainedTokenizerBase:
-        return self.session.tokenizer_of(strategy)
+        return self.pair.tokenizer_of(strategy)
 
     def add(self, job: Job) -> None:
         index = job.request.index

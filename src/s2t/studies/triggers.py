@@ -16,7 +16,7 @@ from s2t.core.stats import (
     roc_auc,
     roc_curve,
 )
-from s2t.decode.session import Session
+from s2t.decode.opening import open_pair
 from s2t.decode.workload import open_task, requests_for, shards_of
 from s2t.files import read_json, read_tables, write_json
 from s2t.methods.strategies import build_strategy
@@ -137,16 +137,16 @@ def _read(lab: Lab, adapter: str, split: str, limit: int) -> dict[str, np.ndarra
     config = EvalConfig(
         **(lab.models | lab.problems), adapter=adapter, strategies="s2t-local", limit=limit, split=split
     )
-    session = Session.open(config, ["s2t-local", "s2t"], adapter, config.batch_size)
+    pair = open_pair(config, ["s2t-local", "s2t"])
     task = open_task(config, config.slm, config.revision)
     strategy = build_strategy("s2t-local", config, {"criticality": 1.0})  # never above 1: it reads and writes greedily
     parts: dict[str, list[np.ndarray]] = {"criticality": [], "divergence": [], "entropy": []}
     problems = task.problems(split, limit, config.seed)
     with progress(f"criticality, {split}", len(problems)) as advance:
         for shard in shards_of(problems, config.batch_size):
-            requests = requests_for(session, task, shard)
-            done = session.run(strategy, requests, config.max_new_tokens, keep_steps=True, trace=False)
-            labels = session.label(requests, [sequence.token_ids for sequence in done], 1)
+            requests = requests_for(pair, task, shard)
+            done = pair.write(strategy, requests, config.max_new_tokens, keep_steps=True, trace=False)
+            labels = pair.label(requests, [sequence.token_ids for sequence in done], 1)
             for sequence, label in zip(done, labels, strict=True):
                 skip = config.warmup_steps
                 parts["criticality"].append(

@@ -18,14 +18,14 @@ import numpy as np
 import pyarrow as pa
 
 from s2t.config import DecodeConfig, DistillConfig
+from s2t.decode.generated import Generated
 from s2t.decode.label import Targets, llm_targets
 from s2t.decode.loop import Request
-from s2t.decode.session import Generated, Session
+from s2t.decode.opening import open_pair
 from s2t.decode.workload import check_shards, open_task, requests_for, shards_of, task_for_workers
 from s2t.errors import ConfigError, DataError, ModelError
 from s2t.files import RunFolder, read_tables, write_table
 from s2t.methods.strategies import build_strategy
-from s2t.model.load import load_model
 from s2t.progress import counted_as
 from s2t.records import Problem
 from s2t.scale import Shard, open_workers, to_files, write_missing
@@ -85,14 +85,10 @@ class _Writer:
     """Writes the answers of a shard and reads them with the LLM where the method needs it."""
 
     def __init__(self, config: DistillConfig, task: Task | None) -> None:
-        if config.llm is None:
-            raise ConfigError("distill learns from the LLM; pass --llm MODEL.")
         self.config, self.task = config, task or open_task(config, config.slm, config.revision)
         self.writer = config.policy if config.method == "on-policy-kd" else "llm"
-        self.session = Session.open(config, [self.writer], None, config.batch_size)
-        if self.session.llm is None:
-            self.session.llm = load_model(config.llm, **config.llm_load_options)
-        if config.method != "sft" and self.session.vocabulary is not None:
+        self.pair = open_pair(config, [self.writer], with_llm=True)
+        if config.method != "sft" and self.pair.vocabulary is not None:
             raise ModelError(
                 f"method {config.method} compares next-token distributions, and {config.slm} and {config.llm} have "
                 "different tokenizers; use --method sft."
@@ -103,9 +99,9 @@ class _Writer:
     def shard(self, shard: Shard[Problem]) -> pa.Table:
         """One shard's table: write, grade, read with the LLM, pack."""
         problems = shard.items
-        requests = requests_for(self.session, self.task, problems)
+        requests = requests_for(self.pair, self.task, problems)
         with counted_as(1 if self.config.method == "sft" else 1 / 2):  # written, and read
-            done = self.session.run(self.strategy, requests, self.config.max_new_tokens)
+            done = self.pair.write(self.strategy, requests, self.config.max_new_tokens)
             answers = [self._in_slm_tokens(sequence) for sequence in done]
             rows = [self._row(*row) for row in zip(problems, requests, done, answers, strict=True)]
             for row, targets in zip(rows, self._targets(requests, answers), strict=True):
@@ -114,17 +110,17 @@ class _Writer:
 
     def _in_slm_tokens(self, sequence: Generated) -> list[int]:
         """An answer's ids; one of an LLM with other tokens is encoded again, with the SLM's own stop id behind it."""
-        vocabulary = self.session.vocabulary
+        vocabulary = self.pair.vocabulary
         if vocabulary is None or self.writer != "llm":
             return sequence.token_ids
-        [ids] = vocabulary.slm_codec.encode([self.session.text(sequence, strategy="llm").encode()])
+        [ids] = vocabulary.slm_codec.encode([self.pair.text(sequence, strategy="llm").encode()])
         has_end = sequence.finish_reason == "stop" and vocabulary.stop_id is not None
         return [*ids, *([vocabulary.stop_id] if has_end else [])]  # type: ignore[list-item]
 
     def _row(self, problem: Problem, request: Request, sequence: Generated, answer: list[int]) -> dict[str, Any]:
         is_correct = None
         if self.config.only_correct:
-            text = self.session.text(sequence, strategy=self.writer)
+            text = self.pair.text(sequence, strategy=self.writer)
             is_correct = self.task.grade(problem, text).is_correct
         return {
             "problem_id": problem.problem_id,
@@ -140,7 +136,7 @@ class _Writer:
             return [Targets(np.empty((0, 0), np.int32), np.empty((0, 0), np.float32)) for _ in answers]
         prompts = [request.prompt_ids for request in requests]
         return llm_targets(
-            self.session.slm, self.session.local_llm(), prompts, answers, config.support_size, config.kd_temperature
+            self.pair.slm, self.pair.local_llm(), prompts, answers, config.support_size, config.kd_temperature
         )
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from s2t.config import DecodeConfig
+from s2t.decode.pair import Pair
 from s2t.decode.remote.client import RemoteSettings
 from s2t.decode.remote.llm import RemoteLLM
-from s2t.decode.session import Session
 from s2t.errors import ConfigError, ModelError
 from s2t.methods.strategies import build_strategy
 from s2t.model.outline import load_outline
@@ -49,10 +49,10 @@ def remote(serve, model_answers, tiny_llm):
 @pytest.fixture
 def run(prompts):
     def write(slm, llm, name="s2t", support="llm-top", prompts=prompts, **changes):
-        session = Session(slm, llm)
+        pair = Pair(slm, llm)
         config = DecodeConfig(**{"threshold": 0.1, "support": support, "support_size": 20, **changes})
-        requests = [session.request(i, prompt) for i, prompt in enumerate(prompts)]
-        return session.run(build_strategy(name, config, {}), requests, NEW, keep_steps=True)
+        requests = [pair.request(i, prompt) for i, prompt in enumerate(prompts)]
+        return pair.write(build_strategy(name, config, {}), requests, NEW, keep_steps=True)
 
     return write
 
@@ -139,7 +139,7 @@ def test_hosted_servers_list_five(remote):
 
 def test_labels_are_those_of_the_llm_in_process(remote, tiny_slm, tiny_llm, run, prompts):
     llm, server = remote()
-    here, there = Session(tiny_slm, tiny_llm), Session(tiny_slm, llm)
+    here, there = Pair(tiny_slm, tiny_llm), Pair(tiny_slm, llm)
     requests = [here.request(i, prompt) for i, prompt in enumerate(prompts)]
     written = tokens(here.run(build_strategy("greedy", DecodeConfig(), {}), requests, NEW))
     exact = here.label(requests, written, 16, 20, support="llm-top")

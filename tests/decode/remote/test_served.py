@@ -1,4 +1,4 @@
-"""What a session with its SLM on servers refuses before anything is asked, and what it knows without weights."""
+"""What a pair with its SLM on servers refuses before anything is asked, and what it knows without weights."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from dataclasses import asdict, replace
 
 import pytest
 
+from s2t.decode.pair import Pair
 from s2t.decode.remote.client import RemoteSettings
 from s2t.decode.remote.selector import served_selector
 from s2t.decode.remote.served import ServedSLM
-from s2t.decode.session import Session
 from s2t.errors import ConfigError, ModelError, RemoteError
 from s2t.model.adapter import AdapterConfig
 from s2t.model.merged import MergedConfig
@@ -62,6 +62,6 @@ def test_a_session_without_weights_knows_what_one_with_weights_knows(tiny_slm):
         tiny_slm.stop_ids,
         tiny_slm.reserved,
     )
-    assert Session(bare).prompt("What is 1 + 1?") == Session(tiny_slm).prompt("What is 1 + 1?")
+    assert Pair(bare).prompt("What is 1 + 1?") == Pair(tiny_slm).prompt("What is 1 + 1?")
     with pytest.raises(ModelError, match="does not exist"):
         load_without_weights("/no/such/folder")

@@ -1,4 +1,4 @@
-"""An SLM on servers, for sessions: what its servers run is asked once, and every run gets a decoder of `remote.slm`.
+"""An SLM on servers, for pairs: what its servers run is asked once, and every run gets a decoder of `remote.slm`.
 
 Loads no weights.
 """

@@ -1,4 +1,4 @@
-"""What a session loads: no more than its strategies need."""
+"""What opening a pair loads: no more than its strategies need."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import pytest
 
-from s2t.config import ModelConfig
-from s2t.decode import session as session_module
+from s2t.config import GenerateConfig, ModelConfig
+from s2t.decode import opening as opening_module
 from s2t.decode.loop import Request
-from s2t.decode.session import Session
+from s2t.decode.opening import open_pair
 from s2t.errors import ConfigError, ModelError
 
 
@@ -30,7 +30,7 @@ class Loads:
 @pytest.fixture
 def loads(monkeypatch, new_model):
     loads = Loads(new_model, [])
-    monkeypatch.setattr(session_module, "load_model", loads)
+    monkeypatch.setattr(opening_module, "load_model", loads)
     return loads
 
 
@@ -43,30 +43,32 @@ def adapter_folder(tmp_path_factory, new_model, new_adapter):
 
 @pytest.mark.parametrize("given_llm", [None, "llm"])
 def test_s2t_local_runs_with_no_llm_present(given_llm, loads, adapter_folder, strategy, prompts, write, tokens):
-    session = Session.open(ModelConfig(slm="slm", llm=given_llm), ["greedy", "s2t-local"], str(adapter_folder), 4)
+    pair = open_pair(
+        GenerateConfig(slm="slm", llm=given_llm, adapter=str(adapter_folder), batch_size=4), ["greedy", "s2t-local"]
+    )
     assert loads.asked == ["slm"]
-    assert session.llm is None
+    assert pair.llm is None
     how = strategy("s2t-local", trigger="random", threshold=0.5)
-    done = session.run(how, [Request(i, p, f"problem-{i}") for i, p in enumerate(prompts)], 24)
+    done = pair.write(how, [Request(i, p, f"problem-{i}") for i, p in enumerate(prompts)], 24)
     assert tokens(done) == tokens(write(how))  # the adapter of the folder is the one that was saved
     assert sum(s.num_triggered for s in done) > 0
 
 
 def test_a_missing_llm_fails_only_where_it_is_read(loads):
-    Session.open(ModelConfig(slm="slm", llm="llm"), ["greedy", "sample", "self-consistency"], None, 4)
+    open_pair(ModelConfig(slm="slm", llm="llm"), ["greedy", "sample", "self-consistency"])
     assert loads.asked == ["slm"]
     with pytest.raises(ModelError, match="model llm was not found"):
-        Session.open(ModelConfig(slm="slm", llm="llm"), ["greedy", "s2t"], None, 4)
+        open_pair(ModelConfig(slm="slm", llm="llm"), ["greedy", "s2t"])
 
 
 @pytest.mark.parametrize("name", ["s2t", "takeover", "llm"])
 def test_a_strategy_that_needs_the_llm_says_so_before_loading_anything(name, loads):
     with pytest.raises(ConfigError, match=f"strategy {name} needs the LLM; pass --llm MODEL"):
-        Session.open(ModelConfig(slm="slm", llm=None), ["greedy", name], None, 4)
+        open_pair(ModelConfig(slm="slm", llm=None), ["greedy", name])
     assert loads.asked == []
 
 
 def test_s2t_local_without_an_adapter_says_so_before_loading_anything(loads):
     with pytest.raises(ConfigError, match="strategy s2t-local needs --adapter"):
-        Session.open(ModelConfig(slm="slm"), ["s2t-local"], None, 4)
+        open_pair(ModelConfig(slm="slm"), ["s2t-local"])
     assert loads.asked == []
