@@ -23,6 +23,7 @@ from s2t.config import build_config
 
 PANELS = {
     "ModelConfig": "Models",
+    "EngineConfig": "Models",
     "ChatConfig": "Models",
     "RemoteConfig": "LLM on servers",
     "ShardConfig": "LLM on servers",

@@ -12,6 +12,7 @@ from s2t.config.shared import (
     READERS,
     ChatConfig,
     DecodeConfig,
+    EngineConfig,
     ModelConfig,
     ServedConfig,
     ShardConfig,
@@ -20,7 +21,7 @@ from s2t.config.shared import (
 
 
 @dataclass(frozen=True)
-class GenerateConfig(DecodeConfig, ServedConfig, ChatConfig, ModelConfig):
+class GenerateConfig(DecodeConfig, ServedConfig, ChatConfig, EngineConfig, ModelConfig):
     """`s2t generate` and `s2t chat`."""
 
     strategy: str | None = None
@@ -31,6 +32,7 @@ class GenerateConfig(DecodeConfig, ServedConfig, ChatConfig, ModelConfig):
 
     def __post_init__(self) -> None:
         self.check_model()
+        self.check_engine()
         self.check_chat()
         self.check_remote()
         self.check_decode()
@@ -45,7 +47,7 @@ class GenerateConfig(DecodeConfig, ServedConfig, ChatConfig, ModelConfig):
 
 
 @dataclass(frozen=True)
-class ServeConfig(DecodeConfig, ServedConfig, ChatConfig, ModelConfig):
+class ServeConfig(DecodeConfig, ServedConfig, ChatConfig, EngineConfig, ModelConfig):
     """`s2t serve`: an OpenAI-compatible server; decoding settings are those of requests that do not give their own."""
 
     strategy: str | None = None
@@ -83,6 +85,7 @@ class ServeConfig(DecodeConfig, ServedConfig, ChatConfig, ModelConfig):
 
     def __post_init__(self) -> None:
         self.check_model()
+        self.check_engine()
         self.check_chat()
         self.check_remote()
         self.check_decode()
@@ -104,7 +107,7 @@ class ServeConfig(DecodeConfig, ServedConfig, ChatConfig, ModelConfig):
 
 
 @dataclass(frozen=True)
-class EvalConfig(DecodeConfig, TaskConfig, ServedConfig, ShardConfig, ChatConfig, ModelConfig):
+class EvalConfig(DecodeConfig, TaskConfig, ServedConfig, ShardConfig, ChatConfig, EngineConfig, ModelConfig):
     """`s2t eval`: problems x strategies become graded results, scores with intervals and paired tests."""
 
     llm: str | None = None
@@ -130,6 +133,7 @@ class EvalConfig(DecodeConfig, TaskConfig, ServedConfig, ShardConfig, ChatConfig
 
     def __post_init__(self) -> None:
         self.check_model()
+        self.check_engine()
         self.check_chat()
         self.check_shards()
         self.check_task()

@@ -40,6 +40,8 @@ class Context:
         params.type_k = params.type_v = CACHE_TYPES[loaded.cache_dtype]
         params.kv_unified = params.swa_full = params.no_perf = True
         params.embeddings = False
+        if loaded.cache_dtype == "float32":  # flash attention computes in half precision
+            params.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
         pointer = api.llama_init_from_model(self.weights.pointer, params)
         if not pointer:
             raise ModelError(

@@ -58,17 +58,11 @@ class GgufEngine(Engine):
         return self.context.cache_bytes
 
     @torch.inference_mode()
-    def read(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> list[Tensor]:
-        """As `extend`, but returns the states of every appended token, row by row, [len(tokens[i]), H + V] each."""
+    def read(self, rows: Sequence[int], tokens: Sequence[Sequence[int]], last: Sequence[int]) -> list[Tensor]:
+        """As `Engine.read`: the states of the last[i] tokens that were appended last, row by row, [last[i], H + V]."""
         self._make_room(sum(map(len, tokens)))
-        flat = [
-            (token, self.lengths[row] + i, row)
-            for row, ids in zip(rows, tokens, strict=True)
-            for i, token in enumerate(ids)
-        ]
-        states = self._read(flat)
-        self._advance(rows, tokens)
-        return list(states.split([len(ids) for ids in tokens]))
+        states = self._append(rows, tokens, last)
+        return list(states.split(list(last)))
 
     @torch.inference_mode()
     def step(
@@ -86,24 +80,24 @@ class GgufEngine(Engine):
         if candidate_ids is not None:
             self._note_branches(branch_rows, candidate_ids.shape[1], frozenset(rows))
             self._candidates.update(zip(branch_rows, candidate_ids.tolist(), strict=True))
-        states = self._extend(rows, tokens)
+        states = self._append(rows, tokens, [1] * len(rows))
         if candidate_ids is None:
             return states, states[:0]
         pairs = [(row, token) for row, ids in zip(branch_rows, candidate_ids.tolist(), strict=True) for token in ids]
         return states, self._beside(pairs, starts).unflatten(0, (len(branch_rows), -1))
 
-    def _extend(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
-        """All tokens but the last of each row first, without logits; the states of the last ones, [n, H + V]."""
-        silent = [
-            (token, self.lengths[row] + i, row)
-            for row, ids in zip(rows, tokens, strict=True)
-            for i, token in enumerate(ids[:-1])
-        ]
+    def _append(self, rows: Sequence[int], tokens: Sequence[Sequence[int]], last: Sequence[int]) -> Tensor:
+        """All tokens but the last[i] of each row first, without logits; the states of those, [sum(last), H + V]."""
+        silent: list[tuple[int, int, int]] = []
+        read: list[tuple[int, int, int]] = []
+        for row, ids, count in zip(rows, tokens, last, strict=True):
+            placed = [(token, self.lengths[row] + i, row) for i, token in enumerate(ids)]
+            silent += placed[: len(ids) - count]
+            read += placed[len(ids) - count :]
         if silent:
             self.context.adapt(False)
             self.context.decode(*zip(*silent, strict=True))
-        last = [(ids[-1], self.lengths[row] + len(ids) - 1, row) for row, ids in zip(rows, tokens, strict=True)]
-        states = self._read(last)
+        states = self._read(read)
         self._advance(rows, tokens)
         return states
 
