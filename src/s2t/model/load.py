@@ -366,7 +366,7 @@ def why_not_loaded(name: str, error: Exception, revision: str | None = None, qua
     is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1
     wanted = (
         ("config.json", "tokenizer_config.json")
-        if is_folder and not os.path.isfile(os.path.join(name, "adapter_config.json"))
+        if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "adapter_config.json"))
         else ()
     )
     missing = [file for file in wanted if not Path(name, file).is_file()]
