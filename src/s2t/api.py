@@ -150,7 +150,7 @@ class Reasoner:
         Raises ConfigError for settings that are unknown, out of range or need a model that was not loaded.
         """
         prompts, is_one = _as_prompts(prompt)
-        plan = self._plan(strategy, seed, config, settings)
+        plan = self._plan(strategy, seed, settings, config)
         answers = self._answers(plan, plan.requests(prompts), trace)
         return answers[0] if is_one else answers
 
@@ -164,7 +164,7 @@ class Reasoner:
         **settings: Any,
     ) -> list[Generation]:
         """As `generate`, for prompts given as token ids, which are used as they are: no chat template, no BOS."""
-        plan = self._plan(strategy, seed, None, settings)
+        plan = self._plan(strategy, seed, settings)
         if plan.config.system is not None:
             raise ConfigError("system has no place in a prompt of token ids; put its tokens into the ids.")
         requests = [(self.pair.request_of_ids(0, list(ids)), ids_key(ids)) for ids in prompts]
@@ -172,7 +172,7 @@ class Reasoner:
 
     def check(self, strategy: str | None = None, **settings: Any) -> None:
         """Raise as `generate` would for these settings, before there is a prompt."""
-        self._plan(strategy, 0, None, settings)
+        self._plan(strategy, 0, settings)
 
     def stream(
         self,
@@ -188,7 +188,7 @@ class Reasoner:
         Self-consistency has nothing to show before the vote: its answer comes in one piece. Raises as
         `generate` does, before the first piece.
         """
-        plan = self._plan(strategy, seed, config, settings)
+        plan = self._plan(strategy, seed, settings, config)
         prompts, is_one = _as_prompts(prompt)
         if not is_one:
             raise ConfigError("stream answers one prompt; pass a list of prompts to generate.")
@@ -212,7 +212,7 @@ class Reasoner:
         size = plan.num_samples
         return [self._answer(plan, done[start : start + size]) for start in range(0, len(done), size)]
 
-    def _plan(self, name: str | None, seed: int, config: DecodeConfig | None, settings: dict[str, Any]) -> _Plan:
+    def _plan(self, name: str | None, seed: int, settings: dict[str, Any], config: DecodeConfig | None = None) -> _Plan:
         """Settings and strategy of one call, checked against what was loaded."""
         name = self.pair.default_strategy if name is None else name
         given = [key for key, value in settings.items() if value is not None]

@@ -174,7 +174,7 @@ def test_the_llm_alone_reads_its_own_prompt_and_writes_its_own_tokens(numbers, d
     pair = Pair(numbers, digits)
     [done] = pair.write(build_strategy("llm", DecodeConfig(), {}), [pair.request(0, "12+3=")], 8)
     alone = Pair(digits)
-    [expected] = alone.run(build_strategy("greedy", DecodeConfig(), {}), [alone.request(0, "12+3=")], 8)
+    [expected] = alone.write(build_strategy("greedy", DecodeConfig(), {}), [alone.request(0, "12+3=")], 8)
     assert done.token_ids == expected.token_ids
     assert pair.tokenizer_of("llm") is digits.tokenizer
 

@@ -141,7 +141,7 @@ def test_labels_are_those_of_the_llm_in_process(remote, tiny_slm, tiny_llm, run,
     llm, server = remote()
     here, there = Pair(tiny_slm, tiny_llm), Pair(tiny_slm, llm)
     requests = [here.request(i, prompt) for i, prompt in enumerate(prompts)]
-    written = tokens(here.run(build_strategy("greedy", DecodeConfig(), {}), requests, NEW))
+    written = tokens(here.write(build_strategy("greedy", DecodeConfig(), {}), requests, NEW))
     exact = here.label(requests, written, 16, 20, support="llm-top")
     found = there.label(requests, written, 16, 64, exact_at=lambda _, own: range(len(own.rank)))
     assert sum("prompt_logprobs" in body for body in server.bodies) == len(prompts)
