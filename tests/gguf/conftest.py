@@ -12,6 +12,14 @@ import torch
 from s2t.model.adapter import AdapterConfig, SelectorAdapter
 from s2t.model.load import LoadedModel, load_model
 
+_SETTINGS: dict[str, Any] = {
+    "head_size": 8,
+    "lora_rank": 4,
+    "lora_dropout": 0.0,
+    "thresholds": {"criticality": 0.5},
+    "prior_weight": 0.05,
+}
+
 
 def _adapter(loaded: LoadedModel, scope: str = "step", lora: float = 1.0, **changes: Any) -> SelectorAdapter:
     readout = {"step": "rank", "candidates": "bins", "always": "bins"}[scope]

@@ -115,7 +115,7 @@ def test_a_damaged_file_is_one_line(kind, gguf_file, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["hub:owner", "hub:owner/name", "hub:owner/name/model.bin.gguf/x", "hub:a/b/"])
 def test_a_name_on_the_hub_has_three_parts(name):
-    with pytest.raises(ModelError, match="hub:OWNER/NAME/FILE.gguf"):
+    with pytest.raises(ModelError, match=r"hub:OWNER/NAME/FILE\.gguf"):
         gguf_path(name)
 
 
@@ -129,5 +129,5 @@ def test_a_packed_file_takes_no_quantization(gguf_file, capsys):
 
 def test_an_adapter_of_another_model_is_refused(gguf_file, save_adapter, random_model, tmp_path):
     other = random_model("qwen2")
-    with pytest.raises(ModelError, match="another base model|does not have"):
+    with pytest.raises(ModelError, match=r"another base model|does not have"):
         write_lora(save_adapter(other), read_header(gguf_file()), tmp_path / "lora.gguf")

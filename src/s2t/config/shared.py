@@ -16,6 +16,10 @@ CRITICALITY_READINGS = ("head", "reserved")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 EXECUTIONS = ("auto", "eager", "static", "compile")
 ENGINES = ("auto", "torch", "llama.cpp")
+QUANTIZATIONS = (
+    *("q4_k_m", "q4_k_s", "q4_0", "q5_k_m", "q5_k_s", "q5_0", "q6_k", "q8_0", "q3_k_m", "q2_k", "f16", "bf16", "f32"),
+)
+"""That `s2t export` writes, as llama.cpp calls them."""
 SUPPORTS = ("auto", "slm-top", "llm-top")
 DIVERGENCES = ("llm-slm", "slm-llm", "js", "released-code")
 TRACKERS = ("tensorboard", "wandb", "trackio")

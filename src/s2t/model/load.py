@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,10 +34,11 @@ from s2t.model.gguf.file import Header, find_gguf, names_gguf
 from s2t.model.gguf.tokenizer import load_tokenizer
 from s2t.model.lora import Lora, find_lora, lora_base, merge_lora
 from s2t.model.merged import MergedConfig, local_folder, open_merged
-from s2t.model.quantization import missing_package, quantization_config
+from s2t.model.quantization import quantization_config
 from s2t.model.quiet import quiet
 from s2t.model.reserved import ReservedIds, choose_reserved_ids
 from s2t.model.tiny import embedded_path, is_embedded
+from s2t.model.why import why_not_loaded
 from s2t.progress import progress
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -65,6 +65,21 @@ class LoadedModel:
         """Tokens that it can read; None where it has no limit."""
         text = self.model.config.get_text_config(decoder=True)
         return getattr(text, "max_position_embeddings", None) or None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What runs it: the engine, how its weights are kept, what it can read, and the memory of its weights."""
+        return self.facts_at(self.context_length)
+
+    def facts_at(self, length: int | None) -> dict[str, Any]:
+        """As `facts`, where prompt and answer have so many tokens together at most."""
+        weights = {id(parameter): parameter for parameter in self.model.parameters()}.values()
+        return {
+            "engine": "torch",
+            "quantization": str(self.model.dtype).removeprefix("torch."),
+            "context_length": length,
+            "weights_bytes": sum(parameter.numel() * parameter.element_size() for parameter in weights),
+        }
 
     @cached_property
     def num_params(self) -> int:
@@ -355,41 +370,3 @@ def _is_here(name: str) -> bool:
     """Whether the model is on this machine, and its base too, so that nobody asks the hub."""
     source = lora_base(name) or name
     return is_embedded(source) or os.path.exists(source)
-
-
-def why_not_loaded(name: str, error: Exception, revision: str | None = None, quantization: str | None = None) -> str:
-    """One line for a model that cannot be loaded: what is wrong and what to do."""
-    if quantization is not None and isinstance(error, ImportError):
-        return missing_package(quantization, error)
-    text = " ".join(str(error).split()) or type(error).__name__
-    is_folder = os.path.exists(name)
-    is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1
-    wanted = (
-        ("config.json", "tokenizer_config.json")
-        if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "adapter_config.json"))
-        else ()
-    )
-    missing = [file for file in wanted if not Path(name, file).is_file()]
-    reasons = {
-        f"is a folder without {' and '.join(missing)}; pass one that save_pretrained of a model and its tokenizer wrote.": (
-            bool(missing)
-        ),
-        "needs its own code; review it, then pass --trust-remote-code.": "trust_remote_code" in text,
-        "is gated or private; accept its terms on the hub, then run: hf auth login.": any(
-            sign in text for sign in ("gated", "401", "403")
-        ),
-        f"has no revision {revision}; pass a branch, a tag or a commit of its repository.": (
-            "not a valid git identifier" in text
-        ),
-        "has no safetensors weights; convert it first (pickled weights are not loaded).": (
-            is_folder and "safetensors" in text
-        ),
-        "is a folder that does not exist; pass an existing folder or a hub id such as Qwen/Qwen2.5-0.5B-Instruct.": (
-            is_path and not is_folder
-        ),
-        "is not in the cache and the hub cannot be reached; connect once, or pass a folder.": "couldn't connect"
-        in text,
-        f"cannot be loaded: {text[:200]}": is_folder or "/" in name or "connection" in text.lower(),
-        "was not found: give a hub id (owner/name), a folder, or tiny:slm / tiny:llm.": True,
-    }
-    return f"model {name} {next(reason for reason, applies in reasons.items() if applies)}"

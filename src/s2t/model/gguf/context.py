@@ -84,7 +84,8 @@ class Context:
     def _floats(self, get: Any, count: int) -> np.ndarray:
         address = ctypes.cast(get(self._pointer), ctypes.c_void_p).value
         assert address is not None, "a forward with outputs has them"
-        return np.frombuffer((ctypes.c_float * count).from_address(address), dtype=np.float32)
+        buffer: Any = (ctypes.c_float * count).from_address(address)
+        return np.frombuffer(buffer, dtype=np.float32)
 
     def _run(self, tokens: Sequence[int], positions: Sequence[int], sequences: Sequence[int], wanted: bool) -> None:
         if wanted != self._gives_states:  # with states llama.cpp gives the logits of all tokens

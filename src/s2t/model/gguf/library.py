@@ -6,6 +6,7 @@ Its own structs and its own library alone: another library behind these bindings
 from __future__ import annotations
 
 import ctypes
+import importlib
 import importlib.metadata
 import os
 from functools import cache
@@ -50,7 +51,7 @@ def llama() -> Any:
             "LLAMA_CPP_LIB_PATH names another llama.cpp library, whose structs may differ; unset it, or pass --engine torch."
         )
     try:
-        from llama_cpp import llama_cpp as found
+        found = importlib.import_module("llama_cpp.llama_cpp")
     except (ImportError, OSError, RuntimeError, FileNotFoundError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{PACKAGE} {version} cannot be used here: {reason}; build it here: {INSTALL}.") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from safetensors import SafetensorError
@@ -13,6 +13,16 @@ from safetensors.numpy import load_file
 from s2t.errors import ModelError
 from s2t.files import read_json
 from s2t.model.gguf.file import Header
+
+
+class Sizes(Protocol):
+    """What has an architecture and its sizes: a header, or a config."""
+
+    @property
+    def architecture(self) -> str: ...
+
+    def of_model(self, key: str, default: Any = None) -> Any: ...
+
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 """Whose tensors llama.cpp has one by one as Hugging Face has them, but for `rotated`."""
@@ -59,7 +69,7 @@ def check_architecture(header: Header) -> None:
         )
 
 
-def rotated(values: np.ndarray, target: str, header: Header) -> np.ndarray:
+def rotated(values: np.ndarray, target: str, header: Sizes) -> np.ndarray:
     """Rows of a query or key projection in llama.cpp's rotary order, which differs for the architecture llama alone."""
     if header.architecture != "llama" or not target.endswith(("attn_q", "attn_k")):
         return values

@@ -83,21 +83,12 @@ def load_gguf_selector(adapter: str | Path | None, loaded: GgufModel) -> GgufSel
 
 def _loaded(folder: Path, loaded: GgufModel, lora_file: Path) -> GgufSelector:
     config = read_adapter_config(folder)
-    if loaded.merged is not None:  # its threshold is that of this file
-        config = with_thresholds(config, loaded.merged.adapter["thresholds"])
     check_scope(config)
     check_weights(folder, config.weights)
     try:
         return GgufSelector(loaded, config, folder, lora_file)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"adapter {folder} is damaged: {' '.join(str(error).split())[:200]}.") from error
-
-
-def with_thresholds(config: AdapterConfig, thresholds: dict[str, float]) -> AdapterConfig:
-    """The same adapter with other thresholds."""
-    from dataclasses import replace
-
-    return replace(config, thresholds=dict(thresholds))
 
 
 def check_scope(config: AdapterConfig) -> None:

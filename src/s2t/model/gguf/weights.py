@@ -104,17 +104,15 @@ class GgufModel(LoadedModel):
         """Memory that keys and values of so many tokens take."""
         return num_tokens * self.header.cached_values * CACHE_BYTES[self.cache_dtype]
 
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What runs it: engine, quantization, threads, context length, and memory for one sequence of that length."""
-        length = self.context_length or 0
+    def facts_at(self, length: int | None) -> dict[str, Any]:
+        """What runs it: engine, quantization, threads, and the memory of weights and of one sequence of that length."""
         return {
             "engine": "llama.cpp",
             "quantization": self.header.quantization,
             "threads": self.threads,
-            "context_length": length or None,
+            "context_length": length,
             "weights_bytes": self.weights.num_bytes,
-            "cache_bytes": self.cache_bytes(length),
+            "cache_bytes": self.cache_bytes(length or 0),
         }
 
 

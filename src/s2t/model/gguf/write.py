@@ -24,7 +24,7 @@ QUANTIZATIONS = {
     **{"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q6_k": 18, "q5_k_m": 17, "q5_k_s": 16, "q5_0": 8, "q4_k_m": 15},
     **{"q4_k_s": 14, "q4_0": 2, "q3_k_m": 12, "q2_k": 10},
 }
-"""Of `s2t export`, and llama.cpp's numbers for them."""
+"""Those of `s2t export`, and llama.cpp's numbers for them."""
 _ARCHITECTURES = {"qwen2": "qwen2", "qwen3": "qwen3", "llama": "llama", "mistral": "llama"}
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 _F32 = 0
@@ -137,7 +137,8 @@ def _add_tokenizer(writer: Any, loaded: LoadedModel) -> None:
     name = name_of_pre_tokenizer(tokenizer.backend_tokenizer)
     if name is None:
         writer.add_string(WHOLE, text)
-    rows = loaded.model.get_input_embeddings().weight.shape[0]
+    model: Any = loaded.model
+    rows = model.get_input_embeddings().weight.shape[0]
     by_id = {i: token for token, i in tokenizer.get_vocab().items()}
     added = {i: token.special for i, token in tokenizer.added_tokens_decoder.items()}
     kinds = {True: _CONTROL, False: _USER_DEFINED}
