@@ -14,6 +14,7 @@ from s2t.decode.pair import Pair
 from s2t.decode.workload import requests_for
 from s2t.methods.strategies import build_strategy
 from s2t.model.engine import Engine
+from s2t.model.gguf import library
 from s2t.model.gguf.file import read_header
 from s2t.model.gguf.opening import open_engine, open_model, open_selector
 from s2t.model.load import load_model
@@ -186,6 +187,15 @@ def test_what_it_cannot_do_is_refused_by_name(words, told, gguf_file, save_adapt
     places = {"FILE": str(gguf_file()), "ALWAYS": str(save_adapter("tiny:slm", "always")) if "ALWAYS" in words else ""}
     assert main(["generate", *(places.get(word, word) for word in words), "What is 3 + 4?"]) == 2
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("busy", "expected"), [(0, 4), (3, 4), (6, 2), (30, 1)])
+def test_threads_leave_busy_cores_alone(busy, expected, monkeypatch):
+    monkeypatch.setattr(library, "_num_busy", lambda: busy)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr("psutil.cpu_count", lambda logical: 8 if logical else 4)
+    assert library.default_threads() == expected
 
 
 def test_measure_has_no_engine(gguf_file, capsys):

@@ -339,7 +339,7 @@ class ExportConfig:
     calibration_tokens: int = 256
     """Longest of these answers, in tokens."""
     threads: int = 0
-    """Of llama.cpp: 0 takes the physical cores."""
+    """Of llama.cpp: 0 takes the physical cores that nothing else keeps busy."""
     overwrite: bool = False
     """Replace a previous export."""
     trust_remote_code: bool = False

@@ -80,7 +80,7 @@ class EngineConfig:
     engine: str = "auto"
     """Of GGUF files: llama.cpp (their weights as they are), torch (unpacked), or auto (llama.cpp where it is installed)."""
     threads: int = 0
-    """Of llama.cpp: 0 takes the physical cores; on a machine that does other work fewer are often faster."""
+    """Of llama.cpp: 0 takes the physical cores that nothing else keeps busy when the model is loaded."""
     context: int = 0
     """Of llama.cpp: the longest prompt and answer together, in tokens; 0 takes what the model reads."""
 

@@ -9,7 +9,9 @@ import ctypes
 import importlib
 import importlib.metadata
 import os
+import time
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,8 +86,24 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def default_threads() -> int:
-    """The physical cores that this process may use: more threads than that wait for each other."""
+    """The physical cores that this process may use and that no other keeps busy now; at least one.
+
+    llama.cpp's threads wait for each other many times a token, so one that has to share its core holds up all of them.
+    """
     import psutil
 
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(psutil.cpu_count(logical=False) or allowed, allowed))
+    free = (os.cpu_count() or 1) - _num_busy()
+    return max(1, min(psutil.cpu_count(logical=False) or allowed, allowed, free))
+
+
+def _num_busy() -> int:
+    """Threads of others that run or want to, the median of a tenth of a second; 0 where the system does not tell."""
+    counts = []
+    for _ in range(5):
+        try:
+            counts.append(int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0]) - 1)  # without this one
+        except (OSError, ValueError, IndexError):
+            return 0
+        time.sleep(0.02)
+    return max(0, sorted(counts)[2])
