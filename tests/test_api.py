@@ -12,8 +12,8 @@ import s2t
 from s2t import api
 from s2t.cli import main as cli
 from s2t.config import MANY_SAMPLES, NEEDS_LLM, STRATEGIES
-from s2t.decode.generated import Generated
 from s2t.decode.pair import Pair
+from s2t.decode.rows import Generated
 from s2t.errors import ConfigError, S2TError
 from s2t.model.adapter import AdapterConfig, SelectorAdapter
 from s2t.model.chat import prompt_ids

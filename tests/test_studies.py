@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from s2t import demo, workflows
+from s2t import demo
 from s2t.config import (
     CalibrateConfig,
     CollectConfig,
@@ -26,6 +26,7 @@ from s2t.studies import STUDIES, adapters, baselines, slips, study, triggers
 from s2t.studies.knowledge import equations, fault, knowledge
 from s2t.studies.lab import Lab
 from s2t.studies.run import cell
+from s2t.workflows import WORKFLOWS
 
 SMALL = {
     "slm": "tiny:slm",
@@ -268,7 +269,7 @@ def test_the_pair_is_loaded_as_every_command_loads_it(monkeypatch, tmp_path):
     assert set(Lab(config).models) == set(ModelConfig.__dataclass_fields__)
     assert all(value == getattr(config, name) for name, value in Lab(config).models.items())
     passed = []
-    monkeypatch.setattr(workflows, "measure", lambda **settings: passed.append(settings))
+    monkeypatch.setitem(WORKFLOWS, "measure", lambda **settings: passed.append(settings))
     Lab(config).measured("own")
     Lab(config).measured("other", slm="c/d")
     assert [settings["revision"] for settings in passed] == ["v1", None]  # v1 is a revision of a/b

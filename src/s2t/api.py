@@ -27,11 +27,11 @@ from s2t.config import (
     build_config,
     check_effects,
 )
-from s2t.decode.generated import Generated
 from s2t.decode.loop import Request
 from s2t.decode.opening import open_pair
 from s2t.decode.pair import Pair
 from s2t.decode.prompts import ids_key, prompt_key, sample_key
+from s2t.decode.rows import Generated
 from s2t.decode.workload import strategy_of
 from s2t.errors import ConfigError
 from s2t.methods.sample import choose_sample
@@ -102,7 +102,14 @@ def load(
     """
     texts = {"quantization": _as_text(quantization), "llm_quantization": _as_text(llm_quantization)}
     given = {"slm": slm, "llm": llm, "adapter": None if adapter is None else str(adapter)}
-    return Reasoner(open_pair(build_config(_LoadConfig, flags={**given, **texts, **settings})))
+    return open_reasoner(build_config(_LoadConfig, flags={**given, **texts, **settings}))
+
+
+def open_reasoner(
+    config: ModelConfig, strategies: Sequence[str] | None = None, with_llm: bool | None = None
+) -> Reasoner:
+    """As `load`, for settings that are checked already; see `decode.opening.open_pair`."""
+    return Reasoner(open_pair(config, strategies, with_llm))
 
 
 def generate(prompt: Prompt | Prompts, slm: str = "tiny:slm", **settings: Any) -> Generation | list[Generation]:

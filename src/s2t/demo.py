@@ -12,14 +12,10 @@ from typing import Any
 
 import torch
 
-from s2t.collect import collect
-from s2t.config import CalibrateConfig, CollectConfig, EvalConfig, MeasureConfig, TrainConfig
-from s2t.evaluate import evaluate
 from s2t.files import write_json
-from s2t.measure import calibrate, measure
 from s2t.model.tiny import model_card_note
 from s2t.report import write_report
-from s2t.train.trainer import train
+from s2t.workflows import Stage
 
 STRATEGIES = "greedy,self-consistency,takeover,s2t,s2t-local,llm"
 NUM_TEST = 1000
@@ -48,7 +44,6 @@ def demo(out: str = "runs/demo", seed: int = 0, limit: int | None = None, groups
     folder = Path(out)
     num_test, num_train = limit or NUM_TEST, groups or NUM_TRAIN
     names = {name: str(folder / name) for name in ("measure", "calibrate", "collect", "train", "sufficiency", "eval")}
-    _say(1, "measure the pair on calibration problems")
     common: dict[str, Any] = {
         "slm": SLM,
         "llm": LLM,
@@ -56,37 +51,42 @@ def demo(out: str = "runs/demo", seed: int = 0, limit: int | None = None, groups
         "seed": seed,
         "workers": min(2, os.cpu_count() or 1),
     }
-    measure(MeasureConfig(**common, out=names["measure"], limit=min(NUM_CALIBRATION, 4 * num_test), quantile=QUANTILE))
-    _say(2, "calibrate the divergence threshold")
-    thresholds = calibrate(CalibrateConfig(run=names["measure"], out=names["calibrate"], quantile=QUANTILE))
-    calibration = str(Path(names["calibrate"]) / "calibration.json")
-    _say(3, "collect selection groups from training problems")
-    collect(CollectConfig(**common, out=names["collect"], limit=num_train, calibration=calibration, policy=POLICY))
-    _say(4, "train the selector")
-    train(TrainConfig(slm=SLM, groups=names["collect"], out=names["train"], seed=seed, **TRAIN_SETTINGS))
-    _say(5, "measure local sufficiency on test problems")
-    found = measure(
-        MeasureConfig(
-            **common,
-            out=names["sufficiency"],
-            split="test",
-            limit=min(NUM_SUFFICIENCY, 3 * num_test),
-            threshold=thresholds["thresholds"]["divergence"],
-        )
+
+    def run(step: int, about: str, name: str, command: str, **settings: Any) -> dict[str, Any]:
+        _say(step, about)
+        return Stage(name, command, {**settings, "out": names[name]}).run()
+
+    measured = {"limit": min(NUM_CALIBRATION, 4 * num_test), "quantile": QUANTILE}
+    run(1, "measure the pair on calibration problems", "measure", "measure", **common, **measured)
+    thresholds = run(
+        2,
+        "calibrate the divergence threshold",
+        *("calibrate", "calibrate"),
+        run=names["measure"],
+        quantile=QUANTILE,
     )
-    _say(6, "evaluate every strategy on test problems")
-    summary = evaluate(
-        EvalConfig(
-            **common,
-            out=names["eval"],
-            limit=num_test,
-            strategies=STRATEGIES,
-            calibration=calibration,
-            adapter=str(Path(names["train"]) / "adapter"),
-            num_traces=NUM_TRACES,
-            card=True,
-        )
+    collected = {"limit": num_train, "calibration": names["calibrate"] + "/calibration.json", "policy": POLICY}
+    run(3, "collect selection groups from training problems", "collect", "collect", **common, **collected)
+    trained = {"slm": SLM, "groups": names["collect"], "seed": seed, **TRAIN_SETTINGS}
+    run(4, "train the selector", "train", "train", **trained)
+    tested = {"limit": min(NUM_SUFFICIENCY, 3 * num_test), "threshold": thresholds["thresholds"]["divergence"]}
+    found = run(
+        5,
+        "measure local sufficiency on test problems",
+        *("sufficiency", "measure"),
+        **common,
+        split="test",
+        **tested,
     )
+    evaluated = {
+        "limit": num_test,
+        "strategies": STRATEGIES,
+        "calibration": collected["calibration"],
+        "adapter": names["train"] + "/adapter",
+        "num_traces": NUM_TRACES,
+        "card": True,
+    }
+    summary = run(6, "evaluate every strategy on test problems", "eval", "eval", **common, **evaluated)
     summary["sufficiency"] = {key: found[key] for key in SUFFICIENCY}
     write_json(folder / "summary.json", summary)
     page = write_report(names["eval"], out=folder, measure=names["sufficiency"], note=model_card_note(SLM))

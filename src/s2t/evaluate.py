@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from s2t.config import HOW_IT_RUNS, MANY_SAMPLES, NEEDS_LLM, EvalConfig
-from s2t.decode.generated import Generated
 from s2t.decode.label import Labels
 from s2t.decode.loop import Request
 from s2t.decode.opening import check_needs, open_pair
 from s2t.decode.pair import Pair
+from s2t.decode.rows import Generated
 from s2t.decode.workload import (
     ServerReport,
     check_shards,

@@ -24,7 +24,7 @@ from s2t.errors import ConfigError, DataError, ModelError, S2TError
 from s2t.files import versions, write_json, write_text
 from s2t.methods.strategies import build_strategy
 from s2t.model.adapter import LORA_FILE as PEFT_FILE
-from s2t.model.adapter import AdapterConfig, read_adapter_config
+from s2t.model.adapter_config import AdapterConfig, read_adapter_config
 from s2t.model.gguf.file import LORA_FILE, MODEL_FILE, Header, gguf_path, names_gguf, read_header
 from s2t.model.gguf.library import llama
 from s2t.model.gguf.lora import check_architecture, write_lora

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+from s2t.config import config_dict
 from s2t.errors import ConfigError, DataError
 from s2t.shards import check_whole, digests
 
@@ -166,7 +167,7 @@ class RunFolder:
         if not str(path):
             raise ConfigError("out must name a folder, and is empty; pass --out FOLDER.")
         folder = Path(path)
-        values = json.loads(json.dumps(asdict(config), default=_plain))
+        values = json.loads(json.dumps(config_dict(config), default=_plain))
         with _usable(folder):
             old = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else None
             before = sorted(item.name for item in folder.iterdir() if item.name != MANIFEST) if folder.is_dir() else []

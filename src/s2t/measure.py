@@ -17,9 +17,9 @@ import pyarrow as pa
 from s2t.config import HOW_IT_RUNS, CalibrateConfig, DecodeConfig, MeasureConfig
 from s2t.core.calibration import threshold_at
 from s2t.core.stats import clustered_rate_interval, hit_rate_curve
-from s2t.decode.generated import Generated
 from s2t.decode.label import Labels
 from s2t.decode.opening import check_needs, open_pair
+from s2t.decode.rows import Generated
 from s2t.decode.workload import (
     ServerReport,
     check_shards,

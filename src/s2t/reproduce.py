@@ -17,62 +17,20 @@ Every setting of every stage is checked before the first one starts: a slip in t
 
 from __future__ import annotations
 
-import json
-import shlex
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from s2t import workflows
-from s2t.config import (
-    CalibrateConfig,
-    CollectConfig,
-    DistillConfig,
-    EvalConfig,
-    MeasureConfig,
-    ReproduceConfig,
-    TrainConfig,
-    build_config,
-    parse_settings,
-)
+from s2t.config import ReproduceConfig, build_config, parse_settings
 from s2t.errors import ConfigError
 from s2t.files import RunFolder, write_json, write_text
+from s2t.workflows import WORKFLOWS, Stage
 
-CONFIGS: dict[str, type[Any]] = {
-    "measure": MeasureConfig,
-    "calibrate": CalibrateConfig,
-    "collect": CollectConfig,
-    "train": TrainConfig,
-    "distill": DistillConfig,
-    "eval": EvalConfig,
-}
+CONFIGS = {name: workflow.config for name, workflow in WORKFLOWS.items() if workflow.is_stage}
 _OWN = ("name", "command", "published")
 _COLUMNS = ("stage", "what", "n", "measured %", "95 %", "published %")
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """One workflow of a recipe with its settings, and the numbers that were published for it (per cent, by name)."""
-
-    name: str
-    command: str
-    settings: dict[str, Any]
-    published: dict[str, float]
-
-    @property
-    def line(self) -> str:
-        """The stage as a shell command."""
-        words = ["s2t", self.command]
-        for key, value in self.settings.items():
-            flag = f"--{key.replace('_', '-')}"
-            if isinstance(value, bool):
-                words.append(flag if value else f"--no-{flag[2:]}")
-                continue
-            for one in value if isinstance(value, list) else [value]:
-                words += [flag, json.dumps(one) if isinstance(one, dict) else str(one)]
-        return shlex.join(words)
 
 
 def reproduce(config: ReproduceConfig) -> dict[str, Any]:
@@ -86,8 +44,7 @@ def reproduce(config: ReproduceConfig) -> dict[str, Any]:
     run = RunFolder.open(config.out, "reproduce", config, ignore=("dry_run",))
     rows = []
     for stage in stages:
-        name = "evaluate" if stage.command == "eval" else stage.command
-        rows += _rows(stage, getattr(workflows, name)(**stage.settings))
+        rows += _rows(stage, stage.run())
     result = {"title": title, "columns": _COLUMNS, "rows": rows, "commands": [stage.line for stage in stages]}
     write_json(run.file("reproduce.json"), result)
     write_text(run.file("table.md"), _markdown(title, rows))

@@ -11,6 +11,7 @@ import types
 from dataclasses import MISSING, dataclass, fields
 
 import pytest
+import typer
 
 from s2t.cli import demo as demo_cli
 from s2t.cli import main as cli
@@ -129,9 +130,9 @@ def fake(monkeypatch):
 
 @pytest.fixture
 def reasoner(fake):
-    """A fake `s2t.api`; `.loads` and `.asked` keep what the command line passed."""
+    """A fake `s2t.api`; `.opened` and `.asked` keep what the command line passed."""
     asked = []
-    return types.SimpleNamespace(loads=fake("s2t.api", "load", FakeReasoner(asked)), asked=asked)
+    return types.SimpleNamespace(opened=fake("s2t.api", "open_reasoner", FakeReasoner(asked)), asked=asked)
 
 
 def error_line(capsys) -> str:
@@ -170,11 +171,28 @@ def test_every_setting_is_an_option_with_its_default(name, capsys, monkeypatch):
     cli.main([name, "--help"])
     shown = " ".join(capsys.readouterr().out.split())
     for item in fields(CONFIGS[name]):
+        if not item.init:  # no setting of this command
+            assert f"--{item.name.replace('_', '-')} " not in shown
+            continue
         assert f"--{item.name.replace('_', '-')} " in shown
         if item.default not in (None, MISSING) and not isinstance(item.default, bool):
             assert f"[default: {item.default}]" in shown
     for flag in ("--config", "--json", "--debug"):
         assert flag in shown
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_begins_with_the_ten_settings_that_people_use_and_shows_none_twice(name):
+    command = typer.main.get_command(cli.build_app()).commands[name]
+    options = [option for option in command.params if option.param_type_name == "option" and not option.hidden]
+    flags = [flag for option in options for flag in (*option.opts, *option.secondary_opts)]
+    assert len(flags) == len(set(flags))
+    panels = [
+        option.rich_help_panel for option in options if option.name not in ("all", "everything", "history", "trace")
+    ]
+    assert panels[: panels.count("Options")] == ["Options"] * panels.count("Options")
+    assert panels.count("Options") <= 10
+    assert panels == sorted(panels, key=panels.index)  # every panel in one piece
 
 
 def test_every_command_has_a_config():
@@ -333,7 +351,7 @@ def test_generate_streams_the_text(reasoner, capsys):
     assert capsys.readouterr().out == "ONE TWO \n"
     prompt, settings = reasoner.asked[0]
     assert prompt == "one two"
-    assert (settings["strategy"], settings["max_new_tokens"], settings["seed"]) == (None, 9, 0)
+    assert (settings["strategy"], settings["config"].max_new_tokens, settings["seed"]) == (None, 9, 0)
 
 
 def test_generate_reads_the_prompt_from_stdin(reasoner, capsys, monkeypatch):
@@ -359,17 +377,20 @@ def test_generate_writes_a_trace_line_per_step(reasoner, capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "llm"),
+    ("flags", "strategies", "with_llm"),
     [
-        (["--strategy", "s2t-local", "--adapter", "x"], None),
-        (["--strategy", "greedy"], None),
-        (["--strategy", "s2t"], "tiny:llm"),
-        (["--strategy", "s2t-local", "--adapter", "x", "--trigger", "divergence"], "tiny:llm"),
+        (["--strategy", "s2t-local", "--adapter", "x"], ["s2t-local"], None),
+        (["--strategy", "greedy"], ["greedy"], None),
+        (["--strategy", "s2t"], ["s2t"], None),
+        (["--strategy", "s2t-local", "--adapter", "x", "--trigger", "divergence"], ["s2t-local"], True),
+        (["--adapter", "x"], None, False),
     ],
 )
-def test_the_llm_is_passed_only_where_the_strategy_reads_it(flags, llm, reasoner):
+def test_the_models_of_the_strategy_are_opened_and_the_llm_only_where_it_is_read(flags, strategies, with_llm, reasoner):
     assert cli.main(["generate", "hello", "--llm", "tiny:llm", *flags]) == 0
-    assert reasoner.loads[0][1]["llm"] == llm
+    [((config, *asked), _)] = reasoner.opened
+    assert config.llm == "tiny:llm"
+    assert asked == [strategies, with_llm]
 
 
 def test_chat_asks_each_question_afresh_until_exit(reasoner, capsys, monkeypatch):
@@ -395,8 +416,8 @@ def test_system_and_stop_reach_the_reasoner(reasoner):
     assert cli.main(["generate", "hello", "--system", "Be brief.", "--stop", ".", "--stop", "\n\n"]) == 0
     assert cli.main(["generate", "hello"]) == 0
     given, plain = [settings for _, settings in reasoner.asked]
-    assert (given["system"], given["stop"]) == ("Be brief.", [".", "\n\n"])
-    assert (plain["system"], plain["stop"]) == (None, [])
+    assert (given["config"].system, given["config"].stop) == ("Be brief.", [".", "\n\n"])
+    assert (plain["config"].system, plain["config"].stop) == (None, [])
 
 
 def test_chat_json_is_one_document_at_the_end(reasoner, capsys, monkeypatch):

@@ -7,7 +7,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from s2t.core.losses import target_bins
 from s2t.core.rule import criticality, expected_bin, finish_reason, fires, score, winner
 
 finite = st.floats(-20, 20, width=32)
@@ -65,18 +64,6 @@ def test_evidence_beats_the_prior():
     bins = torch.zeros(2, 16)
     bins[1, 15] = 20.0  # the second candidate is surely good
     assert candidate_score(bins, torch.tensor([-0.1, -3.0]), 0.1, 1.0).argmax() == 1
-
-
-@given(probs=st.lists(st.floats(0, 1, width=32), min_size=1), num_bins=st.integers(2, 32))
-def test_target_bins_are_the_nearest_and_grow_with_the_probability(probs, num_bins):
-    probs = torch.tensor(sorted(probs))
-    bins = target_bins(probs, num_bins)
-    assert bins.tolist() == sorted(bins.tolist())
-    assert ((bins / (num_bins - 1) - probs).abs() <= 0.5 / (num_bins - 1) + 1e-5).all()
-
-
-def test_target_bins_of_the_ends():
-    assert target_bins(torch.tensor([0.0, 1.0, 1.0000001]), 16).tolist() == [0, 15, 15]
 
 
 # The same rule on tensors, as the engine has them, and on plain numbers, as a server tells them

@@ -14,9 +14,9 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from s2t.config import DecodeConfig
-from s2t.decode.generated import Generated
 from s2t.decode.loop import Request
 from s2t.decode.pair import Pair
+from s2t.decode.rows import Generated
 from s2t.methods.strategies import Strategy, build_strategy
 from s2t.model.adapter import AdapterConfig, SelectorAdapter
 from s2t.model.load import LoadedModel, wrap_model

@@ -9,9 +9,9 @@ import pytest
 import s2t
 from s2t.cli.main import main
 from s2t.config import ServeConfig
-from s2t.decode.context import context_length
 from s2t.decode.loop import Request
 from s2t.decode.pair import Pair
+from s2t.decode.prompts import context_length
 from s2t.errors import ContextError
 
 CONTEXT = 256  # of the models of these tests

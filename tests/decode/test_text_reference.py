@@ -124,7 +124,7 @@ def pairs():
     """The embedded pair, read by token and read by text."""
     slm, llm = load_model("tiny:slm"), load_model("tiny:llm")
     by_text = Pair(slm, llm)
-    by_text._made["map"] = VocabularyMap(slm, llm)
+    by_text.vocabulary = VocabularyMap(slm, llm)
     by_token = Pair(slm, llm)
     assert by_token.vocabulary is None
     return by_token, by_text

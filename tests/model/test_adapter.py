@@ -19,11 +19,11 @@ from s2t.model.adapter import (
     read_adapter_config,
     selector_config,
     selector_problems,
-    train_problem_hashes,
 )
 from s2t.model.card import accuracy_section, with_accuracy
 from s2t.model.engine import Engine
 from s2t.model.load import load_model, wrap_model
+from s2t.model.merged import problem_hashes
 
 torch.set_num_threads(1)
 
@@ -127,7 +127,7 @@ def test_the_folder_explains_itself(saved):
         "versions",
     } <= set(config)
     assert config["base_fingerprint"] == load_model("tiny:slm").fingerprint
-    assert train_problem_hashes(folder) == {"aaaa", "bbbb"}
+    assert problem_hashes(folder) == {"aaaa", "bbbb"}
     card = (folder / "README.md").read_text()
     assert 'base_model: "tiny:slm"' in card and "| criticality | head |" in card and "## Training" not in card
     assert tuple(config["reserved_ids"]) == load_model("tiny:slm").reserved_for(12).all

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -64,6 +66,12 @@ def test_an_unfinished_character_is_only_shown_at_the_end(tokenizer):
     pieces = pieces_of(tokenizer, ids_of(tokenizer, "ok 🙂")[:-1])
     assert "\ufffd" not in "".join(pieces[:-1])
     assert "\ufffd" in pieces[-1]
+
+
+@given(ids=st.lists(st.integers(0, 1023), max_size=60))
+def test_a_slow_tokenizer_gives_the_same_pieces(ids, tokenizer):
+    slow = SimpleNamespace(decode=tokenizer.decode)  # has no backend of `tokenizers`
+    assert pieces_of(slow, ids) == pieces_of(tokenizer, ids)
 
 
 @given(ids=st.lists(st.integers(0, 1023), max_size=30))

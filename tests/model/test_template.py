@@ -10,7 +10,7 @@ import pytest
 import s2t
 from s2t.config import CollectConfig, DistillConfig, EvalConfig, GenerateConfig, StudyConfig, build_config
 from s2t.decode.opening import open_pair
-from s2t.decode.pair import Pair
+from s2t.decode.prompts import note_unread
 from s2t.errors import ConfigError, ModelError
 from s2t.model import template
 from s2t.model.chat import chat_text, prompt_ids
@@ -245,7 +245,6 @@ def moody(tokenizer, monkeypatch):
     """Every model's template reads one variable."""
     source = TEXTS + "{{ mood }}"
     monkeypatch.setattr("s2t.model.gguf.opening.load_model", lambda name, **_: _with_template(load_model(name), source))
-    monkeypatch.setattr("s2t.api.load_model", lambda name, **_: _with_template(load_model(name), source))
 
 
 def _with_template(loaded, source):
@@ -269,5 +268,5 @@ def test_a_loaded_model_tells_its_template(moody):
 
 
 def test_a_variable_that_no_template_reads_is_said(tiny_slm, tiny_llm, capsys):
-    Pair(tiny_slm, tiny_llm, variables={"enable_thinkin": False}).note_unread()
+    note_unread({"enable_thinkin": False}, [tiny_slm, tiny_llm])
     assert "does not read enable_thinkin;" in capsys.readouterr().err

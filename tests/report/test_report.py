@@ -19,6 +19,7 @@ import pytest
 
 from s2t.errors import DataError, MissingExtraError
 from s2t.report import build, plots, write_report
+from s2t.report.figure import panels
 from s2t.report.trace import Traces, load_traces, script_json, unpack
 from s2t.web import source
 
@@ -368,7 +369,7 @@ def test_page_without_optional_parts(tmp_path: Path) -> None:
 def test_labels_never_overlap(layout: str) -> None:
     from matplotlib.text import Text
 
-    figure, axes = plots._figure(plots.LIGHT)
+    figure, [axes] = panels()
     spread = range(len(NAMES))
     points = [(10 + (layout == "row") * 0.3 * i, 50 + (layout == "column") * 0.5 * i) for i in spread]
     axes.set(xlim=(1, 100), ylim=(40, 60), xscale="log")

@@ -267,13 +267,13 @@ def test_an_address_of_this_machine_needs_none(host):
 
 def test_the_command_names_a_mistake_before_models_are_loaded(monkeypatch, capsys, tmp_path):
     monkeypatch.delenv("S2T_API_KEY", raising=False)
-    monkeypatch.setattr("s2t.api.load", lambda *_, **__: pytest.fail("models were loaded"))
+    monkeypatch.setattr("s2t.api.open_reasoner", lambda *_, **__: pytest.fail("models were loaded"))
     for words, says in (
         (["--host", "0.0.0.0"], "S2T_API_KEY"),
         (["--api-key-file", str(tmp_path / "none")], "cannot be read"),
         (["--port", "70000"], "port"),
         (["--strategy", "sample"], "strategy"),
-        (["--num-samples", "4"], "n choices"),
+        (["--num-samples", "4"], "No such option: --num-samples"),
         (["--max-length", "1"], "max_length"),
     ):
         assert cli.main(["serve", *words]) == 2

@@ -313,9 +313,9 @@ def test_a_stopping_server_gives_running_answers_their_time(upstream, serve):
 
 
 def test_mistakes_are_one_line_before_anything_is_asked(merged, upstream, capsys, monkeypatch):
-    monkeypatch.setattr("s2t.api.load", lambda *_, **__: pytest.fail("models were loaded"))
+    monkeypatch.setattr("s2t.api.open_reasoner", lambda *_, **__: pytest.fail("models were loaded"))
     for words, says in (
-        (["--llm-url", "http://127.0.0.1:9/v1"], "llm_url"),
+        (["--llm-url", "http://127.0.0.1:9/v1"], "No such option: --llm-url"),
         (["--slm-url", "http://127.0.0.1:9/v1", "--llm", "tiny:llm"], "drop --llm"),
         (["--slm-url", "http://127.0.0.1:9/v1", "--patience-s", "-1"], "patience_s"),
     ):

@@ -25,7 +25,7 @@ def command(
     turns: list[dict[str, str]] = []
     for question in _questions():
         prompt = _with_history(turns, question) if history and turns else question
-        pieces, answer = [], reasoner.stream(prompt, config.strategy, seed=config.seed, config=config)
+        pieces, answer = [], reasoner.stream(prompt, strategy=config.strategy, seed=config.seed, config=config)
         if not turns:
             say_who_answers(config)
         for piece in answer:

@@ -14,6 +14,7 @@ import typer
 from s2t.cli.options import with_options
 from s2t.cli.output import p_value, percent, percent_interval, print_facts, print_table, short
 from s2t.config import EvalConfig
+from s2t.workflows import WORKFLOWS
 
 BRIEF = ("strategy", "accuracy %", "95 % interval", "against greedy", "tokens", "forwards SLM+LLM", "seconds")
 _AGAINST = BRIEF.index("against greedy")
@@ -111,9 +112,7 @@ def command(
     ] = False,
 ) -> Any:
     """Grade strategies on the same problems: accuracy, intervals, paired tests, cost."""
-    from s2t.evaluate import evaluate
-
-    return evaluate(config)
+    return WORKFLOWS["eval"].start(config)
 
 
 def _print_part(title: str, part: Mapping[str, Any], with_costs: bool = False) -> None:

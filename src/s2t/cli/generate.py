@@ -33,11 +33,13 @@ def command(
     reasoner = open_reasoner(config)
     if trace is None and not as_json:
         pieces = reasoner.stream(
-            text, config.strategy, seed=config.seed, config=config
+            text, strategy=config.strategy, seed=config.seed, config=config
         )  # raises for what cannot be asked
         say_who_answers(config)
         return _stream(pieces)
-    generation = reasoner.generate(text, config.strategy, seed=config.seed, trace=trace is not None, config=config)
+    generation = reasoner.generate(
+        text, strategy=config.strategy, seed=config.seed, trace=trace is not None, config=config
+    )
     say_who_answers(config)
     if trace is not None:
         _write_trace(Path(trace), generation.steps)

@@ -1,7 +1,7 @@
 """Entry of the command line: the table of commands, and where errors become one line and an exit code.
 
-A new command is one file here and one line in `COMMANDS`. Exit codes: 0 done, 1 failure, 2 a mistake in use,
-130 interrupted.
+A workflow has its command in `cli.work`; any other one is a file here and a line in `COMMANDS`. Exit codes: 0 done, 1 failure,
+2 a mistake in use, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -16,37 +16,19 @@ from typing import Annotated
 import typer
 
 from s2t import __version__
-from s2t.cli import (
-    bench,
-    calibrate,
-    chat,
-    collect,
-    demo,
-    distill,
-    evaluate,
-    export,
-    generate,
-    measure,
-    merge,
-    push,
-    report,
-    reproduce,
-    serve,
-    study,
-    train,
-)
+from s2t.cli import chat, demo, evaluate, generate, report, reproduce, serve, study, work
 from s2t.errors import S2TError
 
 COMMANDS = {
     "demo": demo.command,
-    "measure": measure.command,
-    "calibrate": calibrate.command,
-    "collect": collect.command,
-    "train": train.command,
-    "distill": distill.command,
-    "merge": merge.command,
-    "export": export.command,
-    "push": push.command,
+    "measure": work.COMMANDS["measure"],
+    "calibrate": work.COMMANDS["calibrate"],
+    "collect": work.COMMANDS["collect"],
+    "train": work.COMMANDS["train"],
+    "distill": work.COMMANDS["distill"],
+    "merge": work.COMMANDS["merge"],
+    "export": work.COMMANDS["export"],
+    "push": work.COMMANDS["push"],
     "generate": generate.command,
     "chat": chat.command,
     "eval": evaluate.command,
@@ -54,7 +36,7 @@ COMMANDS = {
     "serve": serve.command,
     "study": study.command,
     "reproduce": reproduce.command,
-    "bench": bench.command,
+    "bench": work.COMMANDS["bench"],
 }
 
 RESUMED = ("demo", "measure", "collect", "train", "eval", "study", "reproduce")

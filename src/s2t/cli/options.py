@@ -21,18 +21,28 @@ import typer
 from s2t.cli.output import json_text
 from s2t.config import build_config
 
+USED = (
+    *("slm", "llm", "adapter", "strategy", "strategies", "policy", "method", "work", "groups", "task", "calibration"),
+    *("limit", "out", "seed", "host", "port", "max_new_tokens", "batch_size", "num_candidates", "trigger_rates"),
+    *("readout", "learning_rate", "epochs", "lora_rank", "base", "training", "split", "quantile", "threshold", "stop"),
+)
+"""The settings that people use; the first ten that a command has stand before all others."""
+NUM_FIRST = 10
 PANELS = {
-    "ModelConfig": "Models",
-    "EngineConfig": "Models",
-    "ChatConfig": "Models",
-    "RemoteConfig": "LLM on servers",
-    "ShardConfig": "LLM on servers",
-    "TaskConfig": "Problems",
-    "StepConfig": "Decoding",
-    "DecodeConfig": "Decoding",
+    "ModelConfig": "How models are loaded",
+    "EngineConfig": "How models are loaded",
+    "ChatConfig": "How models are loaded",
+    "RemoteConfig": "Models on servers",
+    "ShardConfig": "Models on servers",
+    "ServedConfig": "Models on servers",
+    "TaskConfig": "Problems and who works them",
+    "StepConfig": "How tokens are chosen",
+    "DecodeConfig": "How tokens are chosen",
+    "ReadoutConfig": "The selector",
     "FitConfig": "Fitting",
 }
-OWN_PANEL = "Options"
+FIRST_PANEL = "Options"
+OWN_PANEL = "More of this command"
 COMMON_PANEL = "Every command"
 
 COMMON = {
@@ -107,15 +117,26 @@ def _own_parameters(function: Callable[..., Any]) -> list[Parameter]:
 
 
 def _field_parameters(config_class: type[Any]) -> list[Parameter]:
+    """An option per setting: those that people use first, the others panel by panel."""
     hints, docs = get_type_hints(config_class), field_docs(config_class)
+    panels = _panels(config_class)
+    shown = [item for item in fields(config_class) if item.init]
+    place = {item.name: index for index, item in enumerate(shown)}
+    order = [FIRST_PANEL, OWN_PANEL, *dict.fromkeys(PANELS.values())]
+
+    def rank(item: Field[Any]) -> tuple[int, int]:
+        panel = panels[item.name]
+        is_listed = panel == FIRST_PANEL and item.name in USED
+        return order.index(panel), USED.index(item.name) if is_listed else len(USED) + place[item.name]
+
     parameters = []
-    for item in fields(config_class):
+    for item in sorted(shown, key=rank):
         info = typer.Option(
             _declaration(item.name, hints[item.name]),
             help=_escape(_help(item, docs.get(item.name, ""))),
             show_default=False,
             hidden=bool(item.metadata.get("hidden")),
-            rich_help_panel=_panel(config_class, item.name),
+            rich_help_panel=panels[item.name],
         )
         parameters.append(_parameter(item.name, hints[item.name] | None, None, info))
     return parameters
@@ -155,8 +176,16 @@ def _escape(text: str) -> str:
     return text.replace("[", "\\[")
 
 
+def _panels(config_class: type[Any]) -> dict[str, str]:
+    """The panel of every setting: the first one for what people use (of a short command: for all), else that of the class that
+    first declared it.
+    """
+    names = [item.name for item in fields(config_class)]
+    first = names if len(names) <= NUM_FIRST else [name for name in USED if name in names][:NUM_FIRST]
+    return {name: FIRST_PANEL if name in first else _panel(config_class, name) for name in names}
+
+
 def _panel(config_class: type[Any], name: str) -> str:
-    """The panel of the class that first declared the field."""
     owners = [owner for owner in config_class.__mro__ if name in inspect.get_annotations(owner)]
     return PANELS.get(owners[-1].__name__, OWN_PANEL)
 

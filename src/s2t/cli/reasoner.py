@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 def open_reasoner(config: GenerateConfig) -> Reasoner:
     """Load the SLM, what selects beside it if anything does, and the LLM only where the strategy reads it."""
-    from s2t.api import Reasoner
-    from s2t.decode.opening import open_pair
+    from s2t.api import open_reasoner as opened
 
+    is_read = config.trigger == "divergence"
     if config.strategy is None:
-        return Reasoner(open_pair(config, with_llm=False))
-    return Reasoner(open_pair(config, [config.strategy]))
+        return opened(config, None, is_read)
+    return opened(config, [config.strategy], is_read or None)
 
 
 def say_who_answers(config: GenerateConfig) -> None:

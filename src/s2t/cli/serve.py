@@ -11,8 +11,8 @@ from s2t.config import ServeConfig
 @with_options(ServeConfig, lambda document: None)
 def command(config: ServeConfig) -> Any:
     """Serve the model over an OpenAI-compatible API, with a playground at /."""
-    from s2t.decode.opening import open_pair
+    from s2t.api import open_reasoner
     from s2t.serve.run import check, serve
 
     check(config)  # before models are loaded
-    serve(config, open_pair(config))
+    serve(config, open_reasoner(config).pair)

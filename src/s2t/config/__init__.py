@@ -6,8 +6,7 @@ and the same command accepts it back. Knows no model and reads no problem.
 
 from s2t.config.answer import EvalConfig, GenerateConfig, ServeConfig
 from s2t.config.build import build_config, config_dict, parse_settings
-from s2t.config.checks import check_range, read_variables
-from s2t.config.effects import check_effects
+from s2t.config.checks import check_effects, check_range, read_variables
 from s2t.config.learn import (
     CalibrateConfig,
     CollectConfig,

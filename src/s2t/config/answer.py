@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from s2t.config.checks import check_at_least, check_choice, check_positive, check_range, require
-from s2t.config.effects import check_effects
+from s2t.config.checks import check_at_least, check_choice, check_effects, check_positive, check_range, require
 from s2t.config.methods import MANY_SAMPLES, STRATEGIES, TRIGGERED, TRIGGERS
 from s2t.config.shared import (
     READERS,
@@ -78,10 +77,8 @@ class ServeConfig(DecodeConfig, ServedConfig, ChatConfig, EngineConfig, ModelCon
     no_auth: bool = False
     """Allow an address that others can reach without a key."""
 
-    num_samples: int = 1
-    """Not for a server, and always 1: requests ask for n choices."""
-    llm_url: list[str] = field(default_factory=list)
-    """Not for a server, which runs the LLM in its own process."""
+    num_samples: int = field(default=1, init=False)  # no setting of a server: requests ask for n choices
+    llm_url: list[str] = field(default_factory=list, init=False)  # the LLM runs in the server's own process
 
     def __post_init__(self) -> None:
         self.check_model()
@@ -89,12 +86,10 @@ class ServeConfig(DecodeConfig, ServedConfig, ChatConfig, EngineConfig, ModelCon
         self.check_chat()
         self.check_remote()
         self.check_decode()
-        require(not self.llm_urls, "s2t serve takes no llm_url: it runs the LLM in its own process; pass --llm MODEL.")
         require(
             not (self.slm_urls and self.llm),
             "with slm_url the server writes with greedy and s2t-local, which need no LLM; drop --llm or --slm-url.",
         )
-        require(self.num_samples == 1, "a server takes no num_samples; let requests ask for n choices.")
         if self.strategy is not None:
             check_choice(
                 "strategy", self.strategy, tuple(name for name in STRATEGIES if name not in ("sample", *MANY_SAMPLES))

@@ -25,7 +25,7 @@ def build_config(cls: type[C], file: str | Path | None = None, flags: Mapping[st
     """
     values = _read_config_file(Path(file)) if file is not None else {}
     values |= {key: value for key, value in (flags or {}).items() if value is not None and value != []}
-    known = {item.name for item in fields(cls)}  # type: ignore[arg-type]
+    known = {item.name for item in fields(cls) if item.init}  # type: ignore[arg-type]
     unknown = sorted(set(values) - known)
     require(not unknown, f"unknown setting {', '.join(unknown)}; known: {', '.join(sorted(known))}.")
     hints = get_type_hints(cls)
@@ -42,7 +42,8 @@ def build_config(cls: type[C], file: str | Path | None = None, flags: Mapping[st
 
 def config_dict(config: Any) -> dict[str, Any]:
     """The config as JSON values, as saved in the manifest."""
-    return asdict(config)
+    settings = {item.name for item in fields(config) if item.init}
+    return {name: value for name, value in asdict(config).items() if name in settings}
 
 
 def parse_settings(text: str) -> dict[str, Any]:

@@ -1,10 +1,13 @@
-"""Checks of settings: each raises ConfigError with what was expected and what came."""
+"""Checks of settings: each raises ConfigError with what was expected and what came.
+
+Some settings are read by some strategies, policies or methods alone: without one of these they do nothing, so they are refused.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from s2t.errors import ConfigError
@@ -70,3 +73,18 @@ def check_folder(name: str, value: str) -> None:
     require(
         is_one, f"{name} must be a path that a folder can have; got one of {len(value)} characters: {value[:60]!r}."
     )
+
+
+Readers = Mapping[str, tuple[str, ...]]
+"""Setting -> who reads it."""
+
+
+def check_effects(given: Collection[str], chosen: Sequence[str], readers: Readers, what: str = "strategy") -> None:
+    """Raise ConfigError for a given setting that none of the chosen ones reads."""
+    for name in sorted(given):
+        known = readers.get(name, tuple(chosen))
+        flag = f"--{name.replace('_', '-')}"
+        require(
+            not chosen or any(one in known for one in chosen),
+            f"{name} has no effect with {what} {', '.join(chosen)}: it is read by {', '.join(known)}; leave {flag} out.",
+        )

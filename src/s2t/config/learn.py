@@ -7,8 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from s2t.config.checks import check_at_least, check_choice, check_positive, check_range, require
-from s2t.config.effects import check_effects
+from s2t.config.checks import check_at_least, check_choice, check_effects, check_positive, check_range, require
 from s2t.config.shared import (
     CRITICALITY_READINGS,
     DISTILLATIONS,

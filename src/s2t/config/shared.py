@@ -5,8 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from s2t.config.checks import check_at_least, check_choice, check_positive, check_range, read_variables, require
-from s2t.config.effects import Readers
+from s2t.config.checks import (
+    Readers,
+    check_at_least,
+    check_choice,
+    check_positive,
+    check_range,
+    read_variables,
+    require,
+)
 from s2t.config.methods import SAMPLED, TRIGGERS
 
 READOUTS = {"rank": ("step", "stream"), "bins": ("candidates", "always", "stream")}

@@ -18,11 +18,6 @@ def selection_cross_entropy(scores: Tensor, llm_probs: Tensor) -> Tensor:
     return F.cross_entropy(scores, llm_probs.argmax(-1))
 
 
-def target_bins(llm_probs: Tensor, num_bins: int) -> Tensor:
-    """Nearest bin of each probability; [..., K] in [0, 1] -> [..., K] int64 in 0..R-1."""
-    return (llm_probs.clamp(0, 1) * (num_bins - 1)).round().long()
-
-
 def pairwise_margin(expected: Tensor, llm_probs: Tensor, margin: float) -> Tensor:
     """Mean hinge: the LLM's candidate must beat every other one's expected bin by `margin`; [G, K], [G, K] -> []."""
     best = llm_probs.argmax(-1, keepdim=True)

@@ -14,12 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from s2t.config import NEEDS_ADAPTER, NEEDS_LLM
 from s2t.core.support import resolve_support
-from s2t.decode.context import context_length, fit
 from s2t.decode.continuous import ContinuousDecoder
-from s2t.decode.generated import Generated
 from s2t.decode.label import ExactAt, Labels, label, label_by_text, label_listed
 from s2t.decode.loop import Decoder, Request
-from s2t.decode.prompts import checked_ids
+from s2t.decode.prompts import checked_ids, context_length, fit
 from s2t.decode.reference import ModelReference, Reference
 from s2t.decode.remote.llm import RemoteLLM
 from s2t.decode.remote.reference import RemoteReference
@@ -27,6 +25,7 @@ from s2t.decode.remote.selector import check_served
 from s2t.decode.remote.served import ServedSLM
 from s2t.decode.remote.slm import RemoteDecoder
 from s2t.decode.remote.writer import RemoteWriter
+from s2t.decode.rows import Generated
 from s2t.decode.text_reference import TextReference
 from s2t.errors import ConfigError, ModelError
 from s2t.methods.strategies import Strategy

@@ -1,15 +1,23 @@
-"""What belongs to a prompt beside its tokens: the key of its random numbers, variables of its template, what it may hold."""
+"""What belongs to a prompt beside its tokens: the key of its random numbers, variables of its template, what it may hold, and how
+many tokens it and its answer may have together.
+
+A prompt that leaves no room for one token is refused; an answer ends where the room does. The server refuses in its own words.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from s2t.errors import ModelError
+from s2t.decode.rows import Request
+from s2t.errors import ContextError, ModelError
+from s2t.model.load import LoadedModel
 from s2t.progress import note
 
 
@@ -54,3 +62,36 @@ def note_unread(variables: Mapping[str, Any], models: Sequence[Known]) -> None:
     templates = " ".join(str(model.tokenizer.chat_template or "") for model in models)
     if unread := [name for name in variables if not re.search(rf"\b{re.escape(name)}\b", templates)]:
         note(f"the chat template of {models[0].name} does not read {', '.join(unread)}; the prompts are as without.")
+
+
+R = TypeVar("R", bound=Request)
+
+
+def context_length(models: Iterable[LoadedModel]) -> int | None:
+    """Tokens that all of these models can read; None where none of them has a limit."""
+    return min((length for loaded in models if (length := loaded.context_length)), default=None)
+
+
+def prompt_length(request: Request) -> int:
+    """Tokens of a prompt, in the tokens of the model that has more of them."""
+    return max(len(request.prompt_ids), len(request.llm_prompt_ids or ()))
+
+
+def fit(requests: Sequence[R], max_new_tokens: int, length: int | None) -> list[R]:
+    """The requests, each with a limit of its own that fits into so many tokens; ContextError for a prompt that leaves none."""
+    fitted = []
+    for request in requests:
+        check_fits(request, length)
+        room = math.inf if length is None else length - prompt_length(request)
+        fitted.append(replace(request, max_new_tokens=int(min(request.max_new_tokens or max_new_tokens, room))))
+    return fitted
+
+
+def check_fits(request: Request, length: int | None, what: str = "the prompt") -> None:
+    """Raise ContextError where a prompt leaves no room for one token of an answer."""
+    count = prompt_length(request)
+    if length is not None and count >= length:
+        raise ContextError(
+            f"{what} has {count} tokens, and the models read up to {length} of prompt and answer together; shorten it, or "
+            "use models that read more."
+        )

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from s2t.config import DecodeConfig, ShardConfig, TaskConfig
-from s2t.decode.context import check_fits
 from s2t.decode.loop import Request
 from s2t.decode.pair import Pair
+from s2t.decode.prompts import check_fits
 from s2t.decode.remote.counts import merge_reports
 from s2t.errors import DataError
 from s2t.files import RunFolder, read_json, read_tables, write_json

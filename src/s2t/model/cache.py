@@ -47,12 +47,9 @@ class SlotLayer(CacheLayerMixin):
         self._reserved = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.keys = key_states.new_zeros(self._shape(key_states, 0))
-        self.values = value_states.new_zeros(self._shape(value_states, 0))
+        for name, states in (("keys", key_states), ("values", value_states)):
+            setattr(self, name, states.new_zeros(self.max_rows, states.shape[1], 0, states.shape[3]))
         self.is_initialized = True
-
-    def _shape(self, states: Tensor, capacity: int) -> tuple[int, int, int, int]:
-        return self.max_rows, states.shape[1], capacity, states.shape[3]
 
     def reserve(self, columns: int) -> None:
         """Hold at least so many columns from now on, or from the first use on."""
@@ -68,7 +65,7 @@ class SlotLayer(CacheLayerMixin):
         capacity = max(self._reserved, -(-extent // GROWTH) * GROWTH)
         for name in ("keys", "values"):
             old = getattr(self, name)
-            new = old.new_zeros(self._shape(old, capacity))
+            new = old.new_zeros(self.max_rows, old.shape[1], capacity, old.shape[3])
             new[:, :, :held] = old
             setattr(self, name, new)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
 from s2t.errors import ConfigError
@@ -104,29 +106,47 @@ def decode_ids(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 class Detokenizer:
     """Ids in, text pieces out, never half a character: text is held back while it ends in a replacement mark.
 
-    Each token is decoded together with a few before it, so the work per token does not grow with the text.
+    Of a fast tokenizer `tokenizers` does this itself. Of a slow one each token is decoded together with a few before it, so
+    that the work per token does not grow with the text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
         self.tokenizer = tokenizer
+        self._backend = backend if isinstance(backend, Tokenizer) else None
+        self._stream = DecodeStream(skip_special_tokens=True)
         self._ids: list[int] = []  # the last tokens
-        self._shown = ""  # of their text
+        self._num_shown = 0  # of them, those whose text is known; of a fast tokenizer
+        self._shown = ""  # of their text; of a slow one
 
     def push(self, token_id: int) -> str:
         """The text that became certain with this token; may be empty."""
         self._ids.append(token_id)
+        if self._backend is None:
+            return self._push_slow()
+        piece = self._stream.step(self._backend, token_id)
+        if piece is None:
+            return ""
+        del self._ids[: self._num_shown]
+        self._num_shown = len(self._ids)
+        return piece
+
+    def finish(self) -> str:
+        """Whatever was held back."""
+        text = decode_ids(self.tokenizer, self._ids)
+        if self._backend is not None:
+            self._shown = decode_ids(self.tokenizer, self._ids[: self._num_shown])
+            self._num_shown = len(self._ids)
+        piece, self._shown = text[len(self._shown) :], text
+        return piece
+
+    def _push_slow(self) -> str:
         text = decode_ids(self.tokenizer, self._ids)
         if text.endswith("\ufffd"):
             return ""
         piece, self._shown = text[len(self._shown) :], text
         if len(self._ids) >= 2 * _CONTEXT:
             self._forget()
-        return piece
-
-    def finish(self) -> str:
-        """Whatever was held back."""
-        text = decode_ids(self.tokenizer, self._ids)
-        piece, self._shown = text[len(self._shown) :], text
         return piece
 
     def _forget(self) -> None:

@@ -19,6 +19,7 @@ from s2t.config import NEEDS_LLM
 from s2t.errors import DataError, missing_extra
 from s2t.files import load_run, read_json, write_bytes, write_text
 from s2t.report import plots
+from s2t.report.figure import DARK, LIGHT
 from s2t.report.lead import repaired, sentences
 from s2t.report.trace import Traces, load_traces, script_json
 from s2t.web import source
@@ -180,8 +181,8 @@ def _ring_picture(shares: tuple[float, float, float], curve: dict[str, Any]) -> 
         "Where the LLM's token stands",
         "Rank of the LLM's likeliest token in the SLM's order, at divergence points alone. Both blue parts together are hit@8.",
         f"The LLM's token: {said}.",
-        plots.rank_ring(shares, points, plots.LIGHT),
-        plots.rank_ring(shares, points, plots.DARK),
+        plots.rank_ring(shares, points, LIGHT),
+        plots.rank_ring(shares, points, DARK),
     )
 
 
@@ -195,8 +196,8 @@ def _hit_picture(curve: dict[str, Any]) -> Picture:
         f"Share of the {_count(points)} divergence points at which the LLM's token is among the SLM's first K"
         + (", with 95 % intervals." if ci95 else "."),
         f"Hit rate: {said}.",
-        plots.hit_at_k(rates, ci95, plots.LIGHT),
-        plots.hit_at_k(rates, ci95, plots.DARK),
+        plots.hit_at_k(rates, ci95, LIGHT),
+        plots.hit_at_k(rates, ci95, DARK),
     )
 
 
@@ -208,8 +209,8 @@ def _bins_picture(bins: list[dict[str, Any]]) -> Picture:
         "Hit rate by divergence",
         "All measured steps past the warm-up, grouped by how far the two models' next-token distributions are apart.",
         f"In the highest of {len(bins)} divergence bins: {said}.",
-        plots.hit_by_divergence(bins, plots.LIGHT),
-        plots.hit_by_divergence(bins, plots.DARK),
+        plots.hit_by_divergence(bins, LIGHT),
+        plots.hit_by_divergence(bins, DARK),
     )
 
 
@@ -220,8 +221,8 @@ def _cost_picture(strategies: dict[str, dict[str, Any]]) -> Picture:
         "Accuracy against cost",
         "Cost counts every token run through either model: prompts, generated tokens and candidates.",
         f"Accuracy: {said}.",
-        plots.accuracy_cost(strategies, plots.LIGHT),
-        plots.accuracy_cost(strategies, plots.DARK),
+        plots.accuracy_cost(strategies, LIGHT),
+        plots.accuracy_cost(strategies, DARK),
     )
 
 

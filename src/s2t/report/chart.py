@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from s2t.report.plots import LIGHT, Theme, _figure, _panels, _png
+from s2t.report.figure import LIGHT, Theme, error_bars, panels, png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,10 +30,10 @@ def draw_charts(charts: Sequence[dict[str, Any]], theme: Theme = LIGHT) -> bytes
         return _bars(charts[0], theme)
     if "bar" in kinds:
         raise ValueError("bars stand alone; got several charts.")
-    figure, panels = _panels(theme, len(charts))
-    for chart, axes in zip(charts, panels, strict=True):
+    figure, places = panels(theme, len(charts))
+    for chart, axes in zip(charts, places, strict=True):
         _lines(chart, axes, theme, columns=1 if len(charts) > 1 and len(chart["series"]) < 7 else 2)
-    return _png(figure)
+    return png(figure)
 
 
 def _lines(chart: dict[str, Any], axes: Axes, theme: Theme, columns: int) -> None:
@@ -44,7 +44,7 @@ def _lines(chart: dict[str, Any], axes: Axes, theme: Theme, columns: int) -> Non
         if len(y) > 50:
             axes.plot(series["x"], y, color=style["color"], linewidth=2, label=series["name"])
             continue
-        bars = _error_bars(y, series["ci95"])
+        bars = error_bars(y, series["ci95"])
         axes.errorbar(series["x"], y, yerr=bars, markersize=6, linewidth=1.8, capsize=3, label=series["name"], **style)
     if chart["log_x"]:
         _log_axis(axes, [x for series in chart["series"] for x in series["x"]])
@@ -69,10 +69,10 @@ def _lines(chart: dict[str, Any], axes: Axes, theme: Theme, columns: int) -> Non
 def _bars(chart: dict[str, Any], theme: Theme) -> bytes:
     """Horizontal bars, first on top, with the interval and the value beside each."""
     series = chart["series"]
-    figure, axes = _figure(theme)
+    figure, [axes] = panels(theme)
     figure.set_size_inches(7.0, max(2.2, 0.34 * len(series) + 1.0))
     values = [100 * one["y"][0] for one in series]
-    errors = _error_bars(values, [interval for one in series for interval in (one["ci95"] or [None])])
+    errors = error_bars(values, [interval for one in series for interval in (one["ci95"] or [None])])
     places = list(range(len(series)))
     axes.barh(places, values, color=_COLORS[0], alpha=0.85, height=0.7)
     axes.errorbar(values, places, xerr=errors, fmt="none", ecolor=theme.ink, capsize=3, linewidth=1.2)
@@ -86,16 +86,7 @@ def _bars(chart: dict[str, Any], theme: Theme) -> bytes:
     left = [value - (errors[0][i] if errors else 0) for i, value in enumerate(values)]
     axes.set_xlim(min(0, min(left, default=0) * 1.15), max(right, default=1) * 1.15 + 1)
     axes.set_xlabel(chart["y_label"])
-    return _png(figure)
-
-
-def _error_bars(values: Sequence[float], intervals: Sequence[Any]) -> list[list[float]] | None:
-    """Lengths below and above in percent; None where no interval is known."""
-    if not any(intervals):
-        return None
-    below = [max(0.0, v - 100 * ci[0]) if ci else 0.0 for v, ci in zip(values, intervals, strict=True)]
-    above = [max(0.0, 100 * ci[1] - v) if ci else 0.0 for v, ci in zip(values, intervals, strict=True)]
-    return [below, above]
+    return png(figure)
 
 
 def _log_axis(axes: Axes, values: Sequence[float]) -> None:

@@ -6,17 +6,14 @@ Colours are Okabe-Ito's, and every strategy also has a marker of its own, so col
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from s2t.errors import missing_extra
+from s2t.report.figure import LIGHT, Theme, error_bars, panels, png, span
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from matplotlib.text import Annotation
 
 HIT_BY_DIVERGENCE_KS = ("1", "2", "4", "8")
@@ -33,30 +30,6 @@ _STYLES = {  # strategy -> (colour, marker); "" is the theme's ink
 _OTHER_STYLE = ("#8C8C8C", "X")
 _ANGLES = (0, 180, 40, -40, 140, -140, 90, -90)  # degrees, in the order they are tried
 _RADII = (12, 20, 30, 44, 60, 80, 105, 135, 170, 210, 260)  # points
-
-
-@dataclass(frozen=True, slots=True)
-class Theme:
-    """Colours of one appearance: page, text, secondary text, grid, the lines of hit@1, 2, 4, 8, and the ring's parts."""
-
-    paper: str
-    ink: str
-    muted: str
-    grid: str
-    lines: tuple[str, str, str, str]
-    ring: tuple[str, str, str]
-
-
-LIGHT = Theme(
-    *("#FFFFFF", "#1B1F24", "#57606A", "#E3E6EA"),
-    ("#E69F00", "#D55E00", "#CC79A7", "#0072B2"),
-    ("#0072B2", "#56B4E9", "#D55E00"),
-)
-DARK = Theme(
-    *("#15181C", "#E6E8EB", "#A3ABB5", "#2C3138"),
-    ("#E69F00", "#FF8A3D", "#E3A0C6", "#56B4E9"),
-    ("#2F8FD0", "#8FD0F5", "#FF8A3D"),
-)
 
 
 _CENTERED: dict[str, Any] = {"ha": "center", "va": "center"}
@@ -76,7 +49,7 @@ def rank_ring(shares: Sequence[float], num_points: int | None, theme: Theme = LI
 
     Source: Select to Think (arXiv 2604.26940), local sufficiency at divergence points.
     """
-    figure, axes = _figure(theme)
+    figure, [axes] = panels(theme)
     axes.set_axis_off()
     axes.pie(
         list(shares),
@@ -91,7 +64,7 @@ def rank_ring(shares: Sequence[float], num_points: int | None, theme: Theme = LI
     for place, (share, label) in enumerate(zip(shares, RANKS, strict=True)):
         _ring_label(axes, 0.66 - 0.66 * place, share, label, theme.ring[place], theme)
     axes.set(xlim=(-2.2, 2.2), ylim=(-1.08, 1.08), aspect="equal")
-    return _png(figure)
+    return png(figure)
 
 
 def _points_text(num_points: int | None) -> str:
@@ -108,13 +81,13 @@ def _ring_label(axes: Axes, y: float, share: float, label: str, color: str, them
 
 def hit_at_k(hit_rate: dict[str, Any], ci95: dict[str, Any] | None, theme: Theme = LIGHT) -> bytes:
     """Hit rate (in [0, 1]) against K at divergence points, with 95 % intervals where given; PNG bytes."""
-    figure, axes = _figure(theme)
+    figure, [axes] = panels(theme)
     ks = sorted((int(k) for k, rate in hit_rate.items() if _is_number(rate)))
     rates = [100 * hit_rate[str(k)] for k in ks]
     axes.errorbar(
         ks,
         rates,
-        yerr=_error_bars(rates, [(ci95 or {}).get(str(k)) for k in ks]) if ci95 else None,
+        yerr=error_bars(rates, [(ci95 or {}).get(str(k)) for k in ks]),
         color=theme.lines[3],
         marker="o",
         markersize=6,
@@ -131,12 +104,12 @@ def hit_at_k(hit_rate: dict[str, Any], ci95: dict[str, Any] | None, theme: Theme
     axes.set_ylim(0, 104)
     axes.set_xlabel("K (number of SLM candidates, log scale)")
     axes.set_ylabel("hit@K at divergence points (%)")
-    return _png(figure)
+    return png(figure)
 
 
 def hit_by_divergence(bins: Sequence[dict[str, Any]], theme: Theme = LIGHT) -> bytes:
     """Hit@1, 2, 4, 8 in each divergence bin, with the number of steps under it; PNG bytes."""
-    figure, axes = _figure(theme)
+    figure, [axes] = panels(theme)
     for k, color, marker in zip(HIT_BY_DIVERGENCE_KS, theme.lines, "osD^", strict=True):
         rates = [_percent_or_nan(entry["hit_rate"].get(k)) for entry in bins]
         if not all(math.isnan(rate) for rate in rates):
@@ -157,12 +130,12 @@ def hit_by_divergence(bins: Sequence[dict[str, Any]], theme: Theme = LIGHT) -> b
         labelcolor=theme.ink,
         fontsize=10,
     )
-    return _png(figure)
+    return png(figure)
 
 
 def accuracy_cost(strategies: dict[str, dict[str, Any]], theme: Theme = LIGHT) -> bytes:
     """Accuracy with 95 % error bars against FLOPs of both models (forwards where unknown); PNG bytes."""
-    figure, axes = _figure(theme)
+    figure, [axes] = panels(theme)
     costs, label = _costs(strategies)
     points = []
     for name, scores in strategies.items():
@@ -171,7 +144,7 @@ def accuracy_cost(strategies: dict[str, dict[str, Any]], theme: Theme = LIGHT) -
         axes.errorbar(
             [costs[name]],
             [accuracy],
-            yerr=_error_bars([accuracy], [scores.get("ci95")]),
+            yerr=error_bars([accuracy], [scores.get("ci95")]),
             color=color or theme.ink,
             marker=marker,
             markersize=11 if marker == "*" else 8,
@@ -184,9 +157,9 @@ def accuracy_cost(strategies: dict[str, dict[str, Any]], theme: Theme = LIGHT) -
     _log_ticks(axes, list(costs.values()))
     axes.set_xlabel(f"{label} (log scale)")
     axes.set_ylabel("accuracy (%), with 95 % interval")
-    spans = [_span(100 * scores["accuracy"], scores.get("ci95")) for scores in strategies.values()]
+    spans = [span(100 * scores["accuracy"], scores.get("ci95")) for scores in strategies.values()]
     place_labels(axes, points, list(strategies), spans, theme)
-    return _png(figure)
+    return png(figure)
 
 
 def place_labels(
@@ -258,46 +231,6 @@ def _obstacle(axes: Axes, x: float, low: float, high: float) -> Any:
     return Bbox([[x0 - 9, y0 - 7], [x0 + 9, y1 + 7]])
 
 
-def _figure(theme: Theme) -> tuple[Figure, Axes]:
-    """An empty Agg figure in the theme's colours."""
-    figure, [axes] = _panels(theme, 1)
-    return figure, axes
-
-
-def _panels(theme: Theme, count: int) -> tuple[Figure, list[Axes]]:
-    """An empty Agg figure with `count` axes side by side, in the theme's colours."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise missing_extra("matplotlib", "plots") from error
-
-    width = 6.0 if count == 1 else 4.3 * count
-    figure = Figure(figsize=(width, 3.9), dpi=190 if count == 1 else 130, layout="constrained", facecolor=theme.paper)
-    FigureCanvasAgg(figure)
-    found = [figure.add_subplot(1, count, place + 1, facecolor=theme.paper) for place in range(count)]
-    for axes in found:
-        _dress(axes, theme)
-    return figure, found
-
-
-def _dress(axes: Axes, theme: Theme) -> None:
-    axes.grid(color=theme.grid, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=theme.muted, which="both", labelsize=9.5, length=0)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(theme.muted)
-    axes.xaxis.label.set(color=theme.ink, size=10.5)
-    axes.yaxis.label.set(color=theme.ink, size=10.5)
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", facecolor=figure.get_facecolor(), metadata={"Software": None})
-    return buffer.getvalue()
-
-
 def _costs(strategies: dict[str, dict[str, Any]]) -> tuple[dict[str, float], str]:
     """Cost of each strategy and what it counts: FLOPs where every strategy has them, else forwards."""
     readings: tuple[tuple[str, Callable[[dict[str, Any]], float]], ...] = (
@@ -334,25 +267,11 @@ def _scientific(value: float) -> str:
     return f"$10^{{{power}}}$" if digit == 1 else f"${digit}\\times10^{{{power}}}$"
 
 
-def _span(value: float, ci95: Any) -> tuple[float, float]:
-    """Ends of an interval in percent; the value itself where there is none."""
-    if not ci95:
-        return value, value
-    return min(value, 100 * ci95[0]), max(value, 100 * ci95[1])
-
-
-def _error_bars(values: Sequence[float], intervals: Sequence[Any]) -> list[list[float]]:
-    spans = [_span(value, ci95) for value, ci95 in zip(values, intervals, strict=True)]
-    below = [value - low for value, (low, _) in zip(values, spans, strict=True)]
-    above = [high - value for value, (_, high) in zip(values, spans, strict=True)]
-    return [below, above]
-
-
 def _bin_label(entry: dict[str, Any], separator: str) -> str:
     low, high = entry["low"], entry["high"]
     dash = "–\n" if separator == "\n" else "–"
-    span = f"{low:.2g}{dash}{high:.2g}" if _is_number(low) and _is_number(high) else f"≥ {low or 0:.2g}"
-    return f"{span}{separator}n = {entry['num_steps']:,}"
+    label = f"{low:.2g}{dash}{high:.2g}" if _is_number(low) and _is_number(high) else f"≥ {low or 0:.2g}"
+    return f"{label}{separator}n = {entry['num_steps']:,}"
 
 
 def _percent_or_nan(rate: Any) -> float:

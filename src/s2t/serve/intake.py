@@ -14,11 +14,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from s2t.config import ServeConfig, read_variables
-from s2t.decode.context import prompt_length
 from s2t.decode.continuous import OwnRequest
 from s2t.decode.loop import Request
 from s2t.decode.pair import Pair
-from s2t.decode.prompts import ids_key, prompt_key, sample_key
+from s2t.decode.prompts import ids_key, prompt_key, prompt_length, sample_key
 from s2t.errors import S2TError
 from s2t.methods.sample import Sampling
 from s2t.methods.strategies import Strategy

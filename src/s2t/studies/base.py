@@ -7,20 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from s2t.config import (
-    HOW_IT_RUNS,
-    CalibrateConfig,
-    CollectConfig,
-    FitConfig,
-    MeasureConfig,
-    StudyConfig,
-    TrainConfig,
-    build_config,
-)
+from s2t.config import HOW_IT_RUNS, FitConfig, StudyConfig, build_config
 from s2t.errors import ConfigError
 from s2t.files import load_run
+from s2t.workflows import WORKFLOWS
 
-_CONFIGS = {"measure": MeasureConfig, "calibrate": CalibrateConfig, "collect": CollectConfig, "train": TrainConfig}
 _EXECUTION = (*HOW_IT_RUNS, "dtype", "device", "device_map", "execution", "trust_remote_code", "batch_size", "out")
 _EXECUTION_OF_TRAIN = ("prefix_cache_gib", "checkpoint_steps", "log_with")
 _PATHS = ("run", "calibration", "groups")
@@ -44,7 +35,7 @@ def check_base(folder: Path, command: str, settings: Mapping[str, Any]) -> None:
 
 def _wanted(command: str, settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """What the study would have given, by name, with the defaults of `train`."""
-    config = asdict(build_config(_CONFIGS[command], flags=settings))
+    config = asdict(build_config(WORKFLOWS[command].config, flags=settings))
     ignored = (*_EXECUTION, *_EXECUTION_OF_TRAIN, "llm", "llm_revision", "llm_quantization")
     names = [name for name in config if name not in ignored] if command == "train" else settings
     return ((name, config[name]) for name in names if name not in _EXECUTION)

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from s2t import workflows
 from s2t.config import PLACES, ModelConfig, StudyConfig, parse_settings
 from s2t.demo import TRAIN_SETTINGS
 from s2t.files import RunFolder, read_json, write_json
 from s2t.model.merged import base_model
 from s2t.model.tiny import is_embedded
 from s2t.studies.base import check_base
+from s2t.workflows import Stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ class Lab:
     def evaluated(self, name: str, strategies: str, **settings: Any) -> dict[str, Any]:
         """summary.json of an evaluation, with the results as `results`."""
         own = {"limit": self.config.limit, "strategies": strategies, "split": self.config.split, "num_traces": 0}
-        folder = self._run("evaluate", self.folder / name, self._settings(own | settings))
+        folder = self._run("eval", self.folder / name, self._settings(own | settings))
         return read_json(folder / "summary.json")
 
     def thresholds_file(self, name: str, thresholds: Mapping[str, float]) -> Path:
@@ -143,12 +143,11 @@ class Lab:
         return (self.base if is_shared else self.folder) / name
 
     def _run(self, command: str, folder: Path, settings: Mapping[str, Any]) -> Path:
-        kind = "eval" if command == "evaluate" else command
         plain = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
-        if folder.parent == self.base and _is_finished(folder, kind):
-            check_base(folder, kind, plain)
+        if folder.parent == self.base and _is_finished(folder, command):
+            check_base(folder, command, plain)
         else:
-            getattr(workflows, command)(**plain, out=str(folder))
+            Stage(folder.name, command, {**plain, "out": str(folder)}).run()
         return folder
 
 

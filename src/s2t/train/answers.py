@@ -18,10 +18,10 @@ import numpy as np
 import pyarrow as pa
 
 from s2t.config import DecodeConfig, DistillConfig
-from s2t.decode.generated import Generated
 from s2t.decode.label import Targets, llm_targets
 from s2t.decode.loop import Request
 from s2t.decode.opening import open_pair
+from s2t.decode.rows import Generated
 from s2t.decode.workload import check_shards, open_task, requests_for, shards_of, task_for_workers
 from s2t.errors import ConfigError, DataError, ModelError
 from s2t.files import RunFolder, read_tables, write_table

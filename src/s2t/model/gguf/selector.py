@@ -11,15 +11,8 @@ from torch import Tensor
 
 from s2t.core.rule import criticality, expected_bin
 from s2t.errors import ModelError
-from s2t.model.adapter import (
-    BRANCH_SCOPES,
-    AdapterConfig,
-    Selector,
-    SelectorReader,
-    check_weights,
-    read_adapter_config,
-    reserved_of,
-)
+from s2t.model.adapter import BRANCH_SCOPES, Selector, SelectorReader, reserved_of
+from s2t.model.adapter_config import AdapterConfig, check_weights, read_adapter_config
 from s2t.model.gguf.file import LORA_FILE
 from s2t.model.gguf.library import last_error, llama
 from s2t.model.gguf.lora import write_lora
