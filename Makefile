@@ -5,13 +5,14 @@ OUT ?= runs/demo
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+GGUF_STAMP := $(VENV)/.installed-gguf
 VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := demo
-.PHONY: demo test test-vllm docs lint format release-check clean
+.PHONY: demo test test-vllm test-gguf docs lint format release-check clean
 
 demo: $(STAMP)  ## The whole method on the embedded pair: CPU, offline, minutes
 	$(BIN)/s2t demo --out $(OUT)
@@ -21,6 +22,9 @@ test: $(STAMP)  ## The default test run: CPU, offline
 
 test-vllm: $(STAMP) $(VLLM_STAMP)  ## Against real vLLM servers, which run from an environment of their own
 	OMP_NUM_THREADS=1 S2T_VLLM_PYTHON=$(CURDIR)/$(VLLM_VENV)/bin/python $(BIN)/python -m pytest -q -m vllm
+
+test-gguf: $(STAMP) $(GGUF_STAMP)  ## GGUF files on llama.cpp, which is compiled first (cmake and a C++ compiler; 10 to 20 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/gguf
 
 docs: $(STAMP)  ## The site, into site/; a dead link or a page outside the navigation fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
@@ -48,6 +52,11 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) -c constraints.txt $(TORCH)
 	@$(PIP) -c constraints.txt -e ".[train,tensorboard,eval,plots,lm-eval,ray,remote,serve,dev]"
+	@touch $@
+
+$(GGUF_STAMP): $(STAMP)
+	@echo "Compiling llama.cpp (once; 10 to 20 minutes on two cores)"
+	@$(PIP) -c constraints.txt -e ".[gguf]"
 	@touch $@
 
 # vLLM pins versions that the package need not share, so its server has an environment of its own; see constraints-vllm.txt.

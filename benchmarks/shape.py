@@ -29,7 +29,7 @@ FLOORS = (
     ("methods",),
     ("decode",),
     ("summary", "traces"),
-    ("measure", "collect", "train", "merge", "push", "evaluate", "report", "serve"),
+    ("measure", "collect", "train", "merge", "export", "push", "evaluate", "report", "serve"),
     ("api", "demo", "bench", "workflows"),
     ("studies", "reproduce"),
     ("cli", "integrations"),

@@ -31,6 +31,7 @@ SIZES = {
 }
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {"num_key_value_heads": 2}),
+    "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 128}),  # 128 in all of them
     "llama": ("Llama", {"num_key_value_heads": 4}),
     "gemma": ("Gemma", {"num_key_value_heads": 1, "head_dim": 16}),
     "gemma2-eager": (

@@ -113,7 +113,7 @@ def test_what_is_trusted_is_said():
 
 def test_every_extra_has_an_import_that_is_tried():
     extras = settings()["project"]["optional-dependencies"]
-    assert set(EXTRAS) == set(extras) - {"all", "dev"}
+    assert set(EXTRAS) == set(extras) - {"all", "dev", "gguf"}  # that one compiles for minutes: make test-gguf
     for code in EXTRAS.values():
         ast.parse(code)
 

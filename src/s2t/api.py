@@ -21,6 +21,7 @@ from s2t.config import (
     STRATEGIES,
     ChatConfig,
     DecodeConfig,
+    EngineConfig,
     ModelConfig,
     ServedConfig,
     build_config,
@@ -44,13 +45,14 @@ Prompts = list[str] | list[list[dict[str, str]]]
 
 
 @dataclass(frozen=True)
-class _LoadConfig(ServedConfig, ChatConfig, ModelConfig):
+class _LoadConfig(ServedConfig, ChatConfig, EngineConfig, ModelConfig):
     """What `load` takes."""
 
     adapter: str | None = None
 
     def __post_init__(self) -> None:
         self.check_model()
+        self.check_engine()
         self.check_chat()
         self.check_remote()
 
@@ -86,9 +88,10 @@ def load(
 ) -> Reasoner:
     """Load an SLM, with an LLM and an adapter where they are given; most strategies need neither.
 
-    `slm` and `llm` are hub ids, folders, embedded models, or PEFT adapters (merged into their bases); `adapter` is what
-    `s2t train` wrote (a folder or a hub id), and a folder that `s2t merge` wrote brings its selector with it. A
-    quantization is a name such as bitsandbytes-4bit, a dict with a `quant_method`, or a config of transformers. The other
+    `slm` and `llm` are hub ids, folders, GGUF files, embedded models, or PEFT adapters (merged into their bases); `adapter`
+    is what `s2t train` wrote (a folder or a hub id), and a folder that `s2t merge` or `s2t export` wrote brings its selector with
+    it. `engine` says what runs GGUF files: llama.cpp (with `threads` and `context`), torch, or auto. A quantization is a name
+    such as bitsandbytes-4bit, a dict with a `quant_method`, or a config of transformers. The other
     settings are the fields of `ModelConfig`: dtype, device, device_map, revision, llm_revision, trust_remote_code and
     execution (eager, static: CUDA graphs on a GPU, compile: torch.compile as well, or auto). `chat_template_kwargs` is a dict of
     variables for the models' chat templates, such as {"enable_thinking": False}. With

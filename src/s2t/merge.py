@@ -8,7 +8,6 @@ alone) in the base's weights. The folder is written under another name and renam
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -40,8 +39,10 @@ from s2t.model.merged import (
     SELECTOR_FILE,
     MergedConfig,
     adapter_folder,
+    check_target,
+    clear,
     hash_weights,
-    is_merged,
+    put_in_place,
     sha256,
 )
 
@@ -61,7 +62,7 @@ def generate(model, **arguments):
 def merge(config: MergeConfig) -> dict[str, Any]:
     """Write the merged folder and return what its `s2t_config.json` says; raises ModelError or ConfigError, one line."""
     out = Path(config.out)
-    _check_target(out, config.overwrite)
+    check_target(out, config.overwrite)
     adapter = read_adapter_config(config.adapter)
     folder = adapter_folder(config.adapter)
     found = _measured(config.eval, folder)
@@ -70,28 +71,19 @@ def merge(config: MergeConfig) -> dict[str, Any]:
     attached = load_adapter(folder, loaded, with_peft=True)
     part = out.with_name(f".{out.name}.merging")
     try:
-        _clear(part)  # what a killed merge left
+        clear(part)  # what a killed merge left
         part.mkdir(parents=True)
         dtype = _write_model(part, loaded, attached, config.dtype)
         _write_rest(part, folder, attached)
         document = _describe(part, attached, dtype, found)
         _write_texts(part, adapter, document)
         write_json(part / CONFIG_FILE, document.as_json())
-        _put_in_place(part, out)
+        put_in_place(part, out)
     except OSError as error:
         raise DataError(f"{out} cannot be written: {error.strerror or error}; choose another --out.") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return {"folder": str(out)} | document.as_json()
-
-
-def _check_target(out: Path, overwrite: bool) -> None:
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not out.is_dir() or not is_merged(out):
-        raise ConfigError(f"{out} exists and is no merged model; choose another --out.")
-    if not overwrite:
-        raise ConfigError(f"{out} holds a merged model; pass --overwrite to replace it, or choose another --out.")
 
 
 # Weights
@@ -317,27 +309,3 @@ In transformers: `model.generate(**inputs, custom_generate="THIS FOLDER", trust_
 {settings}
 Made by s2t {version}; `s2t_config.json` has every setting and the sha256 of every weights file. Method: arXiv 2604.26940.
 """
-
-
-# Folders
-
-
-def _put_in_place(part: Path, out: Path) -> None:
-    """Rename the whole folder; a previous merge steps aside first, so that no mixture of the two ever has the name."""
-    if not out.exists() or not any(out.iterdir()):
-        os.replace(part, out)
-        return
-    old = out.with_name(f".{out.name}.replaced")
-    _clear(old)
-    os.replace(out, old)
-    try:
-        os.replace(part, out)
-    except OSError:
-        os.replace(old, out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _clear(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)

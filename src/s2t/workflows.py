@@ -19,6 +19,7 @@ from s2t.config import (
     CollectConfig,
     DistillConfig,
     EvalConfig,
+    ExportConfig,
     MeasureConfig,
     MergeConfig,
     PushConfig,
@@ -92,6 +93,11 @@ WORKFLOWS = {
         MergeConfig,
         "s2t.merge:merge",
         "Merge an adapter and its base model into one folder that loads like any causal LM.",
+    ),
+    "export": Workflow(
+        ExportConfig,
+        "s2t.export:export",
+        "Write an adapter and its base model as a folder of GGUF files, which llama.cpp runs on a laptop.",
     ),
     "push": Workflow(
         PushConfig,

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import pytest
 
 from s2t.config import GenerateConfig, ModelConfig
-from s2t.decode import opening as opening_module
 from s2t.decode.loop import Request
 from s2t.decode.opening import open_pair
 from s2t.errors import ConfigError, ModelError
@@ -30,7 +29,7 @@ class Loads:
 @pytest.fixture
 def loads(monkeypatch, new_model):
     loads = Loads(new_model, [])
-    monkeypatch.setattr(opening_module, "load_model", loads)
+    monkeypatch.setattr("s2t.model.gguf.opening.load_model", loads)
     return loads
 
 

@@ -244,7 +244,7 @@ def test_variables_that_are_none_are_refused(given):
 def moody(tokenizer, monkeypatch):
     """Every model's template reads one variable."""
     source = TEXTS + "{{ mood }}"
-    monkeypatch.setattr("s2t.decode.opening.load_model", lambda name, **_: _with_template(load_model(name), source))
+    monkeypatch.setattr("s2t.model.gguf.opening.load_model", lambda name, **_: _with_template(load_model(name), source))
 
 
 def _with_template(loaded, source):

@@ -261,6 +261,8 @@ def test_the_models_are_listed_and_found(server):
     assert ids[0] == NAME
     assert {f"{NAME}:{strategy}" for strategy in STRATEGIES} == set(ids[1:])
     assert client.models.retrieve(f"{NAME}:greedy").id == f"{NAME}:greedy"
+    engine = client.models.retrieve(NAME).model_extra["engine"]
+    assert engine["engine"] == "torch" and engine["weights_bytes"] > 0 and engine["context_length"] > 0
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("gpt-5")
 

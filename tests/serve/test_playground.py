@@ -60,6 +60,14 @@ def text_of(page: Any, side: int) -> str:
     )
 
 
+def test_the_header_tells_what_runs_the_model(browser, server):
+    with opened(browser, server) as page:
+        page.wait_for_selector("html[data-ready]")
+        told = page.inner_text("#about")
+    assert "It runs on torch (float32), reads " in told
+    assert re.search(r"takes about [\d.]+ MB of memory\.$", told)
+
+
 def test_both_answers_are_those_of_the_python_interface(browser, server):
     with opened(browser, server) as page:
         answer(page)

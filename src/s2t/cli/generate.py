@@ -50,6 +50,7 @@ def command(
         "num_triggered": sum(step.fired for step in generation.steps),
         "num_flips": sum(step.fired and step.flip for step in generation.steps),
         "cost": generation.cost,
+        "engine": reasoner.pair.slm.facts if reasoner.pair.served_slm is None else None,
     }
 
 

@@ -27,6 +27,7 @@ COMMANDS = {
     "train": work.COMMANDS["train"],
     "distill": work.COMMANDS["distill"],
     "merge": work.COMMANDS["merge"],
+    "export": work.COMMANDS["export"],
     "push": work.COMMANDS["push"],
     "generate": generate.command,
     "chat": chat.command,

@@ -30,6 +30,7 @@ USED = (
 NUM_FIRST = 10
 PANELS = {
     "ModelConfig": "How models are loaded",
+    "EngineConfig": "How models are loaded",
     "ChatConfig": "How models are loaded",
     "RemoteConfig": "Models on servers",
     "ShardConfig": "Models on servers",

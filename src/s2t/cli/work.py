@@ -75,6 +75,13 @@ def show_merged(merged: Mapping[str, Any]) -> None:
     print_facts("merge", facts | {"dtype": merged["dtype"], "weights files": len(merged["weights"])})
 
 
+def show_exported(exported: Mapping[str, Any]) -> None:
+    adapter = exported["adapter"]
+    facts = {"folder": exported["folder"], "base model": adapter["base_model"], "scope": adapter["scope"]}
+    facts |= {"quantization": exported["dtype"], "criticality above": adapter["thresholds"].get("criticality")}
+    print_facts("export", facts)
+
+
 def show_pushed(pushed: Mapping[str, Any]) -> None:
     seen = "private" if pushed["private"] else "public"
     print_facts("push", {"repository": pushed["url"], "seen by": seen, "files": len(pushed["files"])})
@@ -139,6 +146,7 @@ COMMANDS = {
     "train": command_of("train", show_trained),
     "distill": command_of("distill", show_distilled),
     "merge": command_of("merge", show_merged),
+    "export": command_of("export", show_exported),
     "push": command_of("push", show_pushed),
     "bench": bench,
 }

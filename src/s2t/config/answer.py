@@ -11,6 +11,7 @@ from s2t.config.shared import (
     READERS,
     ChatConfig,
     DecodeConfig,
+    EngineConfig,
     ModelConfig,
     ServedConfig,
     ShardConfig,
@@ -19,7 +20,7 @@ from s2t.config.shared import (
 
 
 @dataclass(frozen=True)
-class GenerateConfig(DecodeConfig, ServedConfig, ChatConfig, ModelConfig):
+class GenerateConfig(DecodeConfig, ServedConfig, ChatConfig, EngineConfig, ModelConfig):
     """`s2t generate` and `s2t chat`."""
 
     strategy: str | None = None
@@ -30,6 +31,7 @@ class GenerateConfig(DecodeConfig, ServedConfig, ChatConfig, ModelConfig):
 
     def __post_init__(self) -> None:
         self.check_model()
+        self.check_engine()
         self.check_chat()
         self.check_remote()
         self.check_decode()
@@ -44,7 +46,7 @@ class GenerateConfig(DecodeConfig, ServedConfig, ChatConfig, ModelConfig):
 
 
 @dataclass(frozen=True)
-class ServeConfig(DecodeConfig, ServedConfig, ChatConfig, ModelConfig):
+class ServeConfig(DecodeConfig, ServedConfig, ChatConfig, EngineConfig, ModelConfig):
     """`s2t serve`: an OpenAI-compatible server; decoding settings are those of requests that do not give their own."""
 
     strategy: str | None = None
@@ -80,6 +82,7 @@ class ServeConfig(DecodeConfig, ServedConfig, ChatConfig, ModelConfig):
 
     def __post_init__(self) -> None:
         self.check_model()
+        self.check_engine()
         self.check_chat()
         self.check_remote()
         self.check_decode()
@@ -99,7 +102,7 @@ class ServeConfig(DecodeConfig, ServedConfig, ChatConfig, ModelConfig):
 
 
 @dataclass(frozen=True)
-class EvalConfig(DecodeConfig, TaskConfig, ServedConfig, ShardConfig, ChatConfig, ModelConfig):
+class EvalConfig(DecodeConfig, TaskConfig, ServedConfig, ShardConfig, ChatConfig, EngineConfig, ModelConfig):
     """`s2t eval`: problems x strategies become graded results, scores with intervals and paired tests."""
 
     llm: str | None = None
@@ -125,6 +128,7 @@ class EvalConfig(DecodeConfig, TaskConfig, ServedConfig, ShardConfig, ChatConfig
 
     def __post_init__(self) -> None:
         self.check_model()
+        self.check_engine()
         self.check_chat()
         self.check_shards()
         self.check_task()

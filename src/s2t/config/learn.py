@@ -12,6 +12,7 @@ from s2t.config.shared import (
     CRITICALITY_READINGS,
     DISTILLATIONS,
     DTYPES,
+    QUANTIZATIONS,
     TRACKERS,
     ChatConfig,
     ModelConfig,
@@ -315,6 +316,42 @@ class PushConfig:
     def __post_init__(self) -> None:
         is_one = re.fullmatch(r"[\w.-]+/[\w.-]+", self.repo) is not None
         require(is_one, f"repo must be OWNER/NAME; got {self.repo!r}; pass --repo OWNER/NAME.")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """`s2t export`: an adapter and its base model become a folder of GGUF files for llama.cpp."""
+
+    adapter: str = "runs/train/adapter"
+    """Adapter written by `s2t train`, of scope step or candidates: a folder or a hub id."""
+    slm: str | None = None
+    """Its base model: hub id, folder or `tiny:slm`; None takes the one the adapter names."""
+    base_gguf: str | None = None
+    """A GGUF file of the base model (a path, or hub:OWNER/NAME/FILE.gguf) to take in place of making one."""
+    out: str = "runs/gguf"
+    """Folder to write; it must not exist, be empty, or be a previous export with --overwrite."""
+    quantization: str | None = None
+    """Of the file: q4_k_m, q5_k_m, q6_k, q8_0, f16, bf16, f32 and others; None is q4_k_m, or what --base-gguf has."""
+    calibration_problems: int = 16
+    """Problems of the adapter's task (calibration split) that the file answers so that criticality triggers as often as it did
+    in training; 0 keeps the adapter's threshold."""
+    calibration_tokens: int = 256
+    """Longest of these answers, in tokens."""
+    threads: int = 0
+    """Of llama.cpp: 0 takes the physical cores that nothing else keeps busy."""
+    overwrite: bool = False
+    """Replace a previous export."""
+    trust_remote_code: bool = False
+    """Run modelling code that comes with a checkpoint."""
+
+    def __post_init__(self) -> None:
+        check_at_least(0, calibration_problems=self.calibration_problems, threads=self.threads)
+        check_at_least(8, calibration_tokens=self.calibration_tokens)
+        if self.quantization is not None:
+            check_choice("quantization", self.quantization, QUANTIZATIONS)
+        require(
+            self.slm is None or self.base_gguf is None, "--slm and --base-gguf are two ways to say the base; pass one."
+        )
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,11 @@ SCOPES = ("auto", "step", "candidates", "always", "stream")
 CRITICALITY_READINGS = ("head", "reserved")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 EXECUTIONS = ("auto", "eager", "static", "compile")
+ENGINES = ("auto", "torch", "llama.cpp")
+QUANTIZATIONS = (
+    *("q4_k_m", "q4_k_s", "q4_0", "q5_k_m", "q5_k_s", "q5_0", "q6_k", "q8_0", "q3_k_m", "q2_k", "f16", "bf16", "f32"),
+)
+"""That `s2t export` writes, as llama.cpp calls them."""
 SUPPORTS = ("auto", "slm-top", "llm-top")
 DIVERGENCES = ("llm-slm", "slm-llm", "js", "released-code")
 TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -73,6 +78,27 @@ class ModelConfig:
     def llm_load_options(self) -> dict[str, Any]:
         """What `load_model` takes beside the LLM's name."""
         return self.load_options | {"revision": self.llm_revision, "quantization": self.llm_quantization}
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What runs GGUF files; shared by the commands that write answers and no more."""
+
+    engine: str = "auto"
+    """Of GGUF files: llama.cpp (their weights as they are), torch (unpacked), or auto (llama.cpp where it is installed)."""
+    threads: int = 0
+    """Of llama.cpp: 0 takes the physical cores that nothing else keeps busy when the model is loaded."""
+    context: int = 0
+    """Of llama.cpp: the longest prompt and answer together, in tokens; 0 takes what the model reads."""
+
+    def check_engine(self) -> None:
+        check_choice("engine", self.engine, ENGINES)
+        check_at_least(0, threads=self.threads, context=self.context)
+
+    @property
+    def engine_options(self) -> dict[str, Any]:
+        """What `open_model` takes beside a name and the options of `load_model`."""
+        return {"engine": self.engine, "threads": self.threads, "context": self.context}
 
 
 @dataclass(frozen=True)
@@ -193,7 +219,12 @@ class ServedConfig(RemoteConfig):
 
 # Settings that may differ when a run is resumed: they say where and how fast the work is done, not what it is.
 PLACES = ("workers", "ray", "ray_actors", "ray_gpus")
-HOW_IT_RUNS = (*PLACES, "slm_url", *(name for name in ShardConfig.__dataclass_fields__ if name != "llm_model"))
+HOW_IT_RUNS = (
+    *PLACES,
+    "slm_url",
+    "threads",
+    *(name for name in ShardConfig.__dataclass_fields__ if name != "llm_model"),
+)
 
 
 @dataclass(frozen=True)

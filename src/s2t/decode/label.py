@@ -27,6 +27,7 @@ from s2t.decode.finite import check_numbers
 from s2t.decode.remote.llm import Listed, RemoteLLM
 from s2t.decode.text_reference import TextReference
 from s2t.model.engine import Engine
+from s2t.model.gguf.opening import is_llama, open_engine
 from s2t.model.load import LoadedModel
 from s2t.model.text import VocabularyMap
 from s2t.progress import count
@@ -77,9 +78,9 @@ def label(
     """
     labels: dict[int, Labels] = {}
     k = min(num_candidates, slm.vocab_size)
-    limit = _TOKENS_AT_ONCE.get(slm.device.type, 2**13)
+    limit = _tokens_at_once(slm)
     for batch in _batches([len(p) + len(g) for p, g in zip(prompts, generated, strict=True)], limit):
-        reader = _PairReader(Engine(slm, len(batch)), Engine(llm, len(batch)), k, support_size, kind, support)
+        reader = _PairReader(open_engine(slm, len(batch)), open_engine(llm, len(batch)), k, support_size, kind, support)
         found = reader.read([prompts[i] for i in batch], [generated[i] for i in batch])
         labels.update(zip(batch, found, strict=True))
         _count(generated, batch)
@@ -104,9 +105,9 @@ def label_listed(
     listed = llm.read(prompts, generated)
     labels: dict[int, Labels] = {}
     k = min(num_candidates, slm.vocab_size)
-    limit = _TOKENS_AT_ONCE.get(slm.device.type, 2**13)
+    limit = _tokens_at_once(slm)
     for batch in _batches([len(p) + len(g) for p, g in zip(prompts, generated, strict=True)], limit):
-        reader = _PairReader(Engine(slm, len(batch)), None, k, support_size, kind, support)
+        reader = _PairReader(open_engine(slm, len(batch)), None, k, support_size, kind, support)
         found = reader.read([prompts[i] for i in batch], [generated[i] for i in batch], [listed[i] for i in batch])
         labels.update(zip(batch, found, strict=True))
         _count(generated, batch)
@@ -153,9 +154,9 @@ def llm_targets(
     found: dict[int, Targets] = {}
     size = min(support_size, slm.vocab_size)
     forbidden = torch.tensor([i for i in slm.reserved.all if i < slm.vocab_size], device=llm.device).long()
-    limit = _TOKENS_AT_ONCE.get(llm.device.type, 2**13)
+    limit = _tokens_at_once(llm)
     for batch in _batches([len(p) + len(g) for p, g in zip(prompts, generated, strict=True)], limit):
-        engine = Engine(llm, len(batch))
+        engine = open_engine(llm, len(batch))
         hidden = _states(engine, [prompts[i] for i in batch], [generated[i] for i in batch])
         parts = []
         for chunk in hidden.split(_steps_at_once(llm)):
@@ -174,8 +175,7 @@ def llm_targets(
 def _states(engine: Engine, prompts: Sequence[Sequence[int]], generated: Sequence[Sequence[int]]) -> Tensor:
     """Hidden states that every generated token is predicted from, trajectory by trajectory; [N, H]."""
     texts = [[*p, *g[:-1]] for p, g in zip(prompts, generated, strict=True)]
-    read = engine.read(list(range(len(prompts))), texts)
-    return torch.cat([hidden[len(p) - 1 :] for p, hidden in zip(prompts, read, strict=True)])
+    return torch.cat(engine.read(list(range(len(prompts))), texts, [len(ids) for ids in generated]))
 
 
 def _steps_at_once(loaded: LoadedModel) -> int:
@@ -199,11 +199,17 @@ def label_by_text(
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
         rows = len(prompts[part])
-        slm, llm = Engine(vocabulary.slm, rows), Engine(vocabulary.llm, rows)
+        slm, llm = open_engine(vocabulary.slm, rows), open_engine(vocabulary.llm, rows)
         reader = _PairReader(slm, llm, k, support_size, kind, support)
         labels += reader.read_text(TextReference(llm, vocabulary), prompts[part], llm_prompts[part], generated[part])
         _count(generated, range(*part.indices(len(prompts))))
     return labels
+
+
+def _tokens_at_once(loaded: LoadedModel) -> int:
+    if is_llama(loaded):  # whose states hold logits
+        return max(_STEPS_AT_ONCE, 2**26 // loaded.vocab_size)
+    return _TOKENS_AT_ONCE.get(loaded.device.type, 2**13)
 
 
 def _count(generated: Sequence[Sequence[int]], batch: Sequence[int]) -> None:
@@ -263,8 +269,7 @@ class _PairReader:
     ) -> list[Labels]:
         """Step by step through all trajectories at once, each led along its own tokens."""
         texts = [[*p, *g[:-1]] for p, g in zip(prompts, generated, strict=True)]
-        read = self.slm.read(range(len(prompts)), texts)
-        hidden = [states[len(p) - 1 :] for p, states in zip(prompts, read, strict=True)]  # [T, H] each
+        hidden = self.slm.read(range(len(prompts)), texts, [len(ids) for ids in generated])  # [T, H] each
         for row, prompt in enumerate(llm_prompts):
             reference.start(row, prompt)
         found: list[list[tuple[np.ndarray, ...]]] = [[] for _ in prompts]

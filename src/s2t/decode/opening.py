@@ -8,15 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from s2t.config import NEEDS_ADAPTER, NEEDS_LLM, ChatConfig, ModelConfig, RemoteConfig, ServedConfig
+from s2t.config import NEEDS_ADAPTER, NEEDS_LLM, ChatConfig, EngineConfig, ModelConfig, RemoteConfig, ServedConfig
 from s2t.decode.pair import Pair
 from s2t.decode.prompts import note_unread
 from s2t.decode.remote.llm import RemoteLLM, remote_settings
 from s2t.decode.remote.selector import check_served
 from s2t.decode.remote.served import ServedSLM
 from s2t.errors import ConfigError
-from s2t.model.adapter import load_selector
-from s2t.model.load import LoadedModel, load_model, load_without_weights
+from s2t.model.gguf.opening import open_model, open_selector
+from s2t.model.load import LoadedModel, load_without_weights
 from s2t.model.merged import is_merged, local_folder
 from s2t.model.outline import load_outline
 from s2t.progress import note
@@ -41,9 +41,9 @@ def open_pair(config: ModelConfig, strategies: Sequence[str] | None = None, with
     check_needs(config, names, with_llm)
     if isinstance(config, ServedConfig) and config.slm_urls:
         return _open_served(config, names)
-    slm = load_model(config.slm, **config.load_options)
+    slm = open_model(config.slm, config.load_options, **_engine(config), adapter=_adapter(config))
     has_selector = strategies is None or NEEDS_ADAPTER.intersection(names)
-    adapter = load_selector(_adapter(config), slm) if has_selector else None
+    adapter = open_selector(_adapter(config), slm) if has_selector else None
     llm = open_llm(config) if with_llm else None
     pair = Pair(slm, llm, adapter, getattr(config, "batch_size", _ROWS), variables=_variables(config))
     _ = pair.vocabulary  # raises for two models that cannot be mapped
@@ -59,7 +59,7 @@ def open_llm(config: ModelConfig) -> LoadedModel | RemoteLLM:
     """
     assert config.llm is not None, "check_needs comes first"
     if not isinstance(config, RemoteConfig) or not config.llm_urls:
-        return load_model(config.llm, **config.llm_load_options)
+        return open_model(config.llm, config.llm_load_options, **_engine(config))
     outline = load_outline(config.llm, config.llm_revision, config.trust_remote_code)
     llm = RemoteLLM.open(outline, remote_settings(config))
     note(f"LLM {llm.name} at {', '.join(config.llm_urls)}: {llm.abilities.note()}")
@@ -93,6 +93,11 @@ def check_needs(config: ModelConfig, strategies: Sequence[str], with_llm: bool =
         others = ",".join(name for name in strategies if name not in NEEDS_ADAPTER) or "greedy"
         hint = f"; without one: --strategies {others}" if hasattr(config, "strategies") else ""
         raise ConfigError(f"strategy {', '.join(lacking)} needs --adapter, a folder written by `s2t train`{hint}.")
+
+
+def _engine(config: ModelConfig) -> dict[str, Any]:
+    """What runs GGUF files, where the settings say it; torch for commands that read more than llama.cpp tells."""
+    return config.engine_options if isinstance(config, EngineConfig) else {}
 
 
 def _adapter(config: ModelConfig) -> str | None:

@@ -32,6 +32,7 @@ from s2t.methods.strategies import Strategy
 from s2t.model.adapter import BRANCH_SCOPES, AdapterConfig, SelectorReader
 from s2t.model.chat import decode_ids, prompt_ids
 from s2t.model.engine import Engine
+from s2t.model.gguf.opening import open_engine
 from s2t.model.load import LoadedModel
 from s2t.model.stops import Stops, cut
 from s2t.model.text import VocabularyMap, same_tokens
@@ -261,8 +262,8 @@ class Pair:
     def _engines(self, strategy: Strategy, rows: int) -> tuple[Engine, Reference | None]:
         """The engine that writes, and the LLM beside it where the strategy reads one."""
         if strategy.name == "llm":
-            return Engine(self.local_llm(), rows), None
-        engine = Engine(self.slm, rows, self.adapter if "adapter" in strategy.needs else None)
+            return open_engine(self.local_llm(), rows), None
+        engine = open_engine(self.slm, rows, self.adapter if "adapter" in strategy.needs else None)
         return engine, self.reference(rows) if strategy.needs_llm else None
 
     def reference(self, num_rows: int) -> Reference:
@@ -270,7 +271,7 @@ class Pair:
         self.check_tokens()
         if isinstance(self.llm, RemoteLLM):
             return RemoteReference(self.llm, num_rows)
-        engine = Engine(self.local_llm(), num_rows)
+        engine = open_engine(self.local_llm(), num_rows)
         return ModelReference(engine) if self.vocabulary is None else TextReference(engine, self.vocabulary)
 
     def label(

@@ -69,9 +69,7 @@ R = TypeVar("R", bound=Request)
 
 def context_length(models: Iterable[LoadedModel]) -> int | None:
     """Tokens that all of these models can read; None where none of them has a limit."""
-    texts = [loaded.model.config.get_text_config(decoder=True) for loaded in models]
-    found = [getattr(text, "max_position_embeddings", None) for text in texts]
-    return min((length for length in found if length), default=None)
+    return min((length for loaded in models if (length := loaded.context_length)), default=None)
 
 
 def prompt_length(request: Request) -> int:

@@ -138,8 +138,9 @@ class ModelReference(EngineReference):
         """The states that each row's d drafted tokens are predicted from, row -> [d, H]; one forward for all unread rows."""
         late = [row for row in drafts if row not in self._states]
         if late:
-            hidden = self.engine.read(late, [[*self.pending[row], *drafts[row][:-1]] for row in late])
-            self._states |= {row: states[-len(drafts[row]) :] for row, states in zip(late, hidden, strict=True)}
+            unread = [[*self.pending[row], *drafts[row][:-1]] for row in late]
+            hidden = self.engine.read(late, unread, [len(drafts[row]) for row in late])
+            self._states |= dict(zip(late, hidden, strict=True))
         return {row: self._states[row] for row in drafts}
 
     def settle(self, row: int, draft: Sequence[int], accepted: Sequence[int]) -> None:

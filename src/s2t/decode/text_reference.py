@@ -210,7 +210,7 @@ class TextReference(EngineReference):
     def _behind(self, row: int, path: Path) -> Tensor:
         """The distribution behind a path of two or more tokens, [V_L]; the row stays as it is."""
         length = self.engine.lengths[row]
-        hidden = self.engine.read([row], [list(path)])[0][-1]
+        hidden = self.engine.read([row], [list(path)], [1])[0][-1]
         self.engine.crop([row], [length])
         return self._probs(hidden)
 

@@ -106,7 +106,7 @@ class SelectorAdapter(SelectorReader):
 
     def __init__(self, loaded: LoadedModel, config: AdapterConfig, peft_model: Any = None) -> None:
         self.peft_model = peft_model if peft_model is not None else _new_peft_model(loaded, config)
-        super().__init__(loaded, config, self.peft_model.get_base_model(), _reserved(config, loaded))
+        super().__init__(loaded, config, self.peft_model.get_base_model(), reserved_of(config, loaded))
         self._layers = _tuner_layers(self.base_model)
         self._acting: bool | None = None
         self.base_model.__dict__[_ATTACHED] = self
@@ -300,7 +300,7 @@ def load_adapter(folder: str | Path, loaded: LoadedModel, with_peft: bool = Fals
     return adapter
 
 
-def _reserved(config: AdapterConfig, loaded: LoadedModel) -> ReservedIds:
+def reserved_of(config: AdapterConfig, loaded: LoadedModel) -> ReservedIds:
     """The ids the adapter was saved with, else those that are free in this model."""
     ids, found = config.reserved_ids, loaded.reserved_for(config.num_bins)
     return replace(found, bins=ids[:-2], criticality=(ids[-2], ids[-1])) if len(ids) > 2 else found

@@ -104,13 +104,14 @@ class Engine:
         return self.step(rows, tokens)[0]
 
     @torch.inference_mode()
-    def read(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> list[Tensor]:
-        """As `extend`, but returns the hidden states of every appended token, row by row, [len(tokens[i]), H] each."""
+    def read(self, rows: Sequence[int], tokens: Sequence[Sequence[int]], last: Sequence[int]) -> list[Tensor]:
+        """As `extend`, but returns the hidden states of the last[i] tokens that were appended last, row by row, [last[i], H]."""
         layout = _Layout(self.device)
         starts = layout.add_tokens(rows, tokens, self.lengths)
         hidden = self._run(layout)
         self._advance(rows, tokens)
-        return [hidden[at : at + len(ids)] for at, ids in zip(starts, tokens, strict=True)]
+        ends = [at + len(ids) for at, ids in zip(starts, tokens, strict=True)]
+        return [hidden[end - count : end] for end, count in zip(ends, last, strict=True)]
 
     @torch.inference_mode()
     def step(

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,12 +30,15 @@ from s2t.hub import offline_unless_it_answers
 from s2t.model.cache import check_cacheable
 from s2t.model.chat import stop_ids
 from s2t.model.checkpoint import check_complete, check_config, check_generation_config, check_runs
+from s2t.model.gguf.file import Header, find_gguf, names_gguf
+from s2t.model.gguf.tokenizer import load_tokenizer
 from s2t.model.lora import Lora, find_lora, lora_base, merge_lora
 from s2t.model.merged import MergedConfig, local_folder, open_merged
-from s2t.model.quantization import missing_package, quantization_config
+from s2t.model.quantization import quantization_config
 from s2t.model.quiet import quiet
 from s2t.model.reserved import ReservedIds, choose_reserved_ids
 from s2t.model.tiny import embedded_path, is_embedded
+from s2t.model.why import why_not_loaded
 from s2t.progress import progress
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -57,6 +59,27 @@ class LoadedModel:
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens that it can read; None where it has no limit."""
+        text = self.model.config.get_text_config(decoder=True)
+        return getattr(text, "max_position_embeddings", None) or None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What runs it: the engine, how its weights are kept, what it can read, and the memory of its weights."""
+        return self.facts_at(self.context_length)
+
+    def facts_at(self, length: int | None) -> dict[str, Any]:
+        """As `facts`, where prompt and answer have so many tokens together at most."""
+        weights = {id(parameter): parameter for parameter in self.model.parameters()}.values()
+        return {
+            "engine": "torch",
+            "quantization": str(self.model.dtype).removeprefix("torch."),
+            "context_length": length,
+            "weights_bytes": sum(parameter.numel() * parameter.element_size() for parameter in weights),
+        }
 
     @cached_property
     def num_params(self) -> int:
@@ -96,8 +119,9 @@ def load_model(
 ) -> LoadedModel:
     """Load `name` for inference, in eval mode, with SDPA attention where the model has it.
 
-    `name` is a hub id, a folder, an embedded model, or a PEFT adapter (folder or hub id), which is merged into the base
-    it names. `execution` is how the engines of this model run their steps: auto, eager, static or compile.
+    `name` is a hub id, a folder, an embedded model, a GGUF file (a path, or hub:OWNER/NAME/FILE.gguf; its weights are unpacked),
+    or a PEFT adapter (folder or hub id), which is merged into the base it names. `execution` is how the engines of this model
+    run their steps: auto, eager, static or compile.
     `quantization` is a name, a JSON object or a JSON file; `device_map` is transformers' own and takes the place of
     `device`; the whole model has to end up on one device.
 
@@ -116,10 +140,14 @@ def load_model(
     with one_line(name, revision, quantization), progress(f"load {name}", 0, unit="tensors", brief=True) as bar:
         source = name if is_embedded(name) else local_folder(name, revision)
         merged = None if is_embedded(name) else open_merged(source)
+        header = find_gguf(source, revision)
         reading = _Reading(name, dtype, place, device_map, quantization, {"trust_remote_code": trust_remote_code})
         with quiet(bar), nullcontext() if _is_here(name) else offline_unless_it_answers():
-            lora = None if is_embedded(name) or merged is not None else find_lora(name, revision)
-            tokenizer, model = reading.merged(lora, revision) if lora else reading.plain(source, revision)
+            lora = None if is_embedded(name) or merged or header else find_lora(name, revision)
+            if header is not None:
+                tokenizer, model = reading.unpacked(header)
+            else:
+                tokenizer, model = reading.merged(lora, revision) if lora else reading.plain(source, revision)
         identity = fingerprint(model)  # before any cast that cannot hold every value of the checkpoint
         reading.cast(model)
         loaded = replace(wrap_model(name, model, tokenizer, merged), execution=execution)
@@ -141,14 +169,8 @@ def one_line(name: str, revision: str | None = None, quantization: str | None = 
 
 
 def check_is_no_file(name: str) -> None:
-    """Raise ModelError for a model that is given as one file, with what that file is."""
-    kind = os.path.splitext(name)[1].lower()
-    if kind == ".gguf":
-        raise ModelError(
-            f"{name} is a GGUF file, weights of llama.cpp, which s2t does not load yet; pass the hub id or the folder "
-            "(safetensors) of the model that it was made from."
-        )
-    if os.path.isfile(name):
+    """Raise ModelError for a model that is given as one file, unless that is a GGUF file."""
+    if os.path.isfile(name) and not names_gguf(name):
         raise ModelError(f"{name} is a file; pass the folder it is in, with config.json, weights and tokenizer.")
 
 
@@ -162,9 +184,12 @@ def load_without_weights(name: str, revision: str | None = None, trust_remote_co
     with one_line(name, revision), quiet():
         source = str(embedded_path(name)) if is_embedded(name) else local_folder(name, revision)
         merged = None if is_embedded(name) else open_merged(source)
-        if not is_embedded(name) and merged is None and find_lora(name, revision):
+        if (header := find_gguf(source, revision)) is not None:
+            options = {"gguf_file": header.path.name}
+            source = str(header.path.parent)
+        if header is None and not is_embedded(name) and merged is None and find_lora(name, revision):
             raise ModelError(f"{name} is an adapter; serve a model, and name that.")
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        tokenizer = load_tokenizer(header) if header else AutoTokenizer.from_pretrained(source, **options)
         config = AutoConfig.from_pretrained(source, **options)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -193,6 +218,16 @@ class _Reading:
             kind, self.final = "auto", torch.float16
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, **self.options)
         return tokenizer, self._weights(source, kind, revision, self.name)
+
+    def unpacked(self, header: Header) -> tuple[PreTrainedTokenizerBase, Any]:
+        """Tokenizer and model of a GGUF file."""
+        from s2t.model.gguf.dense import load_dense
+
+        if self.quantization is not None:
+            raise ConfigError(f"{self.name} is quantized already; leave out --quantization {self.quantization}.")
+        tokenizer, model = load_dense(header, _DTYPES.get(self.dtype), self.place, self.device_map)
+        check_on_one_device(self.name, model)
+        return tokenizer, model
 
     def merged(self, lora: Lora, revision: str | None) -> tuple[PreTrainedTokenizerBase, Any]:
         """Tokenizer and model of a base with an adapter merged into it, in float32 so that it is the same for every dtype."""
@@ -335,41 +370,3 @@ def _is_here(name: str) -> bool:
     """Whether the model is on this machine, and its base too, so that nobody asks the hub."""
     source = lora_base(name) or name
     return is_embedded(source) or os.path.exists(source)
-
-
-def why_not_loaded(name: str, error: Exception, revision: str | None = None, quantization: str | None = None) -> str:
-    """One line for a model that cannot be loaded: what is wrong and what to do."""
-    if quantization is not None and isinstance(error, ImportError):
-        return missing_package(quantization, error)
-    text = " ".join(str(error).split()) or type(error).__name__
-    is_folder = os.path.exists(name)
-    is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1
-    wanted = (
-        ("config.json", "tokenizer_config.json")
-        if is_folder and not os.path.isfile(os.path.join(name, "adapter_config.json"))
-        else ()
-    )
-    missing = [file for file in wanted if not Path(name, file).is_file()]
-    reasons = {
-        f"is a folder without {' and '.join(missing)}; pass one that save_pretrained of a model and its tokenizer wrote.": (
-            bool(missing)
-        ),
-        "needs its own code; review it, then pass --trust-remote-code.": "trust_remote_code" in text,
-        "is gated or private; accept its terms on the hub, then run: hf auth login.": any(
-            sign in text for sign in ("gated", "401", "403")
-        ),
-        f"has no revision {revision}; pass a branch, a tag or a commit of its repository.": (
-            "not a valid git identifier" in text
-        ),
-        "has no safetensors weights; convert it first (pickled weights are not loaded).": (
-            is_folder and "safetensors" in text
-        ),
-        "is a folder that does not exist; pass an existing folder or a hub id such as Qwen/Qwen2.5-0.5B-Instruct.": (
-            is_path and not is_folder
-        ),
-        "is not in the cache and the hub cannot be reached; connect once, or pass a folder.": "couldn't connect"
-        in text,
-        f"cannot be loaded: {text[:200]}": is_folder or "/" in name or "connection" in text.lower(),
-        "was not found: give a hub id (owner/name), a folder, or tiny:slm / tiny:llm.": True,
-    }
-    return f"model {name} {next(reason for reason, applies in reasons.items() if applies)}"

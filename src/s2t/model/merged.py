@@ -1,7 +1,7 @@
 """The merged folder as a format: what its `s2t_config.json` says, and whether its weights are still those it names.
 
-Written by `s2t merge`, read by everything that loads a model, from this machine or the hub. Knows files and numbers; loads
-no weights.
+Written by `s2t merge` and `s2t export`, read by everything that loads a model, from this machine or the hub. Knows files and
+numbers; loads no weights.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from s2t import __version__
-from s2t.errors import DataError, ModelError
+from s2t.errors import ConfigError, DataError, ModelError
 from s2t.files import read_json
 from s2t.hub import offline_unless_it_answers
 from s2t.model.lora import lora_base
@@ -28,7 +29,7 @@ PROBLEMS_FILE = "train_problems.txt"
 FORMAT = "s2t-merged"
 FORMAT_VERSION = 1
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", f"{ADAPTER_FOLDER}/*.safetensors")
+_WEIGHTS = ("*.gguf", "*.safetensors", "*.safetensors.index.json", f"{ADAPTER_FOLDER}/*.safetensors")
 
 
 @dataclass(frozen=True)
@@ -189,3 +190,38 @@ def problem_hashes(folder: str | Path) -> frozenset[str]:
     without the list."""
     places: Iterable[Path] = (Path(folder) / PROBLEMS_FILE, Path(folder) / ADAPTER_FOLDER / PROBLEMS_FILE)
     return frozenset(word for path in places if os.path.isfile(path) for word in path.read_text().split())
+
+
+# Writing one
+
+
+def check_target(out: Path, overwrite: bool) -> None:
+    """Raise ConfigError unless a merged folder may be written here: nothing, an empty folder, or one to be replaced."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not out.is_dir() or not is_merged(out):
+        raise ConfigError(f"{out} exists and is no merged model; choose another --out.")
+    if not overwrite:
+        raise ConfigError(f"{out} holds a merged model; pass --overwrite to replace it, or choose another --out.")
+
+
+def put_in_place(part: Path, out: Path) -> None:
+    """Rename the whole folder; a previous merge steps aside first, so that no mixture of the two ever has the name."""
+    if not out.exists() or not any(out.iterdir()):
+        os.replace(part, out)
+        return
+    old = out.with_name(f".{out.name}.replaced")
+    clear(old)
+    os.replace(out, old)
+    try:
+        os.replace(part, out)
+    except OSError:
+        os.replace(old, out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def clear(folder: Path) -> None:
+    """Remove a folder with all that is in it, if it is there."""
+    if folder.exists():
+        shutil.rmtree(folder)

@@ -9,6 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from s2t.model.chat import stop_ids
 from s2t.model.engine import FlopCount
+from s2t.model.gguf.file import Header, find_gguf
+from s2t.model.gguf.flops import GgufFlops
+from s2t.model.gguf.tokenizer import load_tokenizer, stop_ids_of
 from s2t.model.load import check_is_no_file, count_params, one_line, quiet
 from s2t.model.reserved import choose_reserved_ids
 from s2t.model.tiny import embedded_path, is_embedded
@@ -38,6 +41,8 @@ def load_outline(name: str, revision: str | None = None, trust_remote_code: bool
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     check_is_no_file(name)
     with quiet(), one_line(name, revision):
+        if (header := find_gguf(source, revision)) is not None:
+            return _of_gguf(name, header)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         try:
             config = AutoConfig.from_pretrained(source, **options)
@@ -58,3 +63,11 @@ def load_outline(name: str, revision: str | None = None, trust_remote_code: bool
             count_params(model),
             FlopCount(model, model.config.get_text_config(decoder=True)),
         )
+
+
+def _of_gguf(name: str, header: Header) -> Outline:
+    tokenizer = load_tokenizer(header)
+    size = max(tokenizer.get_vocab().values()) + 1
+    return Outline(
+        name, tokenizer, size, stop_ids(tokenizer, stop_ids_of(header)), header.num_params, GgufFlops(header)
+    )

@@ -118,9 +118,13 @@ def _add_api(app: FastAPI, service: Service) -> None:
 
 def _add_info(app: FastAPI, service: Service) -> None:
     created = int(time.time())
+    told = service.intake.engine
 
     def entry(name: str) -> schema.ModelEntry:
-        return {"id": name, "object": "model", "created": created, "owned_by": "s2t"}
+        own: schema.ModelEntry = {"id": name, "object": "model", "created": created, "owned_by": "s2t"}
+        if told is not None:
+            own["engine"] = told
+        return own
 
     @app.get("/v1/models", responses=_errors(401))
     async def models() -> schema.ModelList:

@@ -11,6 +11,7 @@ import itertools
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from s2t.config import ServeConfig, read_variables
 from s2t.decode.continuous import OwnRequest
@@ -62,6 +63,13 @@ class Intake:
     def models(self) -> list[str]:
         """Names that a request may give as its model."""
         return [self.name, *(f"{self.name}:{strategy}" for strategy in self.strategies)]
+
+    @property
+    def engine(self) -> dict[str, Any] | None:
+        """What runs the model, with the length that this server takes; None for one on servers of its own."""
+        if self.pair.served_slm is not None:
+            return None
+        return self.pair.slm.facts_at(self.max_length)
 
     def chat(self, body: ChatBody) -> Plan:
         """The plan of a chat; its prompt is what the model's chat template makes of the messages."""

@@ -332,6 +332,8 @@ class ModelEntry(TypedDict):
     object: Literal["model"]
     created: int
     owned_by: str
+    engine: NotRequired[dict[str, Any]]
+    """What runs it here: engine, quantization, context length and memory."""
 
 
 class ModelList(TypedDict):

@@ -42,12 +42,21 @@ async function connect() {
     if (needsKey) byId("key").focus();
     return;
   }
-  const ids = (await response.json()).data.map((model) => model.id);
+  const served = (await response.json()).data;
+  const ids = served.map((model) => model.id);
   state.model = ids[0];
-  byId("about").textContent = "The same small model, " + state.model + ", token by token, under two strategies.";
+  byId("about").textContent = "The same small model, " + state.model + ", token by token, under two strategies." + running(served[0].engine);
   fillSelects(ids.slice(1).map((id) => id.slice(state.model.length + 1)));
   say("", false);
   document.documentElement.dataset.ready = "true";
+}
+function running(told) {
+  if (!told) return "";
+  const bytes = told.weights_bytes + (told.cache_bytes ?? 0);
+  const size = bytes < 1e8 ? (bytes / 1e6).toFixed(1) + " MB" : (bytes / 1e9).toFixed(1) + " GB";
+  const threads = told.threads ? ", " + told.threads + (told.threads === 1 ? " thread" : " threads") : "";
+  return " It runs on " + told.engine + " (" + told.quantization + threads + "), reads " + told.context_length.toLocaleString("en") +
+    " tokens and takes about " + size + " of memory.";
 }
 function fillSelects(strategies) {
   const pair = ["greedy", strategies.find((name) => name !== "greedy" && name !== "sample") ?? "sample"];
