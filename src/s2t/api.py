@@ -16,16 +16,16 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from s2t.config import (
     MANY_SAMPLES,
-    NEEDS_ADAPTER,
-    NEEDS_LLM,
     READERS,
     STRATEGIES,
+    WRITERS,
     ChatConfig,
     DecodeConfig,
     ModelConfig,
     ServedConfig,
     build_config,
     check_effects,
+    needs_of,
 )
 from s2t.decode.loop import Request
 from s2t.decode.prompts import ids_key, prompt_key, sample_key
@@ -218,8 +218,9 @@ class Reasoner:
         _check_settings(name, settings, session)
         config = build_config(DecodeConfig, flags=settings)
         config.check_decode()
-        trained = session.selector if name in NEEDS_ADAPTER else None
-        return _Plan(session, config, strategy_of(name, config, trained, seed))
+        needs = needs_of(name, config.trigger)
+        session.reads_bare = "bare" in needs
+        return _Plan(session, config, strategy_of(name, config, session.selector if "adapter" in needs else None, seed))
 
     def _pieces(self, plan: _Plan, steps: Iterable[Step]) -> Iterator[str]:
         text = StoppingText(plan.tokenizer, plan.config.stop)
@@ -319,12 +320,14 @@ def _check_settings(name: str, settings: dict[str, Any], session: Session) -> No
     known = {item.name for item in fields(DecodeConfig)} - _LOAD_SETTINGS
     if unknown := sorted(settings.keys() - known):
         raise ConfigError(f"unknown setting {', '.join(unknown)}; known: {', '.join(sorted(known))}.")
-    if name not in STRATEGIES:
-        raise ConfigError(f"strategy must be one of {', '.join(STRATEGIES)}; got {name!r}.")
+    if name not in WRITERS:
+        why = " works on finished runs; use s2t eval" if name in STRATEGIES else ""
+        raise ConfigError(f"strategy must be one of {', '.join(WRITERS)}; got {name!r}{why}.")
     check_effects([key for key, value in settings.items() if value is not None], [name], READERS)
-    if name in NEEDS_LLM and session.llm is None:
+    needs = needs_of(name, str(settings.get("trigger") or "auto"))
+    if "llm" in needs and session.llm is None:
         raise ConfigError(f"strategy {name} needs the LLM; pass --llm MODEL, or s2t.load(llm=...).")
-    if name in NEEDS_ADAPTER and session.selector is None:
+    if "adapter" in needs and session.selector is None:
         raise ConfigError(
             f"strategy {name} needs an adapter, a folder written by `s2t train`; pass --adapter FOLDER, "
             "or s2t.load(adapter=...)."

@@ -49,7 +49,7 @@ _NUM_TRACES, _A_HANDFUL = 32, 5
 def evaluate(config: EvalConfig) -> dict[str, Any]:
     """Run all strategies and return summary.json; writes results.jsonl, traces.jsonl and the shards they come from."""
     names = config.strategy_names
-    check_needs(config, [name.partition("@")[0] for name in names], config.adapter)
+    check_needs(config, names, config.adapter)
     if config.card and not Path(str(config.adapter)).is_dir():
         raise ConfigError(f"--card writes into the adapter's folder, and {config.adapter} is none; leave it out.")
     adapter = selector_config(config.adapter, config.slm, config.revision)
@@ -173,8 +173,7 @@ class _Evaluator:
 
     def __init__(self, config: EvalConfig, task: Task | None) -> None:
         self.config, self.task = config, task or open_task(config, config.slm, config.revision)
-        names = [name.partition("@")[0] for name in config.strategy_names]
-        self.session = Session.open(config, names, config.adapter, config.batch_size)
+        self.session = Session.open(config, config.strategy_names, config.adapter, config.batch_size)
         _warm_up(self.session)
 
     def shard(self, shard: Shard[Problem], judges: Sequence[_Contestant], num_traces: int) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from s2t.config import NEEDS_LLM, READERS, DecodeConfig, GenerateConfig, RemoteConfig
+from s2t.config import READERS, DecodeConfig, GenerateConfig, RemoteConfig, needs_of
 
 if TYPE_CHECKING:
     from s2t.api import Reasoner
@@ -15,7 +15,8 @@ def load_reasoner(config: GenerateConfig) -> Reasoner:
     """Load the SLM, its adapter if any, and the LLM only where the strategy or the trigger asks for it."""
     from s2t.api import load
 
-    needs_llm = config.strategy in NEEDS_LLM or config.trigger == "divergence"
+    strategy = config.strategy or "greedy"
+    needs_llm = "llm" in needs_of(strategy, config.trigger) or config.trigger == "divergence"
     return load(
         config.slm,
         llm=config.llm if needs_llm else None,

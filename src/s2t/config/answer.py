@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from s2t.config.checks import check_at_least, check_choice, check_positive, check_range, require
 from s2t.config.effects import check_effects
-from s2t.config.methods import MANY_SAMPLES, STRATEGIES, TRIGGERED, TRIGGERS
+from s2t.config.methods import MANY_SAMPLES, SERVED, STRATEGIES, TRIGGERED, TRIGGERS, WRITERS
 from s2t.config.shared import (
     READERS,
     ChatConfig,
@@ -36,7 +36,7 @@ class GenerateConfig(DecodeConfig, ServedConfig, ChatConfig, ModelConfig):
         self.check_decode()
         check_at_least(0, seed=self.seed)
         if self.strategy is not None:
-            check_choice("strategy", self.strategy, STRATEGIES)
+            check_choice("strategy", self.strategy, WRITERS)
 
     def check_given(self, names: Collection[str]) -> None:
         """Raise ConfigError where one of these settings has no effect; without a strategy the loaded model decides."""
@@ -94,7 +94,7 @@ class ServeConfig(DecodeConfig, ServedConfig, ChatConfig, ModelConfig):
         require(self.num_samples == 1, "a server takes no num_samples; let requests ask for n choices.")
         if self.strategy is not None:
             check_choice(
-                "strategy", self.strategy, tuple(name for name in STRATEGIES if name not in ("sample", *MANY_SAMPLES))
+                "strategy", self.strategy, tuple(name for name in SERVED if name not in ("sample", *MANY_SAMPLES))
             )
         check_range("port", self.port, 0, 65535)
         check_at_least(0, max_queue=self.max_queue, drain_s=self.drain_s)

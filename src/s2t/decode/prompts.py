@@ -60,3 +60,10 @@ def note_unread(variables: Mapping[str, Any], models: Sequence[Known]) -> None:
     templates = " ".join(str(model.tokenizer.chat_template or "") for model in models)
     if unread := [name for name in variables if not re.search(rf"\b{re.escape(name)}\b", templates)]:
         note(f"the chat template of {models[0].name} does not read {', '.join(unread)}; the prompts are as without.")
+
+
+def without_context(messages: str | Sequence[dict[str, str]]) -> str | list[dict[str, str]]:
+    """A prompt with the last sentence of its last message alone: what is asked, without what it is asked about."""
+    if isinstance(messages, str):
+        return re.split(r"(?<=[.!?\n])\s+", messages.strip())[-1]
+    return [*messages[:-1], messages[-1] | {"content": without_context(messages[-1]["content"])}]

@@ -26,6 +26,8 @@ class Reference(ABC):
     """Longest draft that can be judged at once; None for no limit."""
     num_listed: int | None = None
     """Likeliest tokens that its distribution is true of; None for all."""
+    is_slm: bool = False
+    """Whether it is the SLM itself, reading the prompt without its context; its work is then the SLM's."""
 
     @property
     def name(self) -> str:
@@ -68,6 +70,12 @@ class Reference(ABC):
         NaN where it is not known; `must_order` says that the best of each row has to be known.
         """
         return logprobs
+
+    @abstractmethod
+    def ask(
+        self, drafts: Mapping[int, Sequence[int]], suffix_ids: Sequence[int], size: int, forbidden_ids: Tensor
+    ) -> Tensor:
+        """Masked logits of the token behind each row's whole draft and a suffix, both of which are forgotten; [r, size]."""
 
     @abstractmethod
     def settle(self, row: int, draft: Sequence[int], accepted: Sequence[int]) -> None:
@@ -134,6 +142,20 @@ class ModelReference(EngineReference):
         logits = align_vocabulary(self.engine.head(hidden).to(slm_logits.device), size)
         return mask_forbidden(logits, forbidden_ids, size)
 
+    @torch.inference_mode()
+    def ask(
+        self, drafts: Mapping[int, Sequence[int]], suffix_ids: Sequence[int], size: int, forbidden_ids: Tensor
+    ) -> Tensor:
+        """One more forward, over the last drafted token and the suffix; the rest of the draft is read as `logits` reads it."""
+        self.states(drafts)
+        rows = list(drafts)
+        lengths = [self.engine.lengths[row] for row in rows]
+        hidden = self.engine.extend(rows, [[drafts[row][-1], *suffix_ids] for row in rows])  # [r, H']
+        self.engine.crop(rows, lengths)
+        return mask_forbidden(
+            align_vocabulary(self.engine.head(hidden).to(forbidden_ids.device), size), forbidden_ids, size
+        )
+
     def states(self, drafts: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
         """The states that each row's d drafted tokens are predicted from, row -> [d, H]; one forward for all unread rows."""
         late = [row for row in drafts if row not in self._states]
@@ -154,3 +176,9 @@ class ModelReference(EngineReference):
         """Let the sequence of slot `source` live in slot `target`."""
         super().move(source, target)
         self.pending[target] = self.pending[source]
+
+
+class BareReference(ModelReference):
+    """The SLM itself beside the SLM: it reads the answer behind the prompt without its context."""
+
+    is_slm = True

@@ -12,21 +12,22 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from s2t.config import NEEDS_ADAPTER, NEEDS_LLM, ModelConfig, RemoteConfig, ServedConfig
+from s2t.config import ModelConfig, RemoteConfig, ServedConfig, needs_of
 from s2t.core.support import resolve_support
 from s2t.decode.context import context_length, fit
 from s2t.decode.continuous import ContinuousDecoder
 from s2t.decode.generated import Generated
 from s2t.decode.label import ExactAt, Labels, label, label_by_text, label_listed
 from s2t.decode.loop import Decoder, Request
-from s2t.decode.prompts import checked_ids, note_unread, variables_of
-from s2t.decode.reference import ModelReference, Reference
+from s2t.decode.prompts import checked_ids, note_unread, variables_of, without_context
+from s2t.decode.reference import BareReference, ModelReference, Reference
 from s2t.decode.remote.llm import RemoteLLM, remote_settings
 from s2t.decode.remote.reference import RemoteReference
 from s2t.decode.remote.selector import check_served
 from s2t.decode.remote.served import ServedSLM
 from s2t.decode.remote.slm import RemoteDecoder
 from s2t.decode.remote.writer import RemoteWriter
+from s2t.decode.steps import StepTexts
 from s2t.decode.text_reference import TextReference
 from s2t.errors import ConfigError, ModelError
 from s2t.methods.strategies import Strategy
@@ -56,6 +57,8 @@ class Session:
     adapter: SelectorReader | None = None
     batch_size: int = 64
     served_slm: ServedSLM | None = None
+    reads_bare: bool = False
+    """Whether requests bring their prompt without its context, too."""
     variables: dict[str, Any] = field(default_factory=dict)
     """What chat templates are told beside the messages."""
     _made: dict[str, VocabularyMap | None] = field(default_factory=dict, repr=False)
@@ -93,12 +96,15 @@ class Session:
         """Load the models that `strategies` need; raises ModelError or ConfigError, one line, when one is missing."""
         check_needs(config, strategies, adapter)
         if isinstance(config, ServedConfig) and config.slm_urls:
-            return cls.served(config, config, strategies, adapter, batch_size)
-        needs_llm = any(name in NEEDS_LLM for name in strategies)
+            bases = [name.partition("@")[0] for name in strategies]
+            return cls.served(config, config, bases, adapter, batch_size)
+        needs = _needs(config, strategies)
+        needs_llm = any("llm" in found for found in needs.values())
         slm = load_model(config.slm, **config.load_options)
-        loaded = load_selector(adapter, slm) if NEEDS_ADAPTER.intersection(strategies) else None
+        loaded = load_selector(adapter, slm) if any("adapter" in found for found in needs.values()) else None
         session = cls(slm, open_llm(config) if needs_llm else None, loaded, batch_size, variables=variables_of(config))
-        if any(name in NEEDS_LLM - {"llm"} for name in strategies):
+        session.reads_bare = any("bare" in found for found in needs.values())
+        if any("llm" in found for name, found in needs.items() if name != "llm"):
             session.check_tokens()
         _ = session.vocabulary  # raises for a pair that cannot be mapped
         session.note_unread()
@@ -153,7 +159,9 @@ class Session:
         if self.llm is not None and not self.has_one_tokenizer:
             told = self.variables | dict(variables or {})
             own = checked_ids(self.llm, prompt_ids(self.llm.tokenizer, messages, system, told, max_tokens))
-        return Request(index, self.prompt(messages, system, variables, max_tokens), key, own)
+        ids = self.prompt(messages, system, variables, max_tokens)
+        bare = self.prompt(without_context(messages), system, variables, max_tokens) if self.reads_bare else None
+        return Request(index, ids, key, own, bare_prompt_ids=bare)
 
     def request_of_ids(self, index: int, ids: list[int], key: str = "") -> Request:
         """A request for the continuation of prompt ids; an LLM with other tokens reads their text."""
@@ -207,7 +215,8 @@ class Session:
         if strategy.name == "llm" and isinstance(self.llm, RemoteLLM):
             return RemoteWriter(self.llm, max_new_tokens, ends, stop)
         engine, reference = self._engines(strategy, rows)
-        return Decoder(engine, strategy, reference, max_new_tokens, trace, ends)
+        texts = StepTexts.of(self.slm.tokenizer, self.slm.name, strategy.step_end) if strategy.has_spans else None
+        return Decoder(engine, strategy, reference, max_new_tokens, trace, ends, texts=texts)
 
     def continuous(
         self, strategy: Strategy, max_length: int, ends: Callable[[int, int], bool] | None = None
@@ -224,6 +233,8 @@ class Session:
         if strategy.name == "llm":
             return Engine(self.local_llm(), rows), None
         engine = Engine(self.slm, rows, self.adapter if "adapter" in strategy.needs else None)
+        if "bare" in strategy.needs:
+            return engine, BareReference(Engine(self.slm, rows))
         return engine, self.reference(rows) if strategy.needs_llm else None
 
     def reference(self, num_rows: int) -> Reference:
@@ -353,15 +364,21 @@ def open_llm(config: ModelConfig) -> LoadedModel | RemoteLLM:
 
 def check_needs(config: ModelConfig, strategies: Sequence[str], adapter: str | None) -> None:
     """Raise ConfigError where a strategy needs an LLM or an adapter and there is none; loads nothing."""
-    if config.llm is None and any(name in NEEDS_LLM for name in strategies):
-        names = ", ".join(name for name in strategies if name in NEEDS_LLM)
+    needs = _needs(config, strategies)
+    if config.llm is None and any("llm" in found for found in needs.values()):
+        names = ", ".join(name for name, found in needs.items() if "llm" in found)
         hint = " (its tokenizer, beside --llm-url)" if isinstance(config, RemoteConfig) and config.llm_urls else ""
         raise ConfigError(f"strategy {names} needs the LLM; pass --llm MODEL{hint}.")
-    lacking = [name for name in strategies if name in NEEDS_ADAPTER]
+    lacking = [name for name, found in needs.items() if "adapter" in found]
     if lacking and adapter is None and not is_merged(local_folder(config.slm, config.revision)):
-        others = ",".join(name for name in strategies if name not in NEEDS_ADAPTER) or "greedy"
+        others = ",".join(name for name in needs if name not in lacking) or "greedy"
         hint = f"; without one: --strategies {others}" if hasattr(config, "strategies") else ""
         raise ConfigError(f"strategy {', '.join(lacking)} needs --adapter, a folder written by `s2t train`{hint}.")
+
+
+def _needs(config: ModelConfig, strategies: Sequence[str]) -> dict[str, frozenset[str]]:
+    """What each strategy, or strategy@trigger, reads beside the SLM, by name."""
+    return {name: needs_of(name, str(getattr(config, "trigger", "auto"))) for name in strategies}
 
 
 def as_read(strategy: str, request: R) -> R:

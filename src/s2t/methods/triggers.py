@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from s2t.config import DecodeConfig
@@ -16,6 +17,16 @@ class Never(Trigger):
     """Plain decoding: reads nothing."""
 
     name = "never"
+
+
+class Always(Trigger):
+    """Fires at every place, the first ones too; the threshold is left to the selector."""
+
+    name = "always"
+    warmup = 0
+
+    def read(self, round: Round) -> Tensor:
+        return torch.ones(len(round.num_written))
 
 
 class Random(Trigger):

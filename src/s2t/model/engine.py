@@ -6,7 +6,7 @@ states, which `logits` turns into a distribution and the adapter into scores; no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -64,6 +64,7 @@ class Engine:
         self.head = Head(self.model)
         self.max_rows = max_rows
         self.lengths = [0] * max_rows
+        self.layers: tuple[int, ...] = ()  # earlier ones whose states are returned behind the last one's
         self._branched: dict[int, int] = {}  # row -> length at its last branch
         self.work = [Work() for _ in range(max_rows)]
         self.cache = SlotCache(self.config.num_hidden_layers, max_rows)
@@ -90,7 +91,8 @@ class Engine:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits with reserved ids and padding rows masked; [..., H] -> [..., vocab_size], float32."""
-        return self.mask(self.head(hidden))  # fresh: masked in place
+        own = hidden if not self.layers else hidden[..., : hidden.shape[-1] // (1 + len(self.layers))]
+        return self.mask(self.head(own))  # fresh: masked in place
 
     def mask(self, logits: Tensor) -> Tensor:
         """Mask reserved ids in place and leave padding rows out; [..., V] -> [..., vocab_size]."""
@@ -120,14 +122,22 @@ class Engine:
         branch_rows: Sequence[int] = (),
         candidate_ids: Tensor | None = None,
         back: int = 0,
+        mixtures: Mapping[int, Sequence[int]] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`extend` and `branch` in one forward: a row's K candidates stand where its new token (if any) stands.
 
         Returns the last hidden states of `rows`, [n, H], and those of the candidates, [f, K, H]. Under the scopes
         `step` and `candidates` the adapter acts on the candidates alone. With `back` 1 they stand one position earlier, in
         the place of the row's last token, which they do not see: so a row's last token is read once more, as K = 1 candidate.
+        A row of `mixtures` takes the mean embedding of those ids in the place of its last token's.
         """
-        if self._static is not None and rows and self.cache.is_initialized and all(len(ids) == 1 for ids in tokens):
+        if (
+            self._static is not None
+            and not (mixtures or self.layers)
+            and rows
+            and self.cache.is_initialized
+            and all(len(ids) == 1 for ids in tokens)
+        ):
             return self._static_step(self._static, rows, [ids[0] for ids in tokens], branch_rows, candidate_ids, back)
         layout = _Layout(self.device)
         starts = layout.add_tokens(rows, tokens, self.lengths)
@@ -135,9 +145,10 @@ class Engine:
         if candidate_ids is not None:
             layout.add_branches(branch_rows, candidate_ids, self.lengths, back)
             self._note_branches(branch_rows, candidate_ids.shape[1], frozenset(rows))
-        hidden = self._run(layout, branches_from=count)
-        self._advance(rows, tokens)
         last = [at + len(ids) - 1 for at, ids in zip(starts, tokens, strict=True)]
+        mixed = {at: (mixtures or {})[row] for at, row in zip(last, rows, strict=True) if row in (mixtures or {})}
+        hidden = self._run(layout, branches_from=count, mixed=mixed)
+        self._advance(rows, tokens)
         wanted = hidden[:count]
         if last != list(range(count)):
             wanted = hidden[torch.tensor(last, device=self.device).long()]
@@ -205,19 +216,38 @@ class Engine:
         self.lengths[row] = 0
         self.work[row] = Work()
 
-    def _run(self, layout: _Layout, branches_from: int | None = None) -> Tensor:
-        """One forward over all segments; hidden states [N, H] in the layout's order."""
+    def _run(
+        self, layout: _Layout, branches_from: int | None = None, mixed: Mapping[int, Sequence[int]] | None = None
+    ) -> Tensor:
+        """One forward over all segments; hidden states [N, H] in the layout's order, earlier layers' behind the last one's."""
         ids, positions = layout.tensors()  # [1, N] each
+        inputs: dict[str, Tensor] = {"inputs_embeds": self._mixed(ids, mixed)} if mixed else {"input_ids": ids}
         self.cache.segments[:] = layout.segments
         with slot_attention(self.config), self._adapted(branches_from, layout.num_tokens):
             output = self.decoder(
-                input_ids=ids,
+                **inputs,
                 position_ids=positions,
                 past_key_values=self.cache,
                 use_cache=True,
                 segments=layout.segments,
+                **({"output_hidden_states": True} if self.layers else {}),
             )
-        return output.last_hidden_state[0]
+        if not self.layers:
+            return output.last_hidden_state[0]
+        return torch.cat([output.last_hidden_state, *(output.hidden_states[layer] for layer in self.layers)], dim=-1)[0]
+
+    def _mixed(self, ids: Tensor, mixed: Mapping[int, Sequence[int]]) -> Tensor:
+        """Embeddings of a flat line of tokens [1, N], the mean of several at some places; [1, N, H]."""
+        table = self.model.get_input_embeddings()
+        embeddings = table(ids).clone()
+        for place, several in mixed.items():
+            embeddings[0, place] = table(torch.tensor(list(several), device=self.device)).mean(0)
+        return embeddings
+
+    def layer_logits(self, hidden: Tensor) -> Tensor:
+        """Masked logits read from the earlier layers of `layers`, behind the last one's in each state; [n, H'] -> [L, n, V]."""
+        parts = hidden.unflatten(-1, (1 + len(self.layers), -1))[:, 1:].transpose(0, 1)  # [L, n, H]
+        return self.mask(self.head(parts))
 
     def _adapted(self, branches_from: int | None, num_tokens: int) -> AbstractContextManager[None]:
         """The adapter on every token, on none, or (scopes `step`, `candidates`) on the tokens from `branches_from` on."""

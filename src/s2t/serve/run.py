@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 from types import FrameType
 
-from s2t.config import MANY_SAMPLES, NEEDS_ADAPTER, NEEDS_LLM, STRATEGIES, ServeConfig
+from s2t.config import MANY_SAMPLES, NEEDS_ADAPTER, NEEDS_LLM, SERVED, ServeConfig
 from s2t.decode.remote.selector import check_served
 from s2t.decode.session import Session
 from s2t.decode.workload import strategy_of
@@ -78,7 +78,7 @@ def offered(config: ServeConfig, session: Session) -> dict[str, Strategy]:
     """The strategies that the loaded models and the settings allow, the default one first."""
     trained = session.selector
     default = config.strategy or ("greedy" if trained is None else "s2t-local")
-    found = {default: None} | dict.fromkeys(name for name in STRATEGIES if name not in MANY_SAMPLES)
+    found = {default: None} | dict.fromkeys(name for name in SERVED if name not in MANY_SAMPLES)
     strategies: dict[str, Strategy] = {}
     for name in found:
         own = trained if name in NEEDS_ADAPTER else None

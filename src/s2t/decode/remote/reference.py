@@ -70,6 +70,18 @@ class RemoteReference(Reference):
         both = Listed(*(np.concatenate([getattr(one, name) for one in places]) for name in ("ids", "logprobs")))
         return both.logits(slm_logits.shape[-1], forbidden_ids)
 
+    def ask(
+        self, drafts: Mapping[int, Sequence[int]], suffix_ids: Sequence[int], size: int, forbidden_ids: Tensor
+    ) -> Tensor:
+        """One request per row for the token behind its draft and the suffix."""
+        asked = {
+            row: CompletionRequest([*self.prefixes[row], *draft, *suffix_ids], logprobs=self.llm.num_listed)
+            for row, draft in drafts.items()
+        }
+        for row, request in asked.items():
+            self._count(row, [request])
+        return Listed.joined(self.llm.answers(list(asked.values()))).logits(size, forbidden_ids)
+
     def look_up(
         self,
         wanted: Sequence[tuple[int, int]],
