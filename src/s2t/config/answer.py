@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from s2t.config.checks import check_at_least, check_choice, check_positive, check_range, require
 from s2t.config.effects import check_effects
-from s2t.config.methods import MANY_SAMPLES, SERVED, STRATEGIES, TRIGGERED, TRIGGERS, WRITERS
+from s2t.config.methods import MANY_SAMPLES, METHODS, SERVED, STRATEGIES, TRIGGERED, TRIGGERS, WRITERS
 from s2t.config.shared import (
     READERS,
     ChatConfig,
@@ -120,6 +120,8 @@ class EvalConfig(DecodeConfig, TaskConfig, ServedConfig, ShardConfig, ChatConfig
     """Share of templates reported as unseen; the adapter's own list goes first."""
     shard_size: int = 128
     """Problems per file; a killed run loses one shard at most."""
+    known: str | None = None
+    """Finished run of `s2t eval` with confidence and llm on other problems, from which frugalgpt and knn-routing learn."""
     num_traces: int | None = None
     """Problems of which every token is kept, for the report to show; the first ones of the run. None keeps 32; beside an LLM,
     which reads them again, one in a hundred and at least 5, so that this costs little."""
@@ -156,4 +158,7 @@ class EvalConfig(DecodeConfig, TaskConfig, ServedConfig, ShardConfig, ChatConfig
 
     @property
     def strategy_names(self) -> tuple[str, ...]:
-        return tuple(name.strip() for name in self.strategies.split(",") if name.strip())
+        """All strategies that run: those given, behind those among whose answers one of them chooses."""
+        given = [name.strip() for name in self.strategies.split(",") if name.strip()]
+        needed = [base for name in given if name in METHODS for base in METHODS[name].over if base not in given]
+        return (*dict.fromkeys(needed), *given)

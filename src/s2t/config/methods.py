@@ -55,6 +55,7 @@ TRIGGERS = {
 TRIGGER_NEEDS = {"divergence": ("llm",), "step-score": ("llm",), "criticality": ("adapter",)}
 """llm, adapter: what a trigger reads beside the SLM, as its class says."""
 _ALWAYS, _TAKEOVER = "s2t.methods.triggers:Always", "s2t.methods.select:Takeover"
+_BOTH = ("confidence", "llm")
 METHODS = {
     "greedy": Method(),
     "sample": Method(sampling=True),
@@ -67,17 +68,24 @@ METHODS = {
     "speculative": Method(
         "s2t.methods.speculative:Rejected", "s2t.methods.speculative:Residual", True, needs=("llm",), is_served=False
     ),
-    "r2r": Method("router", _TAKEOVER, needs=("llm",), is_served=False),
-    "specreason": Method("step-score", _TAKEOVER, needs=("llm",), is_served=False),
-    "smart": Method("step-confidence", _TAKEOVER, needs=("llm",), is_served=False),
-    "glimprouter": Method("step-entropy", _TAKEOVER, needs=("llm",), is_served=False),
-    "relay": Method("call", _TAKEOVER, needs=("llm",), is_served=False),
+    "r2r": Method("s2t.methods.router:Routed", _TAKEOVER, needs=("llm",), is_served=False),
+    "specreason": Method("s2t.methods.steps:StepScore", _TAKEOVER, needs=("llm",), is_served=False),
+    "smart": Method("s2t.methods.steps:StepConfidence", _TAKEOVER, needs=("llm",), is_served=False),
+    "glimprouter": Method("s2t.methods.steps:StepEntropy", _TAKEOVER, needs=("llm",), is_served=False),
+    "relay": Method("s2t.methods.relay:Call", _TAKEOVER, needs=("llm",), is_served=False),
     "contrastive": Method(_ALWAYS, "s2t.methods.contrast:Contrastive", needs=("llm",), is_served=False),
     "context-aware": Method(_ALWAYS, "s2t.methods.contrast:ContextAware", needs=("bare",), is_served=False),
     "dola": Method(_ALWAYS, "s2t.methods.contrast:DoLa", is_served=False),
-    "released": Method("divergence", "s2t.methods.select:S2TLocal", needs=("llm", "adapter"), is_served=False),
+    "released": Method(
+        "s2t.methods.triggers:Divergence", "s2t.methods.select:S2TLocal", needs=("llm", "adapter"), is_served=False
+    ),
     "multiplex": Method(sampling=True, mixes=True, is_served=False),
     "confidence": Method(reads="s2t.methods.answers:Confidence", is_served=False),
+    "cascade": Method(over=_BOTH, answers="s2t.methods.answers:Cascade", is_served=False),
+    "frugalgpt": Method(over=_BOTH, answers="s2t.methods.answers:FrugalGPT", is_served=False),
+    "knn-routing": Method(over=_BOTH, answers="s2t.methods.answers:NearestNeighbours", is_served=False),
+    "borda": Method(over=("self-certainty",), answers="s2t.methods.votes:Borda", is_served=False),
+    "deepconf": Method(over=("self-certainty",), answers="s2t.methods.votes:DeepConf", is_served=False),
 }
 
 STRATEGIES = tuple(METHODS)

@@ -276,8 +276,8 @@ class DecodeConfig(StepConfig):
     num_samples: int = 8
     """N of self-consistency (majority vote) and self-certainty (the sample the model is surest of)."""
     span_tokens: int | None = None
-    """Tokens for which a place that fires holds, or to the end of the step where that comes first. None is 1 for takeover and s2t,
-    64 (also the longest step) for specreason and smart, the whole step for glimprouter, and for relay what is called for."""
+    """Tokens for which a place that fires holds, or to the end of the step where that comes first. None is 1 for takeover and
+    s2t, 64 (also the longest step) for specreason and smart, the whole step for glimprouter, and for relay what is called for."""
     step_end: str | None = None
     """Text that ends a step; None is a line break for the embedded models, else a blank line."""
     router: str | None = None
