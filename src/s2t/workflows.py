@@ -14,6 +14,7 @@ from s2t.config import (
     DistillConfig,
     EvalConfig,
     MeasureConfig,
+    RouterConfig,
     TrainConfig,
     build_config,
 )
@@ -45,6 +46,13 @@ def train(**settings: Any) -> dict[str, Any]:
     from s2t.train.trainer import train as run
 
     return run(build_config(TrainConfig, flags=settings))
+
+
+def train_router(**settings: Any) -> dict[str, Any]:
+    """Where the SLM's tokens part answers from the LLM's becomes the router of r2r, in the run folder's `router`."""
+    from s2t.train.router import train_router as run
+
+    return run(build_config(RouterConfig, flags=settings))
 
 
 def distill(**settings: Any) -> dict[str, Any]:

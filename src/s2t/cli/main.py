@@ -33,6 +33,7 @@ from s2t.cli import (
     serve,
     study,
     train,
+    train_router,
 )
 from s2t.errors import S2TError
 
@@ -42,6 +43,7 @@ COMMANDS = {
     "calibrate": calibrate.command,
     "collect": collect.command,
     "train": train.command,
+    "train-router": train_router.command,
     "distill": distill.command,
     "merge": merge.command,
     "push": push.command,
@@ -55,7 +57,7 @@ COMMANDS = {
     "bench": bench.command,
 }
 
-RESUMED = ("demo", "measure", "collect", "train", "eval", "study", "reproduce")
+RESUMED = ("demo", "measure", "collect", "train", "train-router", "eval", "study", "reproduce")
 INTERRUPTED = 130
 USAGE_ERROR = typer.BadParameter.__mro__[1]  # UsageError, which Typer keeps to itself
 DISK_ERRORS = {

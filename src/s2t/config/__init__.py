@@ -32,6 +32,7 @@ from s2t.config.methods import (
     Method,
     needs_of,
 )
+from s2t.config.router import RouterConfig
 from s2t.config.shared import (
     CRITICALITY_READINGS,
     DISTILLATIONS,
@@ -91,6 +92,7 @@ __all__ = [
     "PushConfig",
     "RemoteConfig",
     "ReproduceConfig",
+    "RouterConfig",
     "ServeConfig",
     "ServedConfig",
     "ShardConfig",

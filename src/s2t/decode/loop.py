@@ -238,8 +238,9 @@ def _check(engine: Engine, strategy: Strategy, reference: Reference | None) -> N
             f"strategy {strategy.name} judges whole steps, and a pair with different tokenizers is read token by token; "
             "use a pair that shares its tokenizer."
         )
-    if reference is not None and reference.num_listed is not None and strategy.selector is not None:
-        if (lacking := strategy.selector.lacks(reference.num_listed)) is not None:
-            raise ConfigError(lacking)
+    listed = reference.num_listed if reference is not None else None
+    lacking = strategy.selector.lacks(listed) if strategy.selector is not None and listed is not None else None
+    if lacking is not None:
+        raise ConfigError(lacking)
     if "adapter" in strategy.needs and engine.adapter is None:
         raise ConfigError(f"strategy {strategy.name} needs --adapter, a folder written by `s2t train`.")
