@@ -25,7 +25,8 @@ class GenerateConfig(DecodeConfig, ServedConfig, ChatConfig, ModelConfig):
 
     strategy: str | None = None
     """greedy, sample, self-consistency, self-certainty, llm, takeover, s2t or s2t-local; None is s2t-local with an adapter or a
-    merged model, else greedy."""
+    merged model, else greedy. Or another method: speculative, r2r, specreason, smart, glimprouter, relay, contrastive,
+    context-aware, dola, multiplex, confidence or released."""
     seed: int = 0
     """Seed of sampling and of the random trigger."""
 
@@ -111,7 +112,8 @@ class EvalConfig(DecodeConfig, TaskConfig, ServedConfig, ShardConfig, ChatConfig
     """Hub id, folder, or `tiny:llm`; needed by llm, takeover and s2t."""
     strategies: str = "greedy,s2t-local"
     """Comma-separated: greedy, sample, self-consistency, self-certainty, llm, takeover, s2t, s2t-local; the last three also
-    with a trigger of their own, such as s2t@entropy."""
+    with a trigger of their own, such as s2t@entropy. Other methods: those of generate, and over finished answers cascade, frugalgpt,
+    knn-routing, borda and deepconf."""
     out: str = "runs/eval"
     """Folder of this run; rerunning resumes it."""
     split: str = "test"

@@ -214,9 +214,10 @@ def _findings(lab: Lab, arms: Sequence[_Arm]) -> Findings:
         f"{config.limit:,} problems of the {config.split} split, {config.num_seeds} seeds of what draws at random; costs are per "
         f"problem and seed. Thresholds from {config.calibration_limit:,} calibration problems at shares of "
         f"{', '.join(f'{100 * share:g}' for share in SHARES)} %.",
-        f"p: McNemar (sign flips where there are several seeds) against greedy, after Holm's correction for {len(adjusted)} tests.",
-        "LLM's tokens: those at places that fired; whole answers for cascade, frugalgpt and knn-routing. speculative keeps the best "
-        "token alone (top-k 1), so that it writes what llm writes; its share is that of rejected drafts.",
+        f"p: McNemar (sign flips where there are several seeds) against greedy, after Holm's correction for {len(adjusted)} "
+        "tests.",
+        "LLM's tokens: those at places that fired; whole answers for cascade, frugalgpt and knn-routing. speculative keeps the "
+        "best token alone (top-k 1), so that it writes what llm writes; its share is that of rejected drafts.",
     ]
     return Findings("Every method on the same problems", columns, rows, charts, notes)
 
