@@ -112,8 +112,8 @@ class EvalConfig(DecodeConfig, TaskConfig, ServedConfig, ShardConfig, ChatConfig
     """Hub id, folder, or `tiny:llm`; needed by llm, takeover and s2t."""
     strategies: str = "greedy,s2t-local"
     """Comma-separated: greedy, sample, self-consistency, self-certainty, llm, takeover, s2t, s2t-local; the last three also
-    with a trigger of their own, such as s2t@entropy. Other methods: those of generate, and over finished answers cascade, frugalgpt,
-    knn-routing, borda and deepconf."""
+    with a trigger of their own, such as s2t@entropy. Other methods: those of generate, and over finished answers cascade,
+    frugalgpt, knn-routing, borda and deepconf."""
     out: str = "runs/eval"
     """Folder of this run; rerunning resumes it."""
     split: str = "test"

@@ -51,6 +51,7 @@ TRIGGERS = {
     "step-confidence": "s2t.methods.steps:StepConfidence",
     "step-entropy": "s2t.methods.steps:StepEntropy",
     "call": "s2t.methods.relay:Call",
+    "critical": "s2t.methods.critical:Critical",
 }
 TRIGGER_NEEDS = {"divergence": ("llm",), "step-score": ("llm",), "criticality": ("adapter",)}
 """llm, adapter: what a trigger reads beside the SLM, as its class says."""

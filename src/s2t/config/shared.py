@@ -255,9 +255,8 @@ class DecodeConfig(StepConfig):
     """How tokens are chosen; shared by generate, eval and collect."""
 
     trigger: str = "auto"
-    """never, random, entropy, divergence, criticality, router, step-score, step-confidence, step-entropy, call, or auto: divergence
-    for takeover and s2t, criticality
-    for s2t-local, never for the others."""
+    """never, random, entropy, divergence, criticality, router, step-score, step-confidence, step-entropy, call, or auto:
+    divergence for takeover and s2t, criticality for s2t-local, never for the others, but for those that have their own."""
     threshold: float | None = None
     """In the trigger's own unit; None takes the adapter's or the calibration file's value."""
     calibration: str | None = None
@@ -283,6 +282,8 @@ class DecodeConfig(StepConfig):
     """Text that ends a step; None is a line break for the embedded models, else a blank line."""
     router: str | None = None
     """Router written by `s2t train-router`, a folder; r2r and the trigger router need it."""
+    critical: str | None = None
+    """critical.json written by `s2t study critical`; the oracle trigger critical fires at its places."""
     draft_tokens: int = 0
     """Of takeover and s2t: tokens drafted per LLM forward, with the same output; 0 adapts to the rate of flips, 1 is step
     by step."""

@@ -72,10 +72,8 @@ class Reference(ABC):
         return logprobs
 
     @abstractmethod
-    def ask(
-        self, drafts: Mapping[int, Sequence[int]], suffix_ids: Sequence[int], size: int, forbidden_ids: Tensor
-    ) -> Tensor:
-        """Masked logits of the token behind each row's whole draft and a suffix, both of which are forgotten; [r, size]."""
+    def ask(self, drafts: Mapping[int, Sequence[int]], suffix_ids: Sequence[int], answer_ids: Sequence[int]) -> Tensor:
+        """Logits of some tokens behind each row's whole draft and a suffix, both of which are forgotten; [r, A]."""
 
     @abstractmethod
     def settle(self, row: int, draft: Sequence[int], accepted: Sequence[int]) -> None:
@@ -143,18 +141,14 @@ class ModelReference(EngineReference):
         return mask_forbidden(logits, forbidden_ids, size)
 
     @torch.inference_mode()
-    def ask(
-        self, drafts: Mapping[int, Sequence[int]], suffix_ids: Sequence[int], size: int, forbidden_ids: Tensor
-    ) -> Tensor:
+    def ask(self, drafts: Mapping[int, Sequence[int]], suffix_ids: Sequence[int], answer_ids: Sequence[int]) -> Tensor:
         """One more forward, over the last drafted token and the suffix; the rest of the draft is read as `logits` reads it."""
         self.states(drafts)
         rows = list(drafts)
         lengths = [self.engine.lengths[row] for row in rows]
         hidden = self.engine.extend(rows, [[drafts[row][-1], *suffix_ids] for row in rows])  # [r, H']
         self.engine.crop(rows, lengths)
-        return mask_forbidden(
-            align_vocabulary(self.engine.head(hidden).to(forbidden_ids.device), size), forbidden_ids, size
-        )
+        return self.engine.head(hidden)[:, list(answer_ids)]
 
     def states(self, drafts: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
         """The states that each row's d drafted tokens are predicted from, row -> [d, H]; one forward for all unread rows."""

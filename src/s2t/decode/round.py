@@ -41,6 +41,7 @@ class EngineRound(Round):
         self.texts = texts
         self.batch, self.rows, self.offsets = batch, rows, offsets
         self.hidden, self.logits, self.greedy, self.tokens = hidden, logits, greedy, tokens
+        self.keys = [row.request.key for row in rows]
         self.num_written = [row.steps + offset for row, offset in zip(rows, offsets, strict=True)]
         self.places: dict[Row, list[int]] = {}  # a row's, in order
         for place, row in enumerate(rows):
@@ -77,9 +78,7 @@ class EngineRound(Round):
         assert reference is not None and texts is not None
         places = [self.drafts[i] for i in rows]
         drafts = {self.rows[own[0]].slot: [self.tokens[place] for place in own] for own in places}
-        size, forbidden = self.logits.shape[-1], self.batch.engine.forbidden_ids
-        logits = reference.ask(drafts, texts.ids(question), size, forbidden)
-        return logits[:, [texts.ids(answer)[-1] for answer in answers]]
+        return reference.ask(drafts, texts.ids(question), [texts.ids(answer)[-1] for answer in answers])
 
     def embed(self, ids: Tensor) -> Tensor:
         return self.batch.engine.model.get_input_embeddings()(ids)

@@ -61,9 +61,7 @@ class TextReference(EngineReference):
         super().start(row, prompt_ids)
         self.rows[row] = _Row(list(prompt_ids))
 
-    def ask(
-        self, drafts: Mapping[int, Sequence[int]], suffix_ids: Sequence[int], size: int, forbidden_ids: Tensor
-    ) -> Tensor:
+    def ask(self, drafts: Mapping[int, Sequence[int]], suffix_ids: Sequence[int], answer_ids: Sequence[int]) -> Tensor:
         raise NotImplementedError(
             "steps are judged whole, and this LLM reads token by token; the loop refuses the pair"
         )

@@ -25,6 +25,8 @@ class Round(ABC):
     The models' readings beyond the SLM's own are made when they are asked for: the LLM's, and states under the adapter.
     """
 
+    keys: list[str]
+    """The key of each place's request: problem/sample."""
     num_written: list[int]
     """Tokens that were written before each place."""
     greedy: list[int]

@@ -70,17 +70,17 @@ class RemoteReference(Reference):
         both = Listed(*(np.concatenate([getattr(one, name) for one in places]) for name in ("ids", "logprobs")))
         return both.logits(slm_logits.shape[-1], forbidden_ids)
 
-    def ask(
-        self, drafts: Mapping[int, Sequence[int]], suffix_ids: Sequence[int], size: int, forbidden_ids: Tensor
-    ) -> Tensor:
-        """One request per row for the token behind its draft and the suffix."""
-        asked = {
-            row: CompletionRequest([*self.prefixes[row], *draft, *suffix_ids], logprobs=self.llm.num_listed)
-            for row, draft in drafts.items()
-        }
-        for row, request in asked.items():
+    def ask(self, drafts: Mapping[int, Sequence[int]], suffix_ids: Sequence[int], answer_ids: Sequence[int]) -> Tensor:
+        """One request per row: of the answers by their ids, or (-inf for those that are not listed) of the likeliest tokens."""
+        prefixes = [[*self.prefixes[row], *draft, *suffix_ids] for row, draft in drafts.items()]
+        asked = [CompletionRequest(prefix, logprobs=self.llm.num_listed) for prefix in prefixes]
+        for row, request in zip(drafts, asked, strict=True):
             self._count(row, [request])
-        return Listed.joined(self.llm.answers(list(asked.values()))).logits(size, forbidden_ids)
+        if self.llm.abilities.logprob_token_ids:
+            return torch.from_numpy(self.llm.logprobs_of(prefixes, [answer_ids] * len(prefixes)))
+        listed = Listed.joined(self.llm.answers(asked))
+        is_answer = listed.ids[:, None, :] == np.asarray(answer_ids)[:, None]  # [r, A, S]
+        return torch.from_numpy(np.where(is_answer, listed.logprobs[:, None, :], -np.inf).max(-1))
 
     def look_up(
         self,
