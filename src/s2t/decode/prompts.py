@@ -65,5 +65,9 @@ def note_unread(variables: Mapping[str, Any], models: Sequence[Known]) -> None:
 def without_context(messages: str | Sequence[dict[str, str]]) -> str | list[dict[str, str]]:
     """A prompt with the last sentence of its last message alone: what is asked, without what it is asked about."""
     if isinstance(messages, str):
-        return re.split(r"(?<=[.!?\n])\s+", messages.strip())[-1]
-    return [*messages[:-1], messages[-1] | {"content": without_context(messages[-1]["content"])}]
+        return _last_sentence(messages)
+    return [*messages[:-1], messages[-1] | {"content": _last_sentence(messages[-1]["content"])}]
+
+
+def _last_sentence(text: str) -> str:
+    return re.split(r"(?<=[.!?\n])\s+", text.strip())[-1]

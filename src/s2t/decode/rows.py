@@ -21,7 +21,7 @@ class Request:
     key: str = ""
     llm_prompt_ids: Sequence[int] | None = None
     max_new_tokens: int | None = None
-    bare_prompt_ids: Sequence[int] | None = None
+    bare_prompt_ids: Sequence[int] | None = field(default=None, kw_only=True)
     """The prompt without its context, for methods that compare the two."""
 
 

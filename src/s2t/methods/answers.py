@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -43,8 +43,8 @@ class Confidence(Trigger):
 class Known:
     """What is known of other problems: their questions and graded answers. Only for methods that learn."""
 
-    questions: list[str] = field(default_factory=list)
-    answers: list[Answers] = field(default_factory=list)
+    questions: Sequence[str] = ()
+    answers: Sequence[Answers] = ()
 
 
 class Chooser:

@@ -1,8 +1,8 @@
-"""A study of the tokens that decide a wrong answer: where they are, whether they are slips, and what a trigger would gain there.
+"""A study of the tokens that decide a wrong answer: where they are, whether they are slips, what a trigger would gain.
 
-A wrong greedy answer is cut at a place and the SLM samples its end several times: as long as some ends are right nothing is lost. The
-first token behind which none is right is critical. Source: critical tokens, Lin et al. 2024 (arXiv 2411.19943); the place is
-searched for by halves, which takes a loss for lasting.
+A wrong greedy answer is cut at a place and the SLM samples its end several times: as long as some ends are right nothing is lost.
+The first token behind which none is right is critical. Source: critical tokens, Lin et al. 2024 (arXiv 2411.19943); the place
+is searched for by halves, which takes a loss for lasting.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def critical(lab: Lab) -> Findings:
     slips = [one["is_slip"] for one in found.values()]
     share = f"{100 * np.mean(slips):.0f} %" if slips else "none"
     notes = [
-        f"{len(found)} wrong greedy answers of {lab.config.limit} have a critical token, found with {NUM_ROLLOUTS} samples a place; "
-        f"{share} of these tokens are slips (a written result that its left side does not give) or stand beside one.",
+        f"{len(found)} wrong greedy answers of {lab.config.limit} have a critical token, found with {NUM_ROLLOUTS} samples a "
+        f"place; {share} of these tokens are slips (a written result that its left side does not give) or stand beside one.",
         "critical is an oracle: it knows the grade.",
     ]
     return Findings("Tokens that decide a wrong answer", columns, rows, Chart("", "accuracy (%)", bars, "bar"), notes)
