@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from s2t.combine import combine
-from s2t.config import EvalConfig, build_config
+from s2t.config import EvalConfig, build_config, needs_of
 from s2t.core.stats import bootstrap_interval, holm_p_values, paired_comparison
 from s2t.decode.session import Session
 from s2t.decode.workload import open_task, requests_for
@@ -34,6 +34,11 @@ BY_TOKEN = tuple(f"{name}@{kind}" for name in ("takeover", "s2t") for kind in ("
 BY_STEP = ("specreason", "smart", "glimprouter")
 OVER_ANSWERS = ("cascade", "frugalgpt", "knn-routing")
 READINGS = ("divergence", "entropy", "criticality", "router", "step-score", "step-confidence", "step-entropy")
+SHOWN_BY_FLOPS = ("greedy", "s2t-local", "llm", "speculative", "deepconf", "s2t@criticality", "smart", "cascade")
+SHOWN_BY_SHARE = (
+    ("s2t@divergence", "takeover@entropy", "s2t@criticality", "r2r", "takeover@random"),
+    ("specreason", "smart", "glimprouter", "cascade", "frugalgpt", "knn-routing"),
+)
 _BELOW = ("step-score", "step-confidence", "confidence", "frugalgpt")  # these fire below their threshold
 _COSTS = ("slm_flops", "llm_flops", "slm_forwards", "llm_forwards", "generated")
 
@@ -74,11 +79,15 @@ def rivals(lab: Lab) -> Findings:
 
 
 def threshold_for(name: str, values: Sequence[float], share: float) -> float:
-    """Where a reading would fire at such a share of the tokens; just beyond the value, as firing is strict."""
-    found = np.asarray(values, dtype=float)
+    """The threshold at which a reading fires nearest to such a share of the tokens; readings that tie cannot be parted."""
+    found, counts = np.unique(np.asarray(values, dtype=float), return_counts=True)
+    margin = 1e-6 + 1e-3 * np.abs(found[[0, -1]])
+    passed = np.cumsum(counts) / len(values)  # at or below each reading
     if name in _BELOW:
-        return float(np.nextafter(np.quantile(found, share, method="lower"), -math.inf if share == 0 else math.inf))
-    return float(np.quantile(found, 1 - share, method="higher"))
+        cuts, rates = np.r_[found, found[-1] + margin[1]], np.r_[0.0, passed]
+    else:
+        cuts, rates = np.r_[found[0] - margin[0], found], np.r_[1.0, 1 - passed]
+    return float(cuts[np.abs(rates - share).argmin()])
 
 
 def _of(lab: Lab, folder: str, names: Sequence[str], share: float | None, **settings: Any) -> list[_Arm]:
@@ -181,8 +190,8 @@ def _findings(lab: Lab, arms: Sequence[_Arm]) -> Findings:
                 *(cost["slm_flops"] / 1e9, cost["llm_flops"] / 1e9, per_forward, arm.seconds),
             )
         )
-        lines = series.setdefault(arm.method, (Series(arm.method, [], [], []), Series(arm.method, [], [], [])))
-        for line, x in zip(lines, (flops, 100 * cost["share"]), strict=True):
+        lines = series.setdefault(arm.method, {kind: Series(arm.method, [], [], []) for kind in ("flops", "share")})
+        for line, x in zip(lines.values(), (flops, 100 * cost["share"]), strict=True):
             line.x.append(x)
             line.y.append(accuracy)
             line.ci95.append((interval[0], interval[1]))
@@ -199,15 +208,17 @@ def _findings(lab: Lab, arms: Sequence[_Arm]) -> Findings:
         ),
         *("p (Holm)", "SLM GFLOPs", "LLM GFLOPs", "tokens per LLM forward", "seconds"),
     )
-    routed = [own[1] for own in series.values() if len(own[1].x) > 1]
     charts = [
         Chart(
-            "GFLOPs of both models per problem, prompts included",
+            "GFLOPs of both models per problem",
             "accuracy (%)",
-            [o[0] for o in series.values()],
+            [series[n]["flops"] for n in SHOWN_BY_FLOPS],
             log_x=True,
         ),
-        Chart("tokens that the LLM wrote or chose (%)", "accuracy (%)", routed),
+        *(
+            Chart("tokens of the LLM (%)", "accuracy (%)", [series[n]["share"] for n in names])
+            for names in SHOWN_BY_SHARE
+        ),
     ]
     config = lab.config
     notes = [
@@ -227,5 +238,6 @@ def _cost(arm: _Arm) -> dict[str, float]:
     results = [result for seed in arm.rows for result in seed]
     total = {name: sum(result["cost"][name] for result in results) for name in _COSTS}
     fired = total["generated"] if arm.method == "llm" else sum(result["num_triggered"] for result in results)
-    share = 0.0 if arm.method == "s2t-local" else fired / max(total["generated"], 1)  # these fire without an LLM
+    reads_llm = arm.method in OVER_ANSWERS or "llm" in needs_of(arm.method)  # others fire without one
+    share = fired / max(total["generated"], 1) if reads_llm else 0.0
     return {name: value / len(results) for name, value in total.items()} | {"share": share}
