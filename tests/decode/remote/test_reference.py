@@ -183,7 +183,7 @@ def test_an_outline_knows_the_model_without_its_weights(tiny_llm):
 METHODS = {
     "specreason": {"threshold": 5.0},
     "smart": {"threshold": 0.999},
-    "glimprouter": {"threshold": 0.001},
+    "glimprouter": {"threshold": 1e-5},
     "contrastive": {"threshold": 0.1},
     "speculative": {"threshold": 0.0, "top_k": 1},
     "takeover": {"span_tokens": 4},
