@@ -15,7 +15,8 @@ from torch import Tensor
 from s2t.decode.adapter_stream import AdapterStream
 from s2t.decode.reference import Reference
 from s2t.decode.rows import Request, Row
-from s2t.model.engine import Engine, Work
+from s2t.model.engine import Engine
+from s2t.model.flops import Work
 from s2t.records import Cost
 
 _PROMPT_TOKENS_AT_ONCE = 2**14

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from s2t.core.candidates import mask_forbidden
 from s2t.core.support import align_vocabulary
-from s2t.model.engine import Engine, Work
+from s2t.model.engine import Engine
+from s2t.model.flops import Work
 
 
 class Reference(ABC):

@@ -12,13 +12,14 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from s2t.config import METHODS, ModelConfig, RemoteConfig, ServedConfig, needs_of
+from s2t.config import ModelConfig, RemoteConfig, ServedConfig
 from s2t.core.support import resolve_support
 from s2t.decode.context import context_length, fit
 from s2t.decode.continuous import ContinuousDecoder
 from s2t.decode.generated import Generated
 from s2t.decode.label import ExactAt, Labels, label, label_by_text, label_listed
 from s2t.decode.loop import Decoder, Request
+from s2t.decode.needs import check_needs, needs_by_name
 from s2t.decode.prompts import checked_ids, note_unread, variables_of, without_context
 from s2t.decode.reference import BareReference, ModelReference, Reference
 from s2t.decode.remote.llm import RemoteLLM, remote_settings
@@ -35,7 +36,6 @@ from s2t.model.adapter import BRANCH_SCOPES, AdapterConfig, SelectorReader, load
 from s2t.model.chat import decode_ids, prompt_ids
 from s2t.model.engine import Engine
 from s2t.model.load import LoadedModel, load_model, load_without_weights
-from s2t.model.merged import is_merged, local_folder
 from s2t.model.outline import load_outline
 from s2t.model.stops import Stops, cut
 from s2t.model.text import VocabularyMap, same_tokens
@@ -98,7 +98,7 @@ class Session:
         if isinstance(config, ServedConfig) and config.slm_urls:
             bases = [name.partition("@")[0] for name in strategies]
             return cls.served(config, config, bases, adapter, batch_size)
-        needs = _needs(config, strategies)
+        needs = needs_by_name(config, strategies)
         needs_llm = any("llm" in found for found in needs.values())
         slm = load_model(config.slm, **config.load_options)
         loaded = load_selector(adapter, slm) if any("adapter" in found for found in needs.values()) else None
@@ -360,31 +360,6 @@ def open_llm(config: ModelConfig) -> LoadedModel | RemoteLLM:
     llm = RemoteLLM.open(outline, remote_settings(config))
     note(f"LLM {llm.name} at {', '.join(config.llm_urls)}: {llm.abilities.note()}")
     return llm
-
-
-def check_needs(config: ModelConfig, strategies: Sequence[str], adapter: str | None) -> None:
-    """Raise ConfigError where a strategy needs an LLM or an adapter and there is none; loads nothing."""
-    needs = _needs(config, strategies)
-    if config.llm is None and any("llm" in found for found in needs.values()):
-        names = ", ".join(dict.fromkeys(_who(name, "llm") for name, found in needs.items() if "llm" in found))
-        hint = " (its tokenizer, beside --llm-url)" if isinstance(config, RemoteConfig) and config.llm_urls else ""
-        raise ConfigError(f"strategy {names} needs the LLM; pass --llm MODEL{hint}.")
-    lacking = [_who(name, "adapter") for name, found in needs.items() if "adapter" in found]
-    if lacking and adapter is None and not is_merged(local_folder(config.slm, config.revision)):
-        others = ",".join(name for name, found in needs.items() if "adapter" not in found) or "greedy"
-        hint = f"; without one: --strategies {others}" if hasattr(config, "strategies") else ""
-        raise ConfigError(f"strategy {', '.join(lacking)} needs --adapter, a folder written by `s2t train`{hint}.")
-
-
-def _needs(config: ModelConfig, strategies: Sequence[str]) -> dict[str, frozenset[str]]:
-    """What each strategy, or strategy@trigger, reads beside the SLM, by name."""
-    return {name: needs_of(name, str(getattr(config, "trigger", "auto"))) for name in strategies}
-
-
-def _who(name: str, need: str) -> str:
-    """Who needs something: the strategy, or the strategy with its trigger where it is the trigger that does."""
-    base = name.partition("@")[0]
-    return base if need in METHODS[base].needs else name
 
 
 def as_read(strategy: str, request: R) -> R:

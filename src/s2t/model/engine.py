@@ -8,33 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from s2t.model.adapter import BRANCH_SCOPES, SelectorReader, attached_adapter
 from s2t.model.attention import Segment, slot_attention
 from s2t.model.cache import SlotCache
+from s2t.model.flops import FlopCount, Work
 from s2t.model.head import Head
-from s2t.model.load import LoadedModel, count_params
+from s2t.model.load import LoadedModel
+from s2t.model.mixtures import mixed_embeddings
 from s2t.model.static import StaticSteps
 from s2t.model.tree import causal_mask, tree_mask
 
 _FILLED_GAP = 4  # rows
-
-
-@dataclass(slots=True)
-class Work:
-    """What one row cost so far on one model; forwards count once per row and call."""
-
-    forwards: int = 0
-    processed: int = 0
-    flops: float = 0.0
-
-    def __add__(self, other: Work) -> Work:
-        return Work(self.forwards + other.forwards, self.processed + other.processed, self.flops + other.flops)
 
 
 class Engine:
@@ -221,7 +210,9 @@ class Engine:
     ) -> Tensor:
         """One forward over all segments; hidden states [N, H] in the layout's order, earlier layers' behind the last one's."""
         ids, positions = layout.tensors()  # [1, N] each
-        inputs: dict[str, Tensor] = {"inputs_embeds": self._mixed(ids, mixed)} if mixed else {"input_ids": ids}
+        inputs: dict[str, Tensor] = (
+            {"inputs_embeds": mixed_embeddings(self.model, ids, mixed)} if mixed else {"input_ids": ids}
+        )
         self.cache.segments[:] = layout.segments
         with slot_attention(self.config), self._adapted(branches_from, layout.num_tokens):
             output = self.decoder(
@@ -235,14 +226,6 @@ class Engine:
         if not self.layers:
             return output.last_hidden_state[0]
         return torch.cat([output.last_hidden_state, *(output.hidden_states[layer] for layer in self.layers)], dim=-1)[0]
-
-    def _mixed(self, ids: Tensor, mixed: Mapping[int, Sequence[int]]) -> Tensor:
-        """Embeddings of a flat line of tokens [1, N], the mean of several at some places; [1, N, H]."""
-        table = self.model.get_input_embeddings()
-        embeddings = table(ids).clone()
-        for place, several in mixed.items():
-            embeddings[0, place] = table(torch.tensor(list(several), device=self.device)).mean(0)
-        return embeddings
 
     def layer_logits(self, hidden: Tensor) -> Tensor:
         """Masked logits read from the earlier layers of `layers`, behind the last one's in each state; [n, H'] -> [L, n, V]."""
@@ -411,17 +394,3 @@ def _similar(run: Sequence[int], widths: Sequence[int], held: Sequence[int]) -> 
                 continue
         groups.append([i])
     return groups
-
-
-class FlopCount:
-    """2 x parameters x tokens (input embedding left out, output embedding in) + 4 x layers x width x attended tokens."""
-
-    def __init__(self, model: nn.Module, config: Any) -> None:
-        total = count_params(model)
-        embedding = model.get_input_embeddings().weight  # type: ignore[operator]
-        tied = embedding is model.get_output_embeddings().weight  # type: ignore[operator]
-        self.per_token = 2.0 * (total if tied else total - embedding.numel())
-        self.per_attended = 4.0 * config.num_hidden_layers * config.hidden_size
-
-    def __call__(self, width: int, context: float) -> float:
-        return width * (self.per_token + self.per_attended * context)

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from s2t.model.chat import stop_ids
-from s2t.model.engine import FlopCount
+from s2t.model.flops import FlopCount
 from s2t.model.load import check_is_no_file, count_params, one_line, quiet
 from s2t.model.reserved import choose_reserved_ids
 from s2t.model.tiny import embedded_path, is_embedded
