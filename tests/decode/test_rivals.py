@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from s2t.core.support import kl_divergence
-from s2t.decode.loop import Request
+from s2t.decode.loop import Decoder, Request
 from s2t.decode.session import Session
+from s2t.decode.steps import StepTexts
 from s2t.errors import ConfigError
 from s2t.methods import relay, steps
+from s2t.model.engine import Engine
 from s2t.model.router import Router, RouterConfig, save_router
 
 TOP_1 = {"top_k": 1}
@@ -151,8 +154,6 @@ def test_rejections_say_how_long_drafts_are_and_not_flips_against_greedy(rival, 
 
 def exact(llm, prompt, length, temperature):
     """p of every continuation of so many tokens, of the LLM alone, by enumeration."""
-    from s2t.model.engine import Engine
-
     found = {(): 1.0}
     for _ in range(length):
         longer = {}
@@ -230,8 +231,6 @@ def test_a_step_that_is_kept_is_the_slms_and_one_that_is_not_is_the_llms(rival):
 
 
 def test_the_marks_are_what_the_llm_says_uncached_behind_the_step(slm, llm, strategy, prompts):
-    from s2t.model.engine import Engine
-
     how = strategy("specreason", threshold=0.0, step_end="w7", span_tokens=6)
     [done] = Session(slm, llm).run(how, [Request(0, prompts[0])], 24, keep_steps=True, trace=False)
     at, checked = 0, 0
@@ -300,8 +299,6 @@ def test_a_contrast_is_its_closed_form(name, rule, slm, llm, rival, prompts):
 
 
 def test_multiplex_feeds_the_mean_embedding_of_its_samples(slm, prompts):
-    from s2t.model.engine import Engine
-
     engine, prompt = Engine(slm, 1), prompts[0]
     engine.extend([0], [prompt])
     hidden, _ = engine.step([0], [[4]], mixtures={0: [4, 9, 9]})
@@ -373,3 +370,19 @@ def test_a_method_with_a_trigger_of_its_own_takes_no_other(strategy):
         strategy("contrastive", trigger="entropy")
     with pytest.raises(ConfigError, match="needs --router"):
         strategy("r2r")
+
+
+@pytest.mark.parametrize("name", ["specreason", "smart"])
+def test_whole_steps_are_not_judged_beside_another_tokenizer(name, slm, strategy):
+    by_text = SimpleNamespace(max_draft=1, num_listed=None, is_slm=False)
+    texts = StepTexts(slm.tokenizer, "w7")
+    with pytest.raises(ConfigError, match=f"strategy {name} judges whole steps, and a pair with different tokenizers"):
+        Decoder(Engine(slm, 1), strategy(name), by_text, texts=texts)
+
+
+@pytest.mark.parametrize(("tail", "end"), [("", "\n"), ("a", "\n\n"), ("a\n", "\n\n"), ("ab\n\nc", "\n\n")])
+def test_a_step_ends_with_the_token_that_completes_its_end(tail, end):
+    texts = StepTexts(SimpleNamespace(decode=lambda ids: ["\n", "b", "\n\nc"][ids[0]]), end)
+    for token, piece in enumerate(["\n", "b", "\n\nc"]):
+        assert texts.ends(tail, token) == ((tail + piece).count(end) > tail.count(end))
+        assert texts.after(tail, token) == tail + piece
