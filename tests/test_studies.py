@@ -203,15 +203,15 @@ def test_a_threshold_fires_nearest_to_the_share_and_never_between_ties(name):
 
 
 @pytest.mark.slow
-def test_a_critical_token_is_where_the_last_right_end_goes_and_slips_are_found(base, folder):
-    """Of the embedded SLM, whose faults are slips: behind a critical token no sample was right, and most of them are slips."""
-    found, made = run("critical", base, folder / "critical", limit=16)
+def test_some_critical_tokens_are_known_slips_and_an_oracle_gains_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(critical, "NUM_ROLLOUTS", 16)
+    found, made = run("critical", None, tmp_path, limit=10, max_new_tokens=160)
     rows = {row[0]: row for row in found["rows"]}
     places = read_json(made / "found.json")
-    assert rows["takeover@critical"][1] > 0
-    assert rows["takeover@critical"][3] >= rows["greedy"][3]
-    assert 0 < len(places) <= 16
-    assert sum(one["is_slip"] for one in places.values()) * 2 > len(places)
+    assert 0 < len(places) <= 10 * (1 - rows["greedy"][3]) + 1e-9
+    assert sum(one["is_slip"] for one in places.values()) >= 2
+    assert 0 < rows["takeover@critical"][1] < 0.05
+    assert rows["takeover@critical"][3] > rows["greedy"][3]
 
 
 def test_a_base_of_another_pair_is_refused(base, folder, tmp_path):

@@ -1,7 +1,8 @@
 """A study of the tokens that decide a wrong answer: where they are, whether they are slips, what a trigger would gain.
 
-A wrong greedy answer is cut at a place and the SLM samples its end several times: as long as some ends are right nothing is lost.
-The first token behind which none is right is critical. Source: critical tokens, Lin et al. 2024 (arXiv 2411.19943); the place
+A wrong greedy answer is cut at a place and the SLM samples its end several times: as long as some are right nothing is lost.
+The first token behind which none is is critical. It may stand right before the wrong one, where that is as good as certain; so
+the oracle fires at the next one, too. Source: critical tokens, Lin et al. 2024 (arXiv 2411.19943); the place
 is searched for by halves, which takes a loss for lasting.
 """
 
@@ -23,7 +24,7 @@ from s2t.studies.lab import Chart, Findings, Lab, Series
 from s2t.studies.slips import choices_of
 from s2t.tasks.problems import Task
 
-NUM_ROLLOUTS = 8
+NUM_ROLLOUTS = 16
 TRIGGERS = ("critical", "divergence", "entropy")
 _NEAR = 1  # tokens that a slip may stand beside a critical token
 
@@ -32,7 +33,7 @@ def critical(lab: Lab) -> Findings:
     """Which token decides a wrong answer, found by sampling on from it: is it a slip, do triggers fire there, what is gained."""
     path = lab.folder / "critical.json"
     found = _found(lab)
-    write_json(path, {problem: [one["step"]] for problem, one in found.items()})
+    write_json(path, {problem: [one["step"], one["step"] + 1] for problem, one in found.items()})  # see above
     settings = {"calibration": str(lab.calibrated()), "critical": str(path)}
     names = [f"takeover@{name}" for name in TRIGGERS]
     summary = lab.evaluated("eval", ",".join(["greedy", *names, "llm"]), **settings)
@@ -91,7 +92,8 @@ def _search(lab: Lab) -> dict[str, dict[str, Any]]:
     for i, step, own in zip(wrong, places, labels, strict=True):
         if step is None:
             continue
-        fires = {name: bool(getattr(own, name)[step] > thresholds[name]) for name in ("divergence", "entropy")}
+        near = slice(step, step + 2)
+        fires = {name: bool(getattr(own, name)[near].max() > thresholds[name]) for name in ("divergence", "entropy")}
         found[problems[i].problem_id] = {
             "step": step,
             "is_slip": any(abs(step - at) <= _NEAR for at in slips_of(session, done[i].token_ids)),
@@ -117,7 +119,7 @@ class _Search:
 
     def __init__(self, session: Session, task: Task, limit: int, seed: int) -> None:
         self.session, self.task, self.limit = session, task, limit
-        self.sampler = build_strategy("sample", EvalConfig(temperature=1.0, top_p=1.0), {}, seed=seed)
+        self.sampler = build_strategy("sample", EvalConfig(), {}, seed=seed)
 
     def places(self, answers: Sequence[tuple[Any, list[int], list[int]]]) -> list[int | None]:
         """For each (problem, prompt, wrong answer) its critical token; None where no beginning at all leads to a right end."""
