@@ -11,7 +11,7 @@ from transformers import BitsAndBytesConfig
 import s2t
 from s2t import api
 from s2t.cli import main as cli
-from s2t.config import MANY_SAMPLES, NEEDS_LLM, STRATEGIES
+from s2t.config import MANY_SAMPLES, NEEDS_LLM, WRITERS
 from s2t.decode.pair import Pair
 from s2t.decode.rows import Generated
 from s2t.errors import ConfigError, S2TError
@@ -61,6 +61,9 @@ def settings_of(name):
     return {**SHORT, **({"threshold": 0.5} if name in NEEDS_LLM - {"llm"} else {}), "num_samples": 3}
 
 
+STRATEGIES = [
+    name for name in WRITERS if name not in ("r2r", "released")
+]  # these need more than the pair and an adapter
 COLLABORATIVE = [name for name in STRATEGIES if name != "s2t-local"]
 
 
@@ -437,7 +440,7 @@ def test_the_module_functions_load_and_answer(reasoner):
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_the_command_line_prints_what_the_interface_answers(name, reasoner, local, adapter_folder, capsys):
     words = ["--llm", "tiny:llm", "--strategy", name, "--max-new-tokens", "16", "--num-samples", "3"]
-    if name in ("takeover", "s2t"):
+    if name in NEEDS_LLM - {"llm"}:
         words += ["--threshold", "0.5"]
     if name == "s2t-local":
         words += ["--adapter", adapter_folder]

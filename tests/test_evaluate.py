@@ -164,8 +164,13 @@ def test_what_is_no_variant_is_refused(strategies, message):
 
 
 def test_a_trigger_that_does_not_fit_is_refused_before_a_model_is_loaded(tmp_path):
-    with pytest.raises(ConfigError, match="takes trigger divergence, entropy, random, never"):
-        evaluate(EvalConfig(strategies="s2t@criticality", llm="nowhere", slm="nowhere", out=str(tmp_path / "x")))
+    settings = {"llm": "nowhere", "slm": "nowhere", "out": str(tmp_path / "x")}
+    with pytest.raises(
+        ConfigError, match="strategy contrastive has a trigger of its own; leave --trigger out, got 'entropy'"
+    ):
+        evaluate(EvalConfig(strategies="contrastive", trigger="entropy", **settings))
+    with pytest.raises(ConfigError, match="strategy s2t@criticality needs --adapter"):
+        evaluate(EvalConfig(strategies="s2t@criticality", **settings | {"slm": "tiny:slm"}))
 
 
 def test_what_a_strategy_needs_is_said_before_its_threshold(tmp_path):

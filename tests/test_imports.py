@@ -19,7 +19,7 @@ FLOORS = (
     {"model"},
     {"methods"},
     {"decode"},
-    {"summary", "traces"},
+    {"combine", "summary", "traces"},
     {"measure", "collect", "train", "merge", "export", "push", "evaluate", "report", "serve"},
     {"api", "demo", "bench", "workflows"},
     {"studies", "reproduce"},

@@ -22,7 +22,7 @@ from s2t.config import (
 from s2t.errors import ConfigError
 from s2t.files import RunFolder, read_json, write_json
 from s2t.report.chart import draw_charts
-from s2t.studies import STUDIES, adapters, baselines, slips, study, triggers
+from s2t.studies import STUDIES, adapters, baselines, critical, rivals, slips, study, triggers
 from s2t.studies.knowledge import equations, fault, knowledge
 from s2t.studies.lab import Lab
 from s2t.studies.run import cell
@@ -59,6 +59,9 @@ def shorter():
         patch.setattr(baselines, "NUM_SAMPLES", 2)
         patch.setattr(triggers, "RATES", (0.01, 0.1))
         patch.setattr(triggers, "KS", (1, 8))
+        patch.setattr(rivals, "SHARES", (0.05, 0.2))
+        patch.setattr(rivals, "NUM_SAMPLES", 2)
+        patch.setattr(critical, "NUM_ROLLOUTS", 2)
         patch.setattr(adapters, "ARMS", {name: adapters.ARMS[name] for name in ("default", "bins, scope always")})
         patch.setattr(adapters, "_SHARES", (0.5, 1.0))
         yield
@@ -69,7 +72,7 @@ def run(name, base, folder, **settings):
     return study(config), Path(config.out)
 
 
-SLOW = ("baselines", "distillation", "scaling", "size", "triggers")
+SLOW = ("baselines", "critical", "distillation", "rivals", "scaling", "size", "triggers")
 
 
 @pytest.mark.parametrize(
@@ -186,6 +189,30 @@ def test_one_candidate_is_greedy(base, folder):
     greedy = read_json(made / "k-1" / "summary.json")["strategies"]
     assert at["s2t", 1] == at["s2t-local", 1] == greedy["s2t"]["accuracy"]
     assert all(row[4] == 0 for row in found["rows"] if row[1] == 1)
+
+
+@pytest.mark.parametrize("name", ["entropy", "step-score"])
+def test_a_threshold_fires_nearest_to_the_share_and_never_between_ties(name):
+    readings = [0.0, 1.0, 1.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
+
+    def rate(share):
+        cut = rivals.threshold_for(name, readings, share)
+        return sum(r < cut if name == "step-score" else r > cut for r in readings) / len(readings)
+
+    wanted = {0.0: 0.0, 0.1: 0.1, 0.18: 0.1 if name == "step-score" else 0.2, 0.5: 0.5, 0.97: 1.0}
+    assert {share: rate(share) for share in wanted} == pytest.approx(wanted)
+
+
+@pytest.mark.slow
+def test_some_critical_tokens_are_known_slips_and_an_oracle_gains_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(critical, "NUM_ROLLOUTS", 16)
+    found, made = run("critical", None, tmp_path, limit=10, max_new_tokens=160)
+    rows = {row[0]: row for row in found["rows"]}
+    places = read_json(made / "found.json")
+    assert 0 < len(places) <= 10 * (1 - rows["greedy"][3]) + 1e-9
+    assert sum(one["is_slip"] for one in places.values()) >= 2
+    assert 0 < rows["takeover@critical"][1] < 0.05
+    assert rows["takeover@critical"][3] > rows["greedy"][3]
 
 
 def test_a_base_of_another_pair_is_refused(base, folder, tmp_path):

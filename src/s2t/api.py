@@ -16,9 +16,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from s2t.config import (
     MANY_SAMPLES,
-    NEEDS_ADAPTER,
     READERS,
     STRATEGIES,
+    WRITERS,
     ChatConfig,
     DecodeConfig,
     EngineConfig,
@@ -26,6 +26,7 @@ from s2t.config import (
     ServedConfig,
     build_config,
     check_effects,
+    needs_of,
 )
 from s2t.decode.loop import Request
 from s2t.decode.opening import open_pair
@@ -231,12 +232,15 @@ class Reasoner:
                 )
             given = [key for key in READERS if getattr(config, key) != getattr(DecodeConfig, key)]
         _check_settings(name, settings, given)
-        self.pair.check_has(name)
         if config is None:
             config = build_config(DecodeConfig, flags=settings)
             config.check_decode()
-        trained = self.pair.selector if name in NEEDS_ADAPTER else None
-        return _Plan(self.pair, config, strategy_of(name, config, trained, seed))
+        needs = needs_of(name, config.trigger)
+        self.pair.check_has(name, config.trigger)
+        self.pair.reads_bare = "bare" in needs
+        return _Plan(
+            self.pair, config, strategy_of(name, config, self.pair.selector if "adapter" in needs else None, seed)
+        )
 
     def _pieces(self, plan: _Plan, steps: Iterable[Step]) -> Iterator[str]:
         text = StoppingText(plan.tokenizer, plan.config.stop)
@@ -336,8 +340,9 @@ def _check_settings(name: str, settings: Collection[str], given: Collection[str]
     known = {item.name for item in fields(DecodeConfig)} - _LOAD_SETTINGS
     if unknown := sorted(set(settings) - known):
         raise ConfigError(f"unknown setting {', '.join(unknown)}; known: {', '.join(sorted(known))}.")
-    if name not in STRATEGIES:
-        raise ConfigError(f"strategy must be one of {', '.join(STRATEGIES)}; got {name!r}.")
+    if name not in WRITERS:
+        why = " works on finished runs; use s2t eval" if name in STRATEGIES else ""
+        raise ConfigError(f"strategy must be one of {', '.join(WRITERS)}; got {name!r}{why}.")
     check_effects(given, [name], READERS)
 
 

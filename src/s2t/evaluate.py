@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from s2t.config import HOW_IT_RUNS, MANY_SAMPLES, NEEDS_LLM, EvalConfig
+from s2t.combine import combine
+from s2t.config import HOW_IT_RUNS, MANY_SAMPLES, METHODS, NEEDS_LLM, OVER_ANSWERS, EvalConfig
 from s2t.decode.label import Labels
 from s2t.decode.loop import Request
 from s2t.decode.opening import check_needs, open_pair
@@ -51,7 +52,7 @@ _NUM_TRACES, _A_HANDFUL = 32, 5
 def evaluate(config: EvalConfig) -> dict[str, Any]:
     """Run all strategies and return summary.json; writes results.jsonl, traces.jsonl and the shards they come from."""
     names = config.strategy_names
-    check_needs(config, [name.partition("@")[0] for name in names])
+    check_needs(config, names)
     if config.card and not Path(str(config.adapter)).is_dir():
         raise ConfigError(f"--card writes into the adapter's folder, and {config.adapter} is none; leave it out.")
     adapter = selector_config(config.adapter, config.slm, config.revision)
@@ -65,6 +66,9 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     _run_missing(config, run, task, problems, contestants)
     found = {one.shards: _read_results(run, one) for one in contestants}
     results = {name: [found[one.shards] for one in contestants if one.name == name] for name in names}
+    for name in filter(OVER_ANSWERS.__contains__, names):
+        results[name] = combine(name, config, task, problems, results)
+        found |= {f"{name}-{seed}": own for seed, own in enumerate(results[name])}
     server = ServerReport(run, _servers(config)).section()
     summary = summarize(config, task, problems, results, adapter, read_json(run.file("pair.json")), server)
     write_text(run.file("results.jsonl"), "".join(_line(r) for each in found.values() for r in each[0]))
@@ -109,6 +113,8 @@ def _contestants(config: EvalConfig, adapter: AdapterConfig | None) -> list[_Con
     """Every strategy once, and those that draw at random once per seed; raises ConfigError for what does not fit."""
     made = []
     for name in config.strategy_names:
+        if name in OVER_ANSWERS:
+            continue
         base, _, trigger = name.partition("@")
         settings = replace(config, trigger=trigger or config.trigger)
         for seed in range(config.seed, config.seed + config.num_seeds):
@@ -175,8 +181,7 @@ class _Evaluator:
 
     def __init__(self, config: EvalConfig, task: Task | None) -> None:
         self.config, self.task = config, task or open_task(config, config.slm, config.revision)
-        names = [name.partition("@")[0] for name in config.strategy_names]
-        self.pair = open_pair(config, names)
+        self.pair = open_pair(config, config.strategy_names)
         _warm_up(self.pair)
 
     def shard(self, shard: Shard[Problem], judges: Sequence[_Contestant], num_traces: int) -> dict[str, Any]:
@@ -231,8 +236,8 @@ class _Evaluator:
         if len(samples) > 1:
             sure = certainties if one.strategy.name == "self-certainty" else [None] * len(samples)
             votes = [
-                {"answer": answer, "is_correct": grade.is_correct, "certainty": certainty}
-                for answer, grade, certainty in zip(answers, grades, sure, strict=True)
+                {"answer": answer, "is_correct": grade.is_correct, "certainty": certainty, "tokens": len(own.token_ids)}
+                for answer, grade, certainty, own in zip(answers, grades, sure, samples, strict=True)
             ]
         return Result(
             problem_id=problem.problem_id,
@@ -250,6 +255,7 @@ class _Evaluator:
             num_correct_samples=sum(grade.is_correct for grade in grades) if len(samples) > 1 else None,
             seed=one.seed,
             samples=votes,
+            value=samples[winner].mean_value if METHODS[one.strategy.name].reads is not None else None,
         )
 
     def _traces(

@@ -147,4 +147,7 @@ class Result:
     num_samples: int = 1
     num_correct_samples: int | None = None  # self-consistency: right answers among the N, for pass@N
     seed: int = 0
-    samples: list[dict[str, Any]] | None = None  # self-consistency: answer, is_correct and certainty of each of the N
+    samples: list[dict[str, Any]] | None = (
+        None  # self-consistency: answer, is_correct, certainty, tokens of each of the N
+    )
+    value: float | None = None  # mean of what a method reads at every step, such as confidence

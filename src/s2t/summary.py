@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from s2t.config import NEEDS_LLM, EvalConfig
+from s2t.config import NEEDS_LLM, OVER_ANSWERS, EvalConfig
 from s2t.core.stats import bootstrap_interval, clustered_rate_interval, holm_p_values, paired_comparison, pass_at
 from s2t.methods.sample import choose_sample
 from s2t.model.adapter import AdapterConfig
@@ -128,14 +128,15 @@ def _scores(seeds: Rows, seconds: float | None) -> dict[str, Any]:
     correct, results, share = _correct(seeds), [r for found in seeds for r in found], 1 / len(seeds)
     generated = sum(r["cost"]["generated"] for r in results)
     base = results[0]["strategy"].partition("@")[0]
+    handed_over = sum(r["num_triggered"] for r in results) if base in OVER_ANSWERS else 0  # whole answers of the LLM
     scores = {
         "accuracy": float(correct.mean()),
         "ci95": list(bootstrap_interval(correct)),
         "num_problems": len(seeds[0]),
         "num_seeds": len(seeds),
         "accuracy_by_seed": correct.mean(axis=1).tolist(),
-        "slm_tokens": 0 if base == "llm" else round(generated * share),
-        "llm_tokens": round(generated * share) if base in NEEDS_LLM else 0,
+        "slm_tokens": 0 if base == "llm" else round((generated - handed_over) * share),
+        "llm_tokens": round((generated if base in NEEDS_LLM else handed_over) * share),
         **{key: round(sum(r["cost"][key] for r in results) * share) for key in _COSTS},
         "trigger_rate": sum(r["num_triggered"] for r in results) / max(generated, 1),
         "flip_rate": sum(r["num_flips"] for r in results) / max(generated, 1),

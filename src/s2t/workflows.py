@@ -23,6 +23,7 @@ from s2t.config import (
     MeasureConfig,
     MergeConfig,
     PushConfig,
+    RouterConfig,
     TrainConfig,
     build_config,
 )
@@ -75,6 +76,12 @@ WORKFLOWS = {
         "Train the selector adapter on collected groups; rerunning resumes.",
         is_stage=True,
         is_shared=True,
+    ),
+    "train-router": Workflow(
+        RouterConfig,
+        "s2t.train.router:train_router",
+        "Train the router of strategy r2r: where would the SLM's token part from the LLM for good; rerunning resumes.",
+        is_stage=True,
     ),
     "distill": Workflow(
         DistillConfig,
@@ -160,6 +167,11 @@ def collect(**settings: Any) -> dict[str, Any]:
 def train(**settings: Any) -> dict[str, Any]:
     """Selection groups become an adapter, in the run folder's `adapter`; returns train.json."""
     return WORKFLOWS["train"](**settings)
+
+
+def train_router(**settings: Any) -> dict[str, Any]:
+    """Where the SLM's tokens part answers from the LLM's becomes the router of r2r, in the run folder's `router`."""
+    return WORKFLOWS["train-router"](**settings)
 
 
 def distill(**settings: Any) -> dict[str, Any]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from s2t.config import STRATEGIES, DecodeConfig
+from s2t.config import NEEDS_LLM, TRIGGERS, WRITERS, DecodeConfig
+from s2t.config.methods import TRIGGER_NEEDS
 from s2t.errors import ConfigError
+from s2t.methods.base import find
 from s2t.methods.sample import vote
 from s2t.methods.strategies import build_strategy
 
@@ -36,8 +38,7 @@ def test_a_vote_counts_answers_not_correct_ones():
     ("name", "trigger"),
     [
         ("s2t-local", "divergence"),  # needs the LLM
-        ("s2t", "criticality"),  # needs an adapter
-        ("takeover", "criticality"),
+        ("s2t-local", "step-score"),
     ],
 )
 def test_a_trigger_that_does_not_fit_is_one_clear_line(name, trigger):
@@ -67,7 +68,17 @@ def test_k_is_the_given_one_else_the_adapters_else_8():
     assert build_strategy("greedy", DecodeConfig(num_candidates=3), {}, 5).num_candidates == 3
 
 
-def test_only_s2t_and_takeover_read_the_llm_beside_the_slm():
+def test_only_methods_that_say_so_read_the_llm_beside_the_slm():
     thresholds = {"divergence": 1.0, "criticality": 0.5}
-    needs = {name for name in STRATEGIES if build_strategy(name, DecodeConfig(), thresholds).needs_llm}
-    assert needs == {"s2t", "takeover"}
+    names = [name for name in WRITERS if name != "r2r"]  # which needs a router to be built
+    needs = {name for name in names if build_strategy(name, DecodeConfig(), thresholds).needs_llm}
+    ours, others = (
+        {"s2t", "takeover"},
+        {"speculative", "specreason", "smart", "glimprouter", "relay", "contrastive", "released"},
+    )
+    assert needs == ours | others
+    assert needs == NEEDS_LLM - {"llm", "r2r"}
+
+
+def test_what_a_trigger_needs_is_what_its_class_says():
+    assert {name: find(where).needs for name, where in TRIGGERS.items() if find(where).needs} == TRIGGER_NEEDS

@@ -25,6 +25,7 @@ COMMANDS = {
     "calibrate": work.COMMANDS["calibrate"],
     "collect": work.COMMANDS["collect"],
     "train": work.COMMANDS["train"],
+    "train-router": work.COMMANDS["train-router"],
     "distill": work.COMMANDS["distill"],
     "merge": work.COMMANDS["merge"],
     "export": work.COMMANDS["export"],
@@ -39,7 +40,7 @@ COMMANDS = {
     "bench": work.COMMANDS["bench"],
 }
 
-RESUMED = ("demo", "measure", "collect", "train", "eval", "study", "reproduce")
+RESUMED = ("demo", "measure", "collect", "train", "train-router", "eval", "study", "reproduce")
 INTERRUPTED = 130
 USAGE_ERROR = typer.BadParameter.__mro__[1]  # UsageError, which Typer keeps to itself
 DISK_ERRORS = {

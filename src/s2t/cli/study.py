@@ -32,7 +32,7 @@ def show(found: Mapping[str, Any]) -> None:
 def command(
     config: StudyConfig,
     study: Annotated[str, typer.Argument(help="baselines, sufficiency, positions, scaling, triggers, criticality, candidates, "
-    "training, size, transfer, distillation, knowledge, slips or data.")] = "",
+    "training, size, transfer, distillation, knowledge, slips, data, critical or rivals.")] = "",
 ) -> Any:  # fmt: skip
     """Answer one question about a pair or a selector: a table and a picture, from runs that resume."""
     from s2t.studies import STUDIES

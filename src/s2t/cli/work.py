@@ -65,6 +65,10 @@ def show_trained(trained: Mapping[str, Any]) -> None:
         )
 
 
+def show_router(trained: Mapping[str, Any]) -> None:
+    print_facts("train-router", trained)
+
+
 def show_distilled(distilled: Mapping[str, Any]) -> None:
     print_facts("distill", {**distilled, "final loss, nats per token": distilled["final"]["loss"]})
 
@@ -144,6 +148,7 @@ COMMANDS = {
     "calibrate": command_of("calibrate", show_calibration),
     "collect": command_of("collect", show_collected),
     "train": command_of("train", show_trained),
+    "train-router": command_of("train-router", show_router),
     "distill": command_of("distill", show_distilled),
     "merge": command_of("merge", show_merged),
     "export": command_of("export", show_exported),

@@ -18,7 +18,21 @@ from s2t.config.learn import (
     PushConfig,
     TrainConfig,
 )
-from s2t.config.methods import MANY_SAMPLES, METHODS, NEEDS_ADAPTER, NEEDS_LLM, STRATEGIES, TRIGGERED, TRIGGERS, Method
+from s2t.config.methods import (
+    MANY_SAMPLES,
+    METHODS,
+    NEEDS_ADAPTER,
+    NEEDS_LLM,
+    OVER_ANSWERS,
+    SERVED,
+    STRATEGIES,
+    TRIGGERED,
+    TRIGGERS,
+    WRITERS,
+    Method,
+    needs_of,
+)
+from s2t.config.router import RouterConfig
 from s2t.config.shared import (
     CRITICALITY_READINGS,
     DISTILLATIONS,
@@ -53,13 +67,16 @@ __all__ = [
     "METHODS",
     "NEEDS_ADAPTER",
     "NEEDS_LLM",
+    "OVER_ANSWERS",
     "PLACES",
     "READERS",
     "SCOPES",
+    "SERVED",
     "STRATEGIES",
     "SUPPORTS",
     "TRIGGERED",
     "TRIGGERS",
+    "WRITERS",
     "BenchConfig",
     "CalibrateConfig",
     "ChatConfig",
@@ -78,6 +95,7 @@ __all__ = [
     "PushConfig",
     "RemoteConfig",
     "ReproduceConfig",
+    "RouterConfig",
     "ServeConfig",
     "ServedConfig",
     "ShardConfig",
@@ -89,6 +107,7 @@ __all__ = [
     "check_effects",
     "check_range",
     "config_dict",
+    "needs_of",
     "parse_settings",
     "read_variables",
 ]

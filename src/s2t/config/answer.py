@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from s2t.config.checks import check_at_least, check_choice, check_effects, check_positive, check_range, require
-from s2t.config.methods import MANY_SAMPLES, STRATEGIES, TRIGGERED, TRIGGERS
+from s2t.config.methods import MANY_SAMPLES, METHODS, SERVED, STRATEGIES, TRIGGERED, TRIGGERS, WRITERS
 from s2t.config.shared import (
     READERS,
     ChatConfig,
@@ -25,7 +25,8 @@ class GenerateConfig(DecodeConfig, ServedConfig, ChatConfig, EngineConfig, Model
 
     strategy: str | None = None
     """greedy, sample, self-consistency, self-certainty, llm, takeover, s2t or s2t-local; None is s2t-local with an adapter or a
-    merged model, else greedy."""
+    merged model, else greedy. Or another method: speculative, r2r, specreason, smart, glimprouter, relay, contrastive,
+    context-aware, dola, multiplex, confidence or released."""
     seed: int = 0
     """Seed of sampling and of the random trigger."""
 
@@ -37,7 +38,7 @@ class GenerateConfig(DecodeConfig, ServedConfig, ChatConfig, EngineConfig, Model
         self.check_decode()
         check_at_least(0, seed=self.seed)
         if self.strategy is not None:
-            check_choice("strategy", self.strategy, STRATEGIES)
+            check_choice("strategy", self.strategy, WRITERS)
 
     def check_given(self, names: Collection[str]) -> None:
         """Raise ConfigError where one of these settings has no effect; without a strategy the loaded model decides."""
@@ -92,7 +93,7 @@ class ServeConfig(DecodeConfig, ServedConfig, ChatConfig, EngineConfig, ModelCon
         )
         if self.strategy is not None:
             check_choice(
-                "strategy", self.strategy, tuple(name for name in STRATEGIES if name not in ("sample", *MANY_SAMPLES))
+                "strategy", self.strategy, tuple(name for name in SERVED if name not in ("sample", *MANY_SAMPLES))
             )
         check_range("port", self.port, 0, 65535)
         check_at_least(0, max_queue=self.max_queue, drain_s=self.drain_s)
@@ -109,7 +110,8 @@ class EvalConfig(DecodeConfig, TaskConfig, ServedConfig, ShardConfig, ChatConfig
     """Hub id, folder, or `tiny:llm`; needed by llm, takeover and s2t."""
     strategies: str = "greedy,s2t-local"
     """Comma-separated: greedy, sample, self-consistency, self-certainty, llm, takeover, s2t, s2t-local; the last three also
-    with a trigger of their own, such as s2t@entropy."""
+    with a trigger of their own, such as s2t@entropy. Other methods: those of generate, and over finished answers cascade,
+    frugalgpt, knn-routing, borda and deepconf."""
     out: str = "runs/eval"
     """Folder of this run; rerunning resumes it."""
     split: str = "test"
@@ -118,6 +120,8 @@ class EvalConfig(DecodeConfig, TaskConfig, ServedConfig, ShardConfig, ChatConfig
     """Share of templates reported as unseen; the adapter's own list goes first."""
     shard_size: int = 128
     """Problems per file; a killed run loses one shard at most."""
+    known: str | None = None
+    """Finished run of `s2t eval` with confidence and llm on other problems, from which frugalgpt and knn-routing learn."""
     num_traces: int | None = None
     """Problems of which every token is kept, for the report to show; the first ones of the run. None keeps 32; beside an LLM,
     which reads them again, one in a hundred and at least 5, so that this costs little."""
@@ -155,4 +159,7 @@ class EvalConfig(DecodeConfig, TaskConfig, ServedConfig, ShardConfig, ChatConfig
 
     @property
     def strategy_names(self) -> tuple[str, ...]:
-        return tuple(name.strip() for name in self.strategies.split(",") if name.strip())
+        """All strategies that run: those given, behind those among whose answers one of them chooses."""
+        given = [name.strip() for name in self.strategies.split(",") if name.strip()]
+        needed = [base for name in given if name in METHODS for base in METHODS[name].over if base not in given]
+        return (*dict.fromkeys(needed), *given)

@@ -24,7 +24,20 @@ class Method:
     reads: str | None = None
     """Something that is read at every step and never fires, as module:class, in the place of a trigger."""
     needs: tuple[str, ...] = ()
-    """llm, adapter."""
+    """llm, adapter, bare (the prompt without its context)."""
+    mixes: bool = False
+    """Whether a written token is fed as the mean embedding of K samples."""
+    over: tuple[str, ...] = ()
+    """Of a method that only chooses among answers of finished runs: whose answers."""
+    answers: str | None = None
+    """How it chooses among them, as module:class."""
+    is_served: bool = True
+    """Whether `s2t serve` offers it."""
+
+    @property
+    def takes_triggers(self) -> bool:
+        """Whether it can be given another trigger; one that names its own as module:class cannot."""
+        return self.selector is not None and ":" not in self.trigger
 
 
 TRIGGERS = {
@@ -33,7 +46,17 @@ TRIGGERS = {
     "entropy": "s2t.methods.triggers:Entropy",
     "divergence": "s2t.methods.triggers:Divergence",
     "criticality": "s2t.methods.triggers:Criticality",
+    "router": "s2t.methods.router:Routed",
+    "step-score": "s2t.methods.steps:StepScore",
+    "step-confidence": "s2t.methods.steps:StepConfidence",
+    "step-entropy": "s2t.methods.steps:StepEntropy",
+    "call": "s2t.methods.relay:Call",
+    "critical": "s2t.methods.critical:Critical",
 }
+TRIGGER_NEEDS = {"divergence": ("llm",), "step-score": ("llm",), "criticality": ("adapter",)}
+"""llm, adapter: what a trigger reads beside the SLM, as its class says."""
+_ALWAYS, _TAKEOVER = "s2t.methods.triggers:Always", "s2t.methods.select:Takeover"
+_BOTH = ("confidence", "llm")
 METHODS = {
     "greedy": Method(),
     "sample": Method(sampling=True),
@@ -43,11 +66,43 @@ METHODS = {
     "takeover": Method("divergence", "s2t.methods.select:Takeover", needs=("llm",)),
     "s2t": Method("divergence", "s2t.methods.select:S2T", needs=("llm",)),
     "s2t-local": Method("criticality", "s2t.methods.select:S2TLocal", needs=("adapter",)),
+    "speculative": Method(
+        "s2t.methods.speculative:Rejected", "s2t.methods.speculative:Residual", True, needs=("llm",), is_served=False
+    ),
+    "r2r": Method("s2t.methods.router:Routed", _TAKEOVER, needs=("llm",), is_served=False),
+    "specreason": Method("s2t.methods.steps:StepScore", _TAKEOVER, needs=("llm",), is_served=False),
+    "smart": Method("s2t.methods.steps:StepConfidence", _TAKEOVER, needs=("llm",), is_served=False),
+    "glimprouter": Method("s2t.methods.steps:StepEntropy", _TAKEOVER, needs=("llm",), is_served=False),
+    "relay": Method("s2t.methods.relay:Call", _TAKEOVER, needs=("llm",), is_served=False),
+    "contrastive": Method(_ALWAYS, "s2t.methods.contrast:Contrastive", needs=("llm",), is_served=False),
+    "context-aware": Method(_ALWAYS, "s2t.methods.contrast:ContextAware", needs=("bare",), is_served=False),
+    "dola": Method(_ALWAYS, "s2t.methods.contrast:DoLa", is_served=False),
+    "released": Method(
+        "s2t.methods.triggers:Divergence", "s2t.methods.select:S2TLocal", needs=("llm", "adapter"), is_served=False
+    ),
+    "multiplex": Method(sampling=True, mixes=True, is_served=False),
+    "confidence": Method(reads="s2t.methods.answers:Confidence", is_served=False),
+    "cascade": Method(over=_BOTH, answers="s2t.methods.answers:Cascade", is_served=False),
+    "frugalgpt": Method(over=_BOTH, answers="s2t.methods.answers:FrugalGPT", is_served=False),
+    "knn-routing": Method(over=_BOTH, answers="s2t.methods.answers:NearestNeighbours", is_served=False),
+    "borda": Method(over=("self-certainty",), answers="s2t.methods.votes:Borda", is_served=False),
+    "deepconf": Method(over=("self-certainty",), answers="s2t.methods.votes:DeepConf", is_served=False),
 }
 
 STRATEGIES = tuple(METHODS)
 MANY_SAMPLES = tuple(name for name, method in METHODS.items() if method.samples)
 SAMPLED = tuple(name for name, method in METHODS.items() if method.sampling)
-TRIGGERED = tuple(name for name, method in METHODS.items() if method.selector is not None)
+TRIGGERED = tuple(name for name, method in METHODS.items() if method.takes_triggers)
+OVER_ANSWERS = tuple(name for name, method in METHODS.items() if method.answers is not None)
+WRITERS = tuple(name for name in METHODS if name not in OVER_ANSWERS)
+SERVED = tuple(name for name, method in METHODS.items() if method.is_served)
 NEEDS_LLM = frozenset(name for name, method in METHODS.items() if "llm" in method.needs)
 NEEDS_ADAPTER = frozenset(name for name, method in METHODS.items() if "adapter" in method.needs)
+
+
+def needs_of(name: str, trigger: str = "auto") -> frozenset[str]:
+    """llm, adapter, bare: what a strategy, or strategy@trigger, reads beside the SLM; `trigger` is the setting of that name."""
+    base, _, own = name.partition("@")
+    method = METHODS[base]
+    found = own or (trigger if method.takes_triggers and trigger != "auto" else method.trigger)
+    return frozenset((*method.needs, *TRIGGER_NEEDS.get(found, ())))

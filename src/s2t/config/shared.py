@@ -293,8 +293,8 @@ class DecodeConfig(StepConfig):
     """How tokens are chosen; shared by generate, eval and collect."""
 
     trigger: str = "auto"
-    """never, random, entropy, divergence, criticality, or auto: divergence for takeover and s2t, criticality
-    for s2t-local, never for the others."""
+    """never, random, entropy, divergence, criticality, router, step-score, step-confidence, step-entropy, call, or auto:
+    divergence for takeover and s2t, criticality for s2t-local, never for the others, but for those that have their own."""
     threshold: float | None = None
     """In the trigger's own unit; None takes the adapter's or the calibration file's value."""
     calibration: str | None = None
@@ -313,6 +313,15 @@ class DecodeConfig(StepConfig):
     """Of what samples: drop tokens below this share of the best one; 0 keeps all."""
     num_samples: int = 8
     """N of self-consistency (majority vote) and self-certainty (the sample the model is surest of)."""
+    span_tokens: int | None = None
+    """Tokens for which a place that fires holds, or to the end of the step where that comes first. None is 1 for takeover and
+    s2t, 64 (also the longest step) for specreason and smart, the whole step for glimprouter, and for relay what is called for."""
+    step_end: str | None = None
+    """Text that ends a step; None is a line break for the embedded models, else a blank line."""
+    router: str | None = None
+    """Router written by `s2t train-router`, a folder; r2r and the trigger router need it."""
+    critical: str | None = None
+    """critical.json written by `s2t study critical`; the oracle trigger critical fires at its places."""
     draft_tokens: int = 0
     """Of takeover and s2t: tokens drafted per LLM forward, with the same output; 0 adapts to the rate of flips, 1 is step
     by step."""
@@ -331,4 +340,7 @@ class DecodeConfig(StepConfig):
         require(0 < self.top_p <= 1, f"top_p must be within (0, 1]; got {self.top_p}.")
         check_at_least(0, top_k=self.top_k, draft_tokens=self.draft_tokens)
         check_range("min_p", self.min_p, 0, 1)
+        if self.span_tokens is not None:
+            check_at_least(1, span_tokens=self.span_tokens)
+        require(self.step_end != "", "step_end must be text; an empty one would end every step at once.")
         require(all(self.stop), "stop must be text; an empty stop string would end every answer at once.")

@@ -22,7 +22,7 @@ class StudyConfig(TaskConfig, ChatConfig, ModelConfig):
     """Hub id, folder, or `tiny:llm`: the reference."""
     name: str = field(default="", metadata={"hidden": True})
     """baselines, sufficiency, positions, scaling, triggers, criticality, candidates, training, size, transfer, distillation,
-    knowledge, slips or data."""
+    knowledge, slips, data, critical or rivals."""
     out: str = "runs/study"
     """Folder of this study; rerunning resumes it."""
     base: str | None = None

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from s2t.model.engine import Engine, Work
+from s2t.model.engine import Engine
+from s2t.model.flops import Work
 
 _TOKENS_AT_ONCE = 2**14  # of all rows that catch up in one forward
 

@@ -15,14 +15,15 @@ from torch import Tensor
 from s2t.decode.adapter_stream import AdapterStream
 from s2t.decode.reference import Reference
 from s2t.decode.rows import Request, Row
-from s2t.model.engine import Engine, Work
+from s2t.model.engine import Engine
+from s2t.model.flops import Work
 from s2t.records import Cost
 
 _PROMPT_TOKENS_AT_ONCE = 2**14
 
 
 class Batch:
-    """The rows that are being written, and the requests that wait for one; `draws` makes a request's uniforms."""
+    """The rows that are being written, and the requests that wait for one; `draws` makes a request's uniforms of a stream."""
 
     def __init__(
         self,
@@ -30,7 +31,7 @@ class Batch:
         reference: Reference | None,
         max_new_tokens: int,
         ends: Callable[[int, int], bool] | None,
-        draws: Callable[[Request], np.ndarray],
+        draws: Callable[[Request, int], np.ndarray],
         has_stream: bool,
     ) -> None:
         self.engine, self.reference, self.max_new_tokens, self.ends = engine, reference, max_new_tokens, ends
@@ -52,13 +53,22 @@ class Batch:
         slots = [row.slot for row in rows]
         return self.hidden[: len(slots)] if slots == list(range(len(slots))) else self.hidden[slots]
 
-    def draws(self, rows: Sequence[Row], offsets: Sequence[int]) -> Tensor:
-        """The uniforms of some steps, `offset` steps behind what each row has written; 0 past the last; float64 [n]."""
+    def draws(self, rows: Sequence[Row], offsets: Sequence[int], stream: int = 0) -> Tensor:
+        """The uniforms of some steps, `offset` steps behind what each row has written; 0 past the last; float64 [n].
+
+        Streams are independent of each other: what is drafted, accepted and drawn anew shares no number.
+        """
+        own = [row.draws if stream == 0 else self._stream(row, stream) for row in rows]
         draws = [
-            row.draws[row.steps + at] if row.steps + at < len(row.draws) else 0.0
-            for row, at in zip(rows, offsets, strict=True)
+            drawn[row.steps + at] if row.steps + at < len(drawn) else 0.0
+            for row, at, drawn in zip(rows, offsets, own, strict=True)
         ]
         return torch.tensor(draws, dtype=torch.float64, device=self.engine.device)
+
+    def _stream(self, row: Row, stream: int) -> np.ndarray:
+        if stream not in row.streams:
+            row.streams[stream] = self._draws(row.request, stream)
+        return row.streams[stream]
 
     def name_of(self, is_llm: bool) -> str:
         """The name of the model that a number was read from."""
@@ -76,7 +86,7 @@ class Batch:
             request = self.waiting.popleft()
             prompt = tuple(request.prompt_ids)
             limit, twin = request.max_new_tokens or self.max_new_tokens, first.get(prompt)
-            row = Row(request, len(self.rows), list(prompt), self._draws(request), limit, last=prompt[-1], twin=twin)
+            row = Row(request, len(self.rows), list(prompt), self._draws(request, 0), limit, last=prompt[-1], twin=twin)
             if twin is None:
                 first[prompt] = row
                 num_tokens += len(prompt)
@@ -85,7 +95,7 @@ class Batch:
             if self.stream is not None:
                 self.stream.start(row.slot, prompt)
             if self.reference is not None:
-                own = request.llm_prompt_ids
+                own = request.bare_prompt_ids if self.reference.is_slm else request.llm_prompt_ids
                 self.reference.start(row.slot, prompt if own is None else own)
 
     def retire(self) -> None:
@@ -95,6 +105,8 @@ class Batch:
             if self.stream is not None:
                 slm = slm + self.stream.engine.work[row.slot]
             llm = self.reference.work[row.slot] if self.reference is not None else Work()
+            if self.reference is not None and self.reference.is_slm:
+                slm, llm = slm + llm, Work()
             self.costs[row.request.index] = Cost(
                 row.steps, slm.forwards, llm.forwards, slm.processed, llm.processed, slm.flops, llm.flops
             )
@@ -123,8 +135,9 @@ class Batch:
         fed = [row for row in self.rows if row.feed and row.twin is None]
         if not fed:
             return torch.empty(0)
+        mixtures = {row.slot: row.mixture for row in fed if row.mixture}
         states, branch = self.engine.step(
-            [row.slot for row in fed], [row.feed for row in fed], slots, candidate_ids, back
+            [row.slot for row in fed], [row.feed for row in fed], slots, candidate_ids, back, mixtures
         )
         if self.hidden is None:
             self.hidden = states.new_zeros(self.engine.max_rows, states.shape[-1])
@@ -135,5 +148,5 @@ class Batch:
             self.engine.copy(source, target)
             self.hidden[list(target)] = self.hidden[list(source)]
         for row in (*fed, *twins):
-            row.is_ready, row.feed, row.twin = True, [], None
+            row.is_ready, row.feed, row.twin, row.mixture = True, [], None, []
         return branch

@@ -96,14 +96,14 @@ class ContinuousDecoder(Decoder):
 
     # What a request has of its own
 
-    def _draws(self, request: Request) -> np.ndarray:
+    def _draws(self, request: Request, stream: int = 0) -> np.ndarray:
         assert isinstance(request, OwnRequest)
         if request.sampling is None and not self.strategy.trigger.is_random:
             return np.zeros(0)
         length = request.max_new_tokens or self.max_new_tokens
         return uniforms(request.seed, request.key or str(request.index), length)
 
-    def _tokens(self, rows: Sequence[Row], logits: Tensor, greedy: list[int]) -> list[int]:
+    def _tokens(self, rows: Sequence[Row], logits: Tensor, greedy: list[int], depth: int = 0) -> list[int]:
         """Greedy tokens and samples; rows with the same filters are sampled together."""
         groups: dict[Sampling, list[int]] = {}
         for place, row in enumerate(rows):
@@ -112,7 +112,7 @@ class ContinuousDecoder(Decoder):
                 groups.setdefault(row.request.sampling, []).append(place)
         tokens = list(greedy)
         for how, places in groups.items():
-            draws = self.batch.draws([rows[place] for place in places], [0] * len(places))
+            draws = self.batch.draws([rows[place] for place in places], [depth] * len(places))
             sampled = how.draw(logits[places], draws)
             for place, token in zip(places, sampled, strict=True):
                 tokens[place] = token

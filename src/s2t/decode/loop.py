@@ -22,6 +22,7 @@ from s2t.decode.finite import best_tokens, numbers
 from s2t.decode.reference import Reference
 from s2t.decode.round import EngineRound, candidates_of, known
 from s2t.decode.rows import Request, Row
+from s2t.decode.steps import StepTexts, earlier_layers
 from s2t.errors import ConfigError
 from s2t.methods.base import Proposal
 from s2t.methods.strategies import Strategy
@@ -51,11 +52,15 @@ class Decoder:
         trace: bool = False,
         ends: Callable[[int, int], bool] | None = None,
         adjust: Adjust | None = None,
+        texts: StepTexts | None = None,
     ) -> None:
         assert adjust is None or reference is None, "adjusted logits are not for the LLM beside the loop"
         _check(engine, strategy, reference)
+        assert texts is not None or not strategy.has_spans, "spans end with steps of the text"
         self.engine, self.strategy, self.reference = engine, strategy, reference
         self.max_new_tokens, self.trace, self.adjust = max_new_tokens, trace, adjust
+        self.texts = texts if strategy.has_spans else None
+        engine.layers = earlier_layers(engine, strategy.selector.layers) if strategy.selector is not None else ()
         has_stream = "adapter" in strategy.needs and engine.scope == "stream"
         self.batch = Batch(engine, reference, max_new_tokens, ends, self._draws, has_stream)
         self.costs: dict[int, Cost] = self.batch.costs
@@ -66,6 +71,8 @@ class Decoder:
             return DraftLength(fixed=1)
         if self.reference.max_draft is not None:
             return DraftLength(fixed=self.reference.max_draft)
+        if self.strategy.selector is not None and self.strategy.selector.reads_states:
+            return DraftLength(fixed=1)
         ratio = self.reference.cost_ratio(self.engine.loaded.num_params)
         room = _LOGITS_AT_ONCE // (self.engine.max_rows * self.engine.vocab_size)
         return DraftLength(self.strategy.draft_tokens, ratio, min(64, max(1, room)))
@@ -113,6 +120,7 @@ class Decoder:
         if self.adjust is not None and (batch.waiting or len(active) < len(batch.rows)):
             active = []
         rows, offsets, hidden, logits, greedy, tokens = [], [], [], [], [], []
+        tails: dict[Row, str] = {}
         depth, states = 0, batch.states_of(active) if active else torch.empty(0)
         while active:
             hidden.append(states)
@@ -120,19 +128,26 @@ class Decoder:
             rows += active
             offsets += [depth] * len(active)
             greedy += best_tokens(logits[-1], self.engine.loaded.name)
-            tokens += self._tokens(active, logits[-1], greedy[-len(active) :])
+            tokens += self._tokens(active, logits[-1], greedy[-len(active) :], depth)
             depth += 1
-            drafted = zip(active, tokens[-len(active) :], strict=True)
-            going = [(row, token) for row, token in drafted if self._drafts_on(row, token, depth)]
+            going = []
+            for row, token in zip(active, tokens[-len(active) :], strict=True):
+                tail = tails.get(row, row.tail)
+                if self._drafts_on(row, token, depth, tail):
+                    going.append((row, token))
+                tails[row] = tail if self.texts is None else self.texts.after(tail, token)
             if not going:
                 break
             active = [row for row, _ in going]
             states = self.engine.extend([row.slot for row in active], [[token] for _, token in going])
         if not rows:
-            return EngineRound(batch, [], [], states, states, [], [])
+            return EngineRound(batch, [], [], states, states, [], [], self.texts)
         at_once = len(hidden) == 1
         states, values = (parts[0] if at_once else torch.cat(parts) for parts in (hidden, logits))
-        return EngineRound(batch, rows, offsets, states, values, greedy, tokens)
+        round = EngineRound(batch, rows, offsets, states, values, greedy, tokens, self.texts)
+        if self.strategy.mixture:
+            self._mix(round)
+        return round
 
     def _logits(self, rows: Sequence[Row], states: Tensor) -> Tensor:
         if self.adjust is None:
@@ -140,22 +155,38 @@ class Decoder:
         adjusted = self.adjust([row.request.index for row in rows], self.engine.head(states))
         return self.engine.mask(adjusted.clone())  # whoever adjusts may keep what it returned
 
-    def _drafts_on(self, row: Row, token: int, depth: int) -> bool:
+    def _drafts_on(self, row: Row, token: int, depth: int, tail: str) -> bool:
         if self.reference is None or token in self.engine.loaded.stop_ids or row.steps + depth >= row.limit:
             return False
+        if self.texts is not None and self.strategy.trigger.drafts_steps:
+            if self.texts.ends(tail, token):
+                return False
+            if not row.held:
+                return depth < self.strategy.span_tokens
+            if depth >= row.held:
+                return False
         return depth < self._draft_length.at(row.steps, row.flips)
 
-    def _tokens(self, rows: Sequence[Row], logits: Tensor, greedy: list[int]) -> list[int]:
-        """The rows' next tokens: the greedy ones, or samples."""
+    def _tokens(self, rows: Sequence[Row], logits: Tensor, greedy: list[int], depth: int = 0) -> list[int]:
+        """The rows' next tokens, at one depth of their drafts: the greedy ones, or samples."""
         how = self.strategy.sampling
-        return greedy if how is None else how.draw(logits, self.batch.draws(rows, [0] * len(rows)))
+        return greedy if how is None else how.draw(logits, self.batch.draws(rows, [depth] * len(rows)))
 
-    def _draws(self, request: Request) -> np.ndarray:
-        """The uniforms that a request's samples, or its random trigger, take."""
+    def _mix(self, round: EngineRound) -> None:
+        """Draw the other samples of a mixture; the written token is the first of them."""
+        how = self.strategy.sampling
+        assert how is not None
+        others = [how.draw(round.logits, round.uniforms(stream)) for stream in range(1, self.strategy.mixture)]
+        for place, row in enumerate(round.rows):
+            row.mixture = [round.tokens[place], *(drawn[place] for drawn in others)]
+
+    def _draws(self, request: Request, stream: int = 0) -> np.ndarray:
+        """The uniforms that a request's samples, or its random trigger, take; those of other streams for what else is drawn."""
         strategy = self.strategy
         if strategy.sampling is None and not strategy.trigger.is_random:
             return np.zeros(0)
-        return uniforms(strategy.seed, request.key or str(request.index), self.max_new_tokens)
+        key = request.key or str(request.index)
+        return uniforms(strategy.seed, f"{key}/stream-{stream}" if stream else key, self.max_new_tokens)
 
     # Triggering
 
@@ -171,6 +202,8 @@ class Decoder:
         if values is None:
             return []
         fires = strategy.trigger.fires(values, strategy.threshold)
+        if self.strategy.has_spans:
+            return round.hold(fires.tolist(), strategy)
         if not fires.any():
             return []
         return [place for place in fires.nonzero()[:, 0].tolist() if round.num_written[place] >= strategy.warmup_steps]
@@ -194,11 +227,26 @@ def _check(engine: Engine, strategy: Strategy, reference: Reference | None) -> N
             f"num_candidates must be 1..{engine.vocab_size} (the vocabulary size), got {strategy.num_candidates}; "
             "lower --num-candidates."
         )
+    selector = strategy.selector
+    is_inside = strategy.mixture or strategy.trigger.reads_inside or (selector is not None and selector.layers)
+    if is_inside and not engine.reads_inside:
+        raise ConfigError(
+            f"strategy {strategy.name} reads layers or embeddings of the model, which llama.cpp keeps to itself; pass --engine torch."
+        )
     if strategy.needs_llm and reference is None:
         raise ConfigError(f"strategy {strategy.name} reads the LLM at inference; pass --llm.")
     if reference is not None and reference.max_draft is not None and strategy.draft_tokens > reference.max_draft:
         raise ConfigError(
             f"a pair with different tokenizers is read step by step; leave --draft-tokens at 0, got {strategy.draft_tokens}."
         )
+    if reference is not None and strategy.trigger.drafts_steps and reference.max_draft is not None:
+        raise ConfigError(
+            f"strategy {strategy.name} judges whole steps, and a pair with different tokenizers is read token by token; "
+            "use a pair that shares its tokenizer."
+        )
+    listed = reference.num_listed if reference is not None else None
+    lacking = strategy.selector.lacks(listed) if strategy.selector is not None and listed is not None else None
+    if lacking is not None:
+        raise ConfigError(lacking)
     if "adapter" in strategy.needs and engine.adapter is None:
         raise ConfigError(f"strategy {strategy.name} needs --adapter, a folder written by `s2t train`.")

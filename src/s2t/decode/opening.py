@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from s2t.config import NEEDS_ADAPTER, NEEDS_LLM, ChatConfig, EngineConfig, ModelConfig, RemoteConfig, ServedConfig
+from s2t.config import ChatConfig, EngineConfig, ModelConfig, RemoteConfig, ServedConfig
+from s2t.decode.needs import check_needs, needs_by_name
 from s2t.decode.pair import Pair
 from s2t.decode.prompts import note_unread
 from s2t.decode.remote.llm import RemoteLLM, remote_settings
@@ -34,18 +35,21 @@ def open_pair(config: ModelConfig, strategies: Sequence[str] | None = None, with
     settings alone before anything is loaded.
     """
     names = tuple(strategies or ())
-    is_read = with_llm is True or bool(NEEDS_LLM.intersection(names) - {"llm"})
+    needs = needs_by_name(config, names)
+    needed = frozenset().union(*needs.values())
+    is_read = with_llm is True or any("llm" in found for name, found in needs.items() if name != "llm")
     if with_llm is None:
         has_llm = config.llm is not None or (isinstance(config, RemoteConfig) and bool(config.llm_urls))
-        with_llm = has_llm if strategies is None else bool(NEEDS_LLM.intersection(names))
+        with_llm = has_llm if strategies is None else "llm" in needed
     check_needs(config, names, with_llm)
     if isinstance(config, ServedConfig) and config.slm_urls:
-        return _open_served(config, names)
+        return _open_served(config, [name.partition("@")[0] for name in names])
     slm = open_model(config.slm, config.load_options, **_engine(config), adapter=_adapter(config))
-    has_selector = strategies is None or NEEDS_ADAPTER.intersection(names)
+    has_selector = strategies is None or "adapter" in needed
     adapter = open_selector(_adapter(config), slm) if has_selector else None
     llm = open_llm(config) if with_llm else None
     pair = Pair(slm, llm, adapter, getattr(config, "batch_size", _ROWS), variables=_variables(config))
+    pair.reads_bare = "bare" in needed
     _ = pair.vocabulary  # raises for two models that cannot be mapped
     if is_read:
         pair.check_tokens()
@@ -79,20 +83,6 @@ def _open_served(config: ServedConfig, strategies: Sequence[str]) -> Pair:
     served = ServedSLM.connect(slm, remote_settings(config, config.slm_urls), config.slm_lora, "s2t-local" in names)
     batch_size = getattr(config, "batch_size", _ROWS)
     return Pair(slm, batch_size=batch_size, served_slm=served, variables=_variables(config))
-
-
-def check_needs(config: ModelConfig, strategies: Sequence[str], with_llm: bool = False) -> None:
-    """Raise ConfigError where strategies need an LLM or an adapter and the settings name none; loads nothing."""
-    if config.llm is None:
-        hint = " (its tokenizer, beside --llm-url)" if isinstance(config, RemoteConfig) and config.llm_urls else ""
-        names = ", ".join(name for name in strategies if name in NEEDS_LLM)
-        if names or with_llm:
-            raise ConfigError(f"{f'strategy {names}' if names else 'this'} needs the LLM; pass --llm MODEL{hint}.")
-    lacking = [name for name in strategies if name in NEEDS_ADAPTER]
-    if lacking and _adapter(config) is None and not is_merged(local_folder(config.slm, config.revision)):
-        others = ",".join(name for name in strategies if name not in NEEDS_ADAPTER) or "greedy"
-        hint = f"; without one: --strategies {others}" if hasattr(config, "strategies") else ""
-        raise ConfigError(f"strategy {', '.join(lacking)} needs --adapter, a folder written by `s2t train`{hint}.")
 
 
 def _engine(config: ModelConfig) -> dict[str, Any]:

@@ -12,13 +12,13 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from s2t.config import NEEDS_ADAPTER, NEEDS_LLM
+from s2t.config import needs_of
 from s2t.core.support import resolve_support
 from s2t.decode.continuous import ContinuousDecoder
 from s2t.decode.label import ExactAt, Labels, label, label_by_text, label_listed
 from s2t.decode.loop import Decoder, Request
-from s2t.decode.prompts import checked_ids, context_length, fit
-from s2t.decode.reference import ModelReference, Reference
+from s2t.decode.prompts import checked_ids, context_length, fit, without_context
+from s2t.decode.reference import BareReference, ModelReference, Reference
 from s2t.decode.remote.llm import RemoteLLM
 from s2t.decode.remote.reference import RemoteReference
 from s2t.decode.remote.selector import check_served
@@ -26,6 +26,7 @@ from s2t.decode.remote.served import ServedSLM
 from s2t.decode.remote.slm import RemoteDecoder
 from s2t.decode.remote.writer import RemoteWriter
 from s2t.decode.rows import Generated
+from s2t.decode.steps import StepTexts
 from s2t.decode.text_reference import TextReference
 from s2t.errors import ConfigError, ModelError
 from s2t.methods.strategies import Strategy
@@ -54,6 +55,8 @@ class Pair:
     adapter: SelectorReader | None = None
     batch_size: int = 64
     served_slm: ServedSLM | None = None
+    reads_bare: bool = False
+    """Whether requests bring their prompt without its context, too."""
     variables: dict[str, Any] = field(default_factory=dict)
     """What chat templates are told beside the messages."""
 
@@ -93,13 +96,14 @@ class Pair:
         """Ids that end a sequence of either model."""
         return self.slm.stop_ids | (self.llm.stop_ids if self.llm is not None else frozenset())
 
-    def check_has(self, strategy: str) -> None:
-        """Raise ConfigError where a strategy needs a model that was not opened."""
+    def check_has(self, strategy: str, trigger: str = "auto") -> None:
+        """Raise ConfigError where a strategy, or its trigger, needs a model that was not opened."""
         if self.served_slm is not None:
             check_served([strategy])
-        if strategy in NEEDS_LLM and self.llm is None:
+        needs = needs_of(strategy, trigger)
+        if "llm" in needs and self.llm is None:
             raise ConfigError(f"strategy {strategy} needs the LLM; pass --llm MODEL, or s2t.load(llm=...).")
-        if strategy in NEEDS_ADAPTER and self.selector is None:
+        if "adapter" in needs and self.selector is None:
             raise ConfigError(
                 f"strategy {strategy} needs an adapter, a folder written by `s2t train`; pass --adapter FOLDER, "
                 "or s2t.load(adapter=...)."
@@ -152,7 +156,8 @@ class Pair:
         """A request for the answer to a user message, or to a list of messages, in the tokens of both models; as `prompt`."""
         told = (messages, system, variables, max_tokens)
         for_llm = None if self.llm is None or self.has_one_tokenizer else self.prompt(*told, of=self.llm)
-        return Request(index, self.prompt(*told), key, for_llm)
+        bare = self.prompt(without_context(messages), *told[1:]) if self.reads_bare else None
+        return Request(index, self.prompt(*told), key, for_llm, bare_prompt_ids=bare)
 
     def request_of_ids(self, index: int, ids: list[int], key: str = "") -> Request:
         """A request for the continuation of prompt ids; an LLM with other tokens reads their text."""
@@ -247,7 +252,8 @@ class Pair:
         if strategy.name == "llm" and isinstance(self.llm, RemoteLLM):
             return RemoteWriter(self.llm, max_new_tokens, ends, stop)
         engine, reference = self._engines(strategy, rows)
-        return Decoder(engine, strategy, reference, max_new_tokens, trace, ends)
+        texts = StepTexts.of(self.slm.tokenizer, self.slm.name, strategy.step_end) if strategy.has_spans else None
+        return Decoder(engine, strategy, reference, max_new_tokens, trace, ends, texts=texts)
 
     def continuous(
         self, strategy: Strategy, max_length: int, ends: Callable[[int, int], bool] | None = None
@@ -264,6 +270,8 @@ class Pair:
         if strategy.name == "llm":
             return open_engine(self.local_llm(), rows), None
         engine = open_engine(self.slm, rows, self.adapter if "adapter" in strategy.needs else None)
+        if "bare" in strategy.needs:
+            return engine, BareReference(open_engine(self.slm, rows))
         return engine, self.reference(rows) if strategy.needs_llm else None
 
     def reference(self, num_rows: int) -> Reference:

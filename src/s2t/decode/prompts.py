@@ -95,3 +95,14 @@ def check_fits(request: Request, length: int | None, what: str = "the prompt") -
             f"{what} has {count} tokens, and the models read up to {length} of prompt and answer together; shorten it, or "
             "use models that read more."
         )
+
+
+def without_context(messages: str | Sequence[dict[str, str]]) -> str | list[dict[str, str]]:
+    """A prompt with the last sentence of its last message alone: what is asked, without what it is asked about."""
+    if isinstance(messages, str):
+        return _last_sentence(messages)
+    return [*messages[:-1], messages[-1] | {"content": _last_sentence(messages[-1]["content"])}]
+
+
+def _last_sentence(text: str) -> str:
+    return re.split(r"(?<=[.!?\n])\s+", text.strip())[-1]

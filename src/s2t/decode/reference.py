@@ -13,7 +13,8 @@ from torch import Tensor
 
 from s2t.core.candidates import mask_forbidden
 from s2t.core.support import align_vocabulary
-from s2t.model.engine import Engine, Work
+from s2t.model.engine import Engine
+from s2t.model.flops import Work
 
 
 class Reference(ABC):
@@ -26,6 +27,8 @@ class Reference(ABC):
     """Longest draft that can be judged at once; None for no limit."""
     num_listed: int | None = None
     """Likeliest tokens that its distribution is true of; None for all."""
+    is_slm: bool = False
+    """Whether it is the SLM itself, reading the prompt without its context; its work is then the SLM's."""
 
     @property
     def name(self) -> str:
@@ -68,6 +71,10 @@ class Reference(ABC):
         NaN where it is not known; `must_order` says that the best of each row has to be known.
         """
         return logprobs
+
+    @abstractmethod
+    def ask(self, drafts: Mapping[int, Sequence[int]], suffix_ids: Sequence[int], answer_ids: Sequence[int]) -> Tensor:
+        """Logits of some tokens behind each row's whole draft and a suffix, both of which are forgotten; [r, A]."""
 
     @abstractmethod
     def settle(self, row: int, draft: Sequence[int], accepted: Sequence[int]) -> None:
@@ -134,6 +141,16 @@ class ModelReference(EngineReference):
         logits = align_vocabulary(self.engine.head(hidden).to(slm_logits.device), size)
         return mask_forbidden(logits, forbidden_ids, size)
 
+    @torch.inference_mode()
+    def ask(self, drafts: Mapping[int, Sequence[int]], suffix_ids: Sequence[int], answer_ids: Sequence[int]) -> Tensor:
+        """One more forward, over the last drafted token and the suffix; the rest of the draft is read as `logits` reads it."""
+        self.states(drafts)
+        rows = list(drafts)
+        lengths = [self.engine.lengths[row] for row in rows]
+        hidden = self.engine.extend(rows, [[drafts[row][-1], *suffix_ids] for row in rows])  # [r, H']
+        self.engine.crop(rows, lengths)
+        return self.engine.head(hidden)[:, list(answer_ids)]
+
     def states(self, drafts: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
         """The states that each row's d drafted tokens are predicted from, row -> [d, H]; one forward for all unread rows."""
         late = [row for row in drafts if row not in self._states]
@@ -155,3 +172,9 @@ class ModelReference(EngineReference):
         """Let the sequence of slot `source` live in slot `target`."""
         super().move(source, target)
         self.pending[target] = self.pending[source]
+
+
+class BareReference(ModelReference):
+    """The SLM itself beside the SLM: it reads the answer behind the prompt without its context."""
+
+    is_slm = True

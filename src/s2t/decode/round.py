@@ -16,7 +16,9 @@ from s2t.core.candidates import logprobs_at
 from s2t.core.rule import finish_reason
 from s2t.decode.batch import Batch
 from s2t.decode.rows import Row
+from s2t.decode.steps import StepTexts
 from s2t.methods.base import Proposal, Round, Selection
+from s2t.methods.strategies import Strategy
 from s2t.model.adapter import SelectorReader
 from s2t.model.checkpoint import not_finite
 from s2t.records import Candidates, Step
@@ -34,13 +36,20 @@ class EngineRound(Round):
         logits: Tensor,
         greedy: list[int],
         tokens: list[int],
+        texts: StepTexts | None = None,
     ) -> None:
+        self.texts = texts
         self.batch, self.rows, self.offsets = batch, rows, offsets
         self.hidden, self.logits, self.greedy, self.tokens = hidden, logits, greedy, tokens
+        self.keys = [row.request.key for row in rows]
         self.num_written = [row.steps + offset for row, offset in zip(rows, offsets, strict=True)]
         self.places: dict[Row, list[int]] = {}  # a row's, in order
         for place, row in enumerate(rows):
             self.places.setdefault(row, []).append(place)
+        self.drafts = list(self.places.values())
+        self.held = [row.held > 0 for row in rows]
+        self.starts, self._tails = self._read_texts()
+        self._left: dict[int, int] = {}  # place -> tokens for which its span goes on behind it
         self.values: list[float] | None = None  # what the trigger read
         self.details: dict[int, dict] = {}  # place -> fields of its Step
         self.steps: list[Step] = []
@@ -50,12 +59,32 @@ class EngineRound(Round):
         self.num_listed = batch.reference.num_listed if batch.reference is not None else None
         self._llm_logits: Tensor | None = None
         self._has_run = False
+        self._ends_with_steps = False
 
     # What methods may ask for
 
     @property
     def draws(self) -> Tensor:
         return self.batch.draws(self.rows, self.offsets)
+
+    def uniforms(self, stream: int) -> Tensor:
+        return self.batch.draws(self.rows, self.offsets, stream)
+
+    def tail(self, place: int) -> str:
+        return self._tails[place]
+
+    def ask(self, rows: Sequence[int], question: str, answers: Sequence[str]) -> Tensor:
+        reference, texts = self.batch.reference, self.texts
+        assert reference is not None and texts is not None
+        places = [self.drafts[i] for i in rows]
+        drafts = {self.rows[own[0]].slot: [self.tokens[place] for place in own] for own in places}
+        return reference.ask(drafts, texts.ids(question), [texts.ids(answer)[-1] for answer in answers])
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.batch.engine.model.get_input_embeddings()(ids)
+
+    def layer_logits(self, places: Sequence[int]) -> Tensor:
+        return self.batch.engine.layer_logits(self.hidden[list(places)])
 
     @property
     def adapter(self) -> SelectorReader:
@@ -116,6 +145,45 @@ class EngineRound(Round):
         first = batch.hidden[slots][:, None]
         return torch.cat([first, branch], dim=1) if others.numel() else first
 
+    # Steps of the text, and spans
+
+    def _read_texts(self) -> tuple[list[bool], list[str]]:
+        """Whether each place begins a step, and what stands before it."""
+        starts, tails = [False] * len(self.rows), [""] * len(self.rows)
+        if self.texts is None:
+            return starts, tails
+        for row, places in self.places.items():
+            is_start, tail = row.is_start, row.tail
+            for place in places:
+                starts[place], tails[place] = is_start, tail
+                is_start, tail = self.texts.ends(tail, self.tokens[place]), self.texts.after(tail, self.tokens[place])
+        return starts, tails
+
+    def hold(self, fires: Sequence[bool], strategy: Strategy) -> list[int]:
+        """The places that fire, or that a span holds: from one that fired, for so many tokens or to the end of the step."""
+        assert self.texts is not None and self.values is not None
+        fired = []
+        for row, places in self.places.items():
+            left = row.held
+            for place in places:
+                if not left and fires[place] and self.num_written[place] >= strategy.warmup_steps:
+                    left = strategy.trigger.hold(self.values[place]) or strategy.span_tokens
+                if not left:
+                    continue
+                fired.append(place)
+                left = self._left[place] = left - 1
+                if strategy.ends_with_steps and self.texts.ends(self._tails[place], self.tokens[place]):
+                    left = 0
+        self._ends_with_steps = strategy.ends_with_steps
+        return sorted(fired)
+
+    def _note_text(self, row: Row, place: int, token: int) -> None:
+        """What the row's text and span are behind a token that was accepted."""
+        if self.texts is None:
+            return
+        row.is_start, row.tail = self.texts.ends(row.tail, token), self.texts.after(row.tail, token)
+        row.held = 0 if row.is_start and self._ends_with_steps else self._left.get(place, 0)
+
     # How it ends
 
     def take(self, fired: Sequence[int], candidates: Proposal, selection: Selection, name: str) -> None:
@@ -174,6 +242,8 @@ class EngineRound(Round):
         """
         row, engine, hidden = self.rows[place], self.batch.engine, self.batch.hidden
         token = self._step(row, place)
+        if self.batch.reference is not None:
+            self.batch.reference.settle(row.slot, [self.greedy[place]], [token])
         if row.is_finished or token == self.greedy[place]:
             return
         if states is not None and hidden is not None:
@@ -189,7 +259,8 @@ class EngineRound(Round):
         batch, greedy = self.batch, self.greedy[place]
         token = self._chosen[place][0] if place in self._chosen else self.tokens[place]
         row.steps, row.last = row.steps + 1, token
-        row.flips += place in self._chosen and token != greedy
+        row.flips += place in self._chosen and token != self.tokens[place]
+        self._note_text(row, place, token)
         is_stop = token in batch.engine.loaded.stop_ids or (
             batch.ends is not None and batch.ends(row.request.index, token)
         )

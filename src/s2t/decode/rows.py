@@ -23,6 +23,8 @@ class Request:
     key: str = ""
     llm_prompt_ids: Sequence[int] | None = None
     max_new_tokens: int | None = None
+    bare_prompt_ids: Sequence[int] | None = field(default=None, kw_only=True)
+    """The prompt without its context, for methods that compare the two."""
 
 
 @dataclass(slots=True, eq=False)
@@ -40,6 +42,11 @@ class Row:
     is_finished: bool = False
     last: int = -1  # the last token of prompt and answer so far
     twin: Row | None = None  # a row that reads the same prompt in the same forward
+    streams: dict[int, np.ndarray] = field(default_factory=dict)  # uniforms beside `draws`
+    held: int = 0  # tokens for which the span goes on that the row is in
+    tail: str = ""  # the last characters written
+    is_start: bool = True  # whether the next token begins a step of the text
+    mixture: list[int] = field(default_factory=list)  # what the fed token's embedding is the mean of
 
 
 @dataclass(slots=True)

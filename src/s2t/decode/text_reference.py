@@ -61,6 +61,11 @@ class TextReference(EngineReference):
         super().start(row, prompt_ids)
         self.rows[row] = _Row(list(prompt_ids))
 
+    def ask(self, drafts: Mapping[int, Sequence[int]], suffix_ids: Sequence[int], answer_ids: Sequence[int]) -> Tensor:
+        raise NotImplementedError(
+            "steps are judged whole, and this LLM reads token by token; the loop refuses the pair"
+        )
+
     def settle(self, row: int, draft: Sequence[int], accepted: Sequence[int]) -> None:
         """The SLM's row went on with these tokens of its own."""
         self.rows[row].text += self.vocabulary.slm_codec.join(accepted)

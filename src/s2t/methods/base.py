@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from s2t.config import DecodeConfig
@@ -24,6 +25,8 @@ class Round(ABC):
     The models' readings beyond the SLM's own are made when they are asked for: the LLM's, and states under the adapter.
     """
 
+    keys: list[str]
+    """The key of each place's request: problem/sample."""
     num_written: list[int]
     """Tokens that were written before each place."""
     greedy: list[int]
@@ -35,6 +38,12 @@ class Round(ABC):
     """[n, V] of the SLM, reserved ids at -inf."""
     num_listed: int | None
     """Likeliest tokens that the LLM's logits are true of; None for all."""
+    drafts: list[list[int]]
+    """The places of each row, in order: its next token, and what is drafted behind it."""
+    held: list[bool]
+    """Whether the place's row is inside a span, which fires whatever is read."""
+    starts: list[bool]
+    """Whether the place begins a step of the text; only for triggers that work step by step."""
 
     @property
     @abstractmethod
@@ -45,6 +54,29 @@ class Round(ABC):
     @abstractmethod
     def adapter(self) -> SelectorReader:
         """What reads criticality and scores from states; only for methods that need an adapter."""
+
+    @abstractmethod
+    def uniforms(self, stream: int) -> Tensor:
+        """Another uniform for each place, the sequence's own, independent between streams (1, 2 …) and of `draws`; [n]."""
+
+    @abstractmethod
+    def tail(self, place: int) -> str:
+        """The last characters of the answer before a place; only for triggers that work on text."""
+
+    @abstractmethod
+    def ask(self, rows: Sequence[int], question: str, answers: Sequence[str]) -> Tensor:
+        """What the LLM says to a question behind some rows' whole drafts (places in `drafts`), which it then forgets.
+
+        Its logits of the answers, one token each; [r, len(answers)].
+        """
+
+    @abstractmethod
+    def embed(self, ids: Tensor) -> Tensor:
+        """The SLM's input embeddings of some tokens; [...] -> [..., H]."""
+
+    @abstractmethod
+    def layer_logits(self, places: Sequence[int]) -> Tensor:
+        """Logits read from the SLM's earlier layers, which the selector named; [L, len(places), V]."""
 
     @abstractmethod
     def llm_logits(self, places: Sequence[int] | None = None) -> Tensor:
@@ -73,6 +105,18 @@ class Trigger:
     """llm, adapter: what it reads beside the SLM."""
     is_random: ClassVar[bool] = False
     """Whether it reads the round's `draws`."""
+    default: float | None = None
+    """Its threshold where none is given; None for one that has to be calibrated."""
+    warmup: ClassVar[int | None] = None
+    """Its own number of first tokens that never trigger; None takes the setting."""
+    by_step: ClassVar[bool] = False
+    """Whether it works on steps of the text: a place that fires holds the takeover to the step's end."""
+    drafts_steps: ClassVar[bool] = False
+    """Whether it judges a whole step, which is then drafted to its end."""
+    reads_inside: ClassVar[bool] = False
+    """Whether it asks for `embed`, which not every engine can answer."""
+    reads_text: ClassVar[bool] = False
+    """Whether it asks for `starts` or `tail`."""
 
     @classmethod
     def of(cls, config: DecodeConfig) -> Trigger:
@@ -86,6 +130,10 @@ class Trigger:
     def fires(self, values: Any, threshold: float) -> Any:
         """Where it fires: a tensor of values [n] -> bool [n], or one number -> bool."""
         return fires(values, threshold)
+
+    def hold(self, value: float) -> int | None:
+        """Tokens that a place which fired with this value holds; None takes the strategy's."""
+        return None
 
 
 class Proposal(NamedTuple):
@@ -112,9 +160,30 @@ class Selection:
         index = scores.nan_to_num(nan=float("-inf"), neginf=float("-inf")).argmax(-1)
         return cls(candidates.ids.gather(-1, index[:, None])[:, 0], index, scores, llm_probs)
 
+    @classmethod
+    def of_tokens(cls, candidates: Proposal, token_ids: Tensor, llm_probs: Tensor | None = None) -> Selection:
+        """Tokens [f] that need not be candidates."""
+        is_candidate = candidates.ids == token_ids[:, None]  # [f, K]
+        index = torch.where(is_candidate.any(-1), is_candidate.int().argmax(-1), -1)
+        return cls(token_ids, index, llm_probs=llm_probs)
+
 
 class Selector(ABC):
     """Takes a token where the trigger fired."""
+
+    layers: ClassVar[str] = ""
+    """Which earlier layers' logits it reads, low or high; none where it is empty."""
+    reads_states: ClassVar[bool] = False
+    """Whether it asks for states under the adapter, which there are of a row's next token alone."""
+
+    @classmethod
+    def of(cls, config: DecodeConfig) -> Selector:
+        """The selector with its settings."""
+        return cls()
+
+    def lacks(self, num_listed: int) -> str | None:
+        """In one line, why an LLM on servers does not suffice, which tells its likeliest tokens alone; None where it does."""
+        return None
 
     @abstractmethod
     def choose(self, round: Round, fired: Sequence[int], candidates: Proposal) -> Selection:

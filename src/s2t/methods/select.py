@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from s2t.methods.base import Proposal, Round, Selection, Selector
 
 
@@ -22,9 +20,7 @@ class Takeover(Selector):
 
     def choose(self, round: Round, fired: Sequence[int], candidates: Proposal) -> Selection:
         token_ids = round.llm_logits(fired).argmax(-1)  # [f]
-        is_candidate = candidates.ids == token_ids[:, None]  # [f, K]
-        index = torch.where(is_candidate.any(-1), is_candidate.int().argmax(-1), -1)
-        return Selection(token_ids, index, llm_probs=round.llm_logprobs(fired, candidates.ids).exp())
+        return Selection.of_tokens(candidates, token_ids, round.llm_logprobs(fired, candidates.ids).exp())
 
 
 class S2TLocal(Selector):
@@ -32,6 +28,8 @@ class S2TLocal(Selector):
 
     Readout `rank` reads the last token of the prefix once more under the adapter, `bins` every candidate.
     """
+
+    reads_states = True
 
     def choose(self, round: Round, fired: Sequence[int], candidates: Proposal) -> Selection:
         adapter = round.adapter

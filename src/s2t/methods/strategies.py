@@ -11,6 +11,7 @@ from s2t.methods.sample import Sampling
 from s2t.methods.triggers import Never
 
 DEFAULT_CANDIDATES = 8
+DEFAULT_MIXTURE, DEFAULT_STEP, NO_LIMIT = 3, 64, 2**31
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,12 @@ class Strategy:
     num_candidates: int = DEFAULT_CANDIDATES
     sampling: Sampling | None = None
     warmup_steps: int = 3
+    span_tokens: int = 1
+    """Tokens for which a place that fires holds, at most."""
+    step_end: str | None = None
+    """Text that ends a step, and a span with it; None is the session's own choice."""
+    mixture: int = 0
+    """Samples whose mean embedding a written token is fed as; 0 feeds the token."""
     draft_tokens: int = 0
     """Tokens drafted per LLM forward; 0 adapts to the row's rate of flips, 1 is step by step."""
     seed: int = 0
@@ -37,6 +44,16 @@ class Strategy:
     def needs(self) -> tuple[str, ...]:
         """llm, adapter: what trigger and selector read beside the SLM."""
         return (*self.trigger.needs, *(METHODS[self.name].needs if self.selector is not None else ()))
+
+    @property
+    def ends_with_steps(self) -> bool:
+        """Whether a span is over where the step of the text is."""
+        return self.trigger.by_step or not self.trigger.reads_text
+
+    @property
+    def has_spans(self) -> bool:
+        """Whether a place that fires holds what follows, so that the loop has to know the text's steps."""
+        return self.trigger.reads_text or self.span_tokens > 1
 
 
 def build_strategy(
@@ -54,26 +71,39 @@ def build_strategy(
     k = config.num_candidates or num_candidates or DEFAULT_CANDIDATES
     if method.selector is None:
         trigger = find(method.reads)() if method.reads is not None else Never()
-        sampling = Sampling(config.temperature, config.top_p, config.top_k, config.min_p) if method.sampling else None
-        return Strategy(name, trigger, num_candidates=k, sampling=sampling, seed=seed)
+        mixture = (config.num_candidates or DEFAULT_MIXTURE) if method.mixes else 0
+        return Strategy(name, trigger, num_candidates=k, sampling=_sampling(method, config), mixture=mixture, seed=seed)
     trigger = _trigger(name, method, config)
+    own_span = DEFAULT_STEP if trigger.drafts_steps else NO_LIMIT if trigger.by_step else 1
     return Strategy(
         name,
         trigger,
         _threshold(name, trigger, config, thresholds),
-        find(method.selector)(),
+        find(method.selector).of(config),
         k,
-        warmup_steps=config.warmup_steps,
+        _sampling(method, config),
+        warmup_steps=config.warmup_steps if trigger.warmup is None else trigger.warmup,
+        span_tokens=config.span_tokens or own_span,
+        step_end=config.step_end,
         draft_tokens=config.draft_tokens,
         seed=seed,
     )
 
 
+def _sampling(method: Method, config: DecodeConfig) -> Sampling | None:
+    return Sampling(config.temperature, config.top_p, config.top_k, config.min_p) if method.sampling else None
+
+
 def _trigger(name: str, method: Method, config: DecodeConfig) -> Trigger:
+    if not method.takes_triggers:
+        if config.trigger != "auto":
+            raise ConfigError(f"strategy {name} has a trigger of its own; leave --trigger out, got {config.trigger!r}.")
+        return find(method.trigger).of(config)
     wanted = method.trigger if config.trigger == "auto" else config.trigger
     found: type[Trigger] = find(TRIGGERS[wanted])
-    if not set(found.needs) <= set(method.needs):
-        fitting = (trigger for trigger in reversed(TRIGGERS) if set(find(TRIGGERS[trigger]).needs) <= set(method.needs))
+    can_read = {*method.needs, "adapter"}
+    if not set(found.needs) <= can_read:
+        fitting = (trigger for trigger in reversed(TRIGGERS) if set(find(TRIGGERS[trigger]).needs) <= can_read)
         allowed = ", ".join(dict.fromkeys((method.trigger, *fitting)))
         raise ConfigError(f"strategy {name} takes trigger {allowed}; got {wanted!r}.")
     return found.of(config)
@@ -82,9 +112,13 @@ def _trigger(name: str, method: Method, config: DecodeConfig) -> Trigger:
 def _threshold(name: str, trigger: Trigger, config: DecodeConfig, thresholds: dict[str, float]) -> float:
     if trigger.name == "never":
         return float("inf")
+    if trigger.name == "always":
+        return 0.0
     if config.threshold is not None:
         return config.threshold
     if trigger.name in thresholds:
         return thresholds[trigger.name]
+    if trigger.default is not None:
+        return trigger.default
     source = "" if trigger.name == "criticality" else " or --calibration calibration.json"
     raise ConfigError(f"strategy {name} with trigger {trigger.name} has no threshold; pass --threshold{source}.")

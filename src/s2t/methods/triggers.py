@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from s2t.config import DecodeConfig
@@ -17,6 +18,16 @@ class Never(Trigger):
     """Plain decoding: reads nothing."""
 
     name = "never"
+
+
+class Always(Trigger):
+    """Fires at every place, the first ones too; the threshold is left to the selector."""
+
+    name = "always"
+    warmup = 0
+
+    def read(self, round: Round) -> Tensor:
+        return torch.ones(len(round.num_written))
 
 
 class Random(Trigger):

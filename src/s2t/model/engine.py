@@ -6,35 +6,24 @@ states, which `logits` turns into a distribution and the adapter into scores; no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from s2t.model.adapter import BRANCH_SCOPES, SelectorReader, attached_adapter
 from s2t.model.attention import Segment, slot_attention
 from s2t.model.cache import SlotCache
+from s2t.model.flops import FlopCount, Work
 from s2t.model.head import Head
-from s2t.model.load import LoadedModel, count_params
+from s2t.model.load import LoadedModel
+from s2t.model.mixtures import mixed_embeddings
 from s2t.model.static import StaticSteps
 from s2t.model.tree import causal_mask, tree_mask
 
 _FILLED_GAP = 4  # rows
-
-
-@dataclass(slots=True)
-class Work:
-    """What one row cost so far on one model; forwards count once per row and call."""
-
-    forwards: int = 0
-    processed: int = 0
-    flops: float = 0.0
-
-    def __add__(self, other: Work) -> Work:
-        return Work(self.forwards + other.forwards, self.processed + other.processed, self.flops + other.flops)
 
 
 class Engine:
@@ -46,6 +35,9 @@ class Engine:
     how steps run: eager, static (fixed shapes, CUDA graphs on a GPU), compile (torch.compile as well), or auto (static on a
     GPU).
     """
+
+    reads_inside: ClassVar[bool] = True
+    """Whether earlier layers and input embeddings can be reached."""
 
     def __init__(
         self,
@@ -64,6 +56,7 @@ class Engine:
         self.head = Head(self.model)
         self.max_rows = max_rows
         self.lengths = [0] * max_rows
+        self.layers: tuple[int, ...] = ()  # earlier ones whose states are returned behind the last one's
         self._branched: dict[int, int] = {}  # row -> length at its last branch
         self.work = [Work() for _ in range(max_rows)]
         self.cache = SlotCache(self.config.num_hidden_layers, max_rows)
@@ -90,7 +83,8 @@ class Engine:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits with reserved ids and padding rows masked; [..., H] -> [..., vocab_size], float32."""
-        return self.mask(self.head(hidden))  # fresh: masked in place
+        own = hidden if not self.layers else hidden[..., : hidden.shape[-1] // (1 + len(self.layers))]
+        return self.mask(self.head(own))  # fresh: masked in place
 
     def mask(self, logits: Tensor) -> Tensor:
         """Mask reserved ids in place and leave padding rows out; [..., V] -> [..., vocab_size]."""
@@ -121,14 +115,22 @@ class Engine:
         branch_rows: Sequence[int] = (),
         candidate_ids: Tensor | None = None,
         back: int = 0,
+        mixtures: Mapping[int, Sequence[int]] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`extend` and `branch` in one forward: a row's K candidates stand where its new token (if any) stands.
 
         Returns the last hidden states of `rows`, [n, H], and those of the candidates, [f, K, H]. Under the scopes
         `step` and `candidates` the adapter acts on the candidates alone. With `back` 1 they stand one position earlier, in
         the place of the row's last token, which they do not see: so a row's last token is read once more, as K = 1 candidate.
+        A row of `mixtures` takes the mean embedding of those ids in the place of its last token's.
         """
-        if self._static is not None and rows and self.cache.is_initialized and all(len(ids) == 1 for ids in tokens):
+        if (
+            self._static is not None
+            and not (mixtures or self.layers)
+            and rows
+            and self.cache.is_initialized
+            and all(len(ids) == 1 for ids in tokens)
+        ):
             return self._static_step(self._static, rows, [ids[0] for ids in tokens], branch_rows, candidate_ids, back)
         layout = _Layout(self.device)
         starts = layout.add_tokens(rows, tokens, self.lengths)
@@ -136,9 +138,10 @@ class Engine:
         if candidate_ids is not None:
             layout.add_branches(branch_rows, candidate_ids, self.lengths, back)
             self._note_branches(branch_rows, candidate_ids.shape[1], frozenset(rows))
-        hidden = self._run(layout, branches_from=count)
-        self._advance(rows, tokens)
         last = [at + len(ids) - 1 for at, ids in zip(starts, tokens, strict=True)]
+        mixed = {at: (mixtures or {})[row] for at, row in zip(last, rows, strict=True) if row in (mixtures or {})}
+        hidden = self._run(layout, branches_from=count, mixed=mixed)
+        self._advance(rows, tokens)
         wanted = hidden[:count]
         if last != list(range(count)):
             wanted = hidden[torch.tensor(last, device=self.device).long()]
@@ -206,19 +209,32 @@ class Engine:
         self.lengths[row] = 0
         self.work[row] = Work()
 
-    def _run(self, layout: _Layout, branches_from: int | None = None) -> Tensor:
-        """One forward over all segments; hidden states [N, H] in the layout's order."""
+    def _run(
+        self, layout: _Layout, branches_from: int | None = None, mixed: Mapping[int, Sequence[int]] | None = None
+    ) -> Tensor:
+        """One forward over all segments; hidden states [N, H] in the layout's order, earlier layers' behind the last one's."""
         ids, positions = layout.tensors()  # [1, N] each
+        inputs: dict[str, Tensor] = (
+            {"inputs_embeds": mixed_embeddings(self.model, ids, mixed)} if mixed else {"input_ids": ids}
+        )
         self.cache.segments[:] = layout.segments
         with slot_attention(self.config), self._adapted(branches_from, layout.num_tokens):
             output = self.decoder(
-                input_ids=ids,
+                **inputs,
                 position_ids=positions,
                 past_key_values=self.cache,
                 use_cache=True,
                 segments=layout.segments,
+                **({"output_hidden_states": True} if self.layers else {}),
             )
-        return output.last_hidden_state[0]
+        if not self.layers:
+            return output.last_hidden_state[0]
+        return torch.cat([output.last_hidden_state, *(output.hidden_states[layer] for layer in self.layers)], dim=-1)[0]
+
+    def layer_logits(self, hidden: Tensor) -> Tensor:
+        """Masked logits read from the earlier layers of `layers`, behind the last one's in each state; [n, H'] -> [L, n, V]."""
+        parts = hidden.unflatten(-1, (1 + len(self.layers), -1))[:, 1:].transpose(0, 1)  # [L, n, H]
+        return self.mask(self.head(parts))
 
     def _adapted(self, branches_from: int | None, num_tokens: int) -> AbstractContextManager[None]:
         """The adapter on every token, on none, or (scopes `step`, `candidates`) on the tokens from `branches_from` on."""
@@ -382,17 +398,3 @@ def _similar(run: Sequence[int], widths: Sequence[int], held: Sequence[int]) -> 
                 continue
         groups.append([i])
     return groups
-
-
-class FlopCount:
-    """2 x parameters x tokens (input embedding left out, output embedding in) + 4 x layers x width x attended tokens."""
-
-    def __init__(self, model: nn.Module, config: Any) -> None:
-        total = count_params(model)
-        embedding = model.get_input_embeddings().weight  # type: ignore[operator]
-        tied = embedding is model.get_output_embeddings().weight  # type: ignore[operator]
-        self.per_token = 2.0 * (total if tied else total - embedding.numel())
-        self.per_attended = 4.0 * config.num_hidden_layers * config.hidden_size
-
-    def __call__(self, width: int, context: float) -> float:
-        return width * (self.per_token + self.per_attended * context)

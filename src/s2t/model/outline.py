@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from s2t.model.chat import stop_ids
-from s2t.model.engine import FlopCount
+from s2t.model.flops import FlopCount
 from s2t.model.gguf.file import Header, find_gguf
 from s2t.model.gguf.flops import GgufFlops
 from s2t.model.gguf.tokenizer import load_tokenizer, stop_ids_of

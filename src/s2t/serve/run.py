@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 from types import FrameType
 
-from s2t.config import MANY_SAMPLES, NEEDS_ADAPTER, STRATEGIES, ServeConfig
+from s2t.config import MANY_SAMPLES, NEEDS_ADAPTER, SERVED, ServeConfig
 from s2t.decode.pair import Pair
 from s2t.decode.workload import strategy_of
 from s2t.errors import ConfigError, S2TError, missing_extra
@@ -77,7 +77,7 @@ def offered(config: ServeConfig, pair: Pair) -> dict[str, Strategy]:
     """The strategies that the loaded models and the settings allow, the default one first."""
     trained = pair.selector
     default = config.strategy or pair.default_strategy
-    found = {default: None} | dict.fromkeys(name for name in STRATEGIES if name not in MANY_SAMPLES)
+    found = {default: None} | dict.fromkeys(name for name in SERVED if name not in MANY_SAMPLES)
     strategies: dict[str, Strategy] = {}
     for name in found:
         own = trained if name in NEEDS_ADAPTER else None

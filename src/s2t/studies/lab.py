@@ -76,6 +76,10 @@ class Lab:
         names = ("task", "prompt", "chat_template_kwargs", "seed", *PLACES, "max_new_tokens", "batch_size")
         return {name: getattr(config, name) for name in names}
 
+    def settings(self, own: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings of a run over the study's problems and models, `own` before them; the shared ones are the study's."""
+        return self._settings(own)
+
     def _settings(self, own: Mapping[str, Any]) -> dict[str, Any]:
         """Settings of a run over problems, `own` before the study's; the revision is that of the study's SLM alone."""
         is_other = own.get("slm", self.config.slm) != self.config.slm
@@ -117,6 +121,11 @@ class Lab:
         """A distilled SLM's folder."""
         own = {"limit": self.config.train_limit}
         return self._run("distill", self.folder / name, self._settings(own | settings)) / "adapter"
+
+    def routed(self) -> Path:
+        """A trained router's run."""
+        own = {"limit": self.config.train_limit, "calibration_limit": self.config.calibration_limit}
+        return self._run("train_router", self.folder / "router", self._settings(own))
 
     @property
     def training(self) -> dict[str, Any]:

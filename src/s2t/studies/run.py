@@ -10,7 +10,7 @@ from s2t.config import StudyConfig
 from s2t.errors import ConfigError
 from s2t.files import write_bytes, write_json, write_text
 from s2t.report.chart import draw_charts
-from s2t.studies import adapters, baselines, data, distillation, knowledge, pairs, slips, triggers
+from s2t.studies import adapters, baselines, critical, data, distillation, knowledge, pairs, rivals, slips, triggers
 from s2t.studies.lab import Findings, Lab, open_run
 
 STUDIES: dict[str, Callable[[Lab], Findings]] = {
@@ -28,6 +28,8 @@ STUDIES: dict[str, Callable[[Lab], Findings]] = {
     "knowledge": knowledge.knowledge,
     "slips": slips.slips,
     "data": data.data,
+    "critical": critical.critical,
+    "rivals": rivals.rivals,
 }
 
 

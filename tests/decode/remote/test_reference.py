@@ -178,3 +178,27 @@ def test_an_outline_knows_the_model_without_its_weights(tiny_llm):
     assert (outline.num_params, outline.vocab_size) == (tiny_llm.num_params, tiny_llm.vocab_size)
     assert outline.stop_ids == tiny_llm.stop_ids
     assert set(outline.reserved_ids) == {i for i in tiny_llm.reserved.all if i < tiny_llm.vocab_size}
+
+
+METHODS = {
+    "specreason": {"threshold": 5.0},
+    "smart": {"threshold": 0.999},
+    "glimprouter": {"threshold": 1e-5},
+    "contrastive": {"threshold": 0.1},
+    "speculative": {"threshold": 0.0, "top_k": 1},
+    "takeover": {"span_tokens": 4},
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_beside_ours_write_the_same_with_an_llm_on_servers(remote, tiny_slm, tiny_llm, run, name):
+    llm, server = remote()
+    found, wanted = (run(tiny_slm, one, name, **METHODS[name]) for one in (llm, tiny_llm))
+    assert tokens(found) == tokens(wanted)
+    assert [s.num_triggered for s in found] == [s.num_triggered for s in wanted]
+    assert server.bodies
+
+
+def test_a_method_that_a_server_cannot_serve_is_refused_by_name(remote, tiny_slm, run):
+    with pytest.raises(ConfigError, match="strategy speculative needs the LLM's whole distribution"):
+        run(tiny_slm, remote()[0], "speculative", threshold=0.0)

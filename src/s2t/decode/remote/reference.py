@@ -15,7 +15,7 @@ from torch import Tensor
 from s2t.decode.reference import Reference
 from s2t.decode.remote.llm import Listed, RemoteLLM
 from s2t.decode.remote.wire import CompletionRequest
-from s2t.model.engine import Work
+from s2t.model.flops import Work
 
 _ROUND_TRIP = 16.0  # forwards of the SLM that a request is worth at least
 _DRAFT_BY_TOKEN = 8  # tokens drafted where each costs a request of its own
@@ -69,6 +69,18 @@ class RemoteReference(Reference):
         places = [self._read[place] for place in wanted]
         both = Listed(*(np.concatenate([getattr(one, name) for one in places]) for name in ("ids", "logprobs")))
         return both.logits(slm_logits.shape[-1], forbidden_ids)
+
+    def ask(self, drafts: Mapping[int, Sequence[int]], suffix_ids: Sequence[int], answer_ids: Sequence[int]) -> Tensor:
+        """One request per row: of the answers by their ids, or (-inf for those that are not listed) of the likeliest tokens."""
+        prefixes = [[*self.prefixes[row], *draft, *suffix_ids] for row, draft in drafts.items()]
+        asked = [CompletionRequest(prefix, logprobs=self.llm.num_listed) for prefix in prefixes]
+        for row, request in zip(drafts, asked, strict=True):
+            self._count(row, [request])
+        if self.llm.abilities.logprob_token_ids:
+            return torch.from_numpy(self.llm.logprobs_of(prefixes, [answer_ids] * len(prefixes)))
+        listed = Listed.joined(self.llm.answers(asked))
+        is_answer = listed.ids[:, None, :] == np.asarray(answer_ids)[:, None]  # [r, A, S]
+        return torch.from_numpy(np.where(is_answer, listed.logprobs[:, None, :], -np.inf).max(-1))
 
     def look_up(
         self,

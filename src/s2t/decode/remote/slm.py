@@ -29,7 +29,7 @@ from s2t.decode.remote.selector import ServedSelector, check_strategy
 from s2t.decode.remote.wire import Completion, CompletionRequest
 from s2t.errors import ConfigError, RemoteError
 from s2t.methods.strategies import Strategy
-from s2t.model.engine import FlopCount, Work
+from s2t.model.flops import FlopCount, Work
 from s2t.model.load import LoadedModel
 from s2t.records import Candidates, Cost, Step
 

@@ -7,13 +7,14 @@ cells, and forgotten.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from s2t.model.engine import Engine, Work
+from s2t.model.engine import Engine
+from s2t.model.flops import Work
 from s2t.model.gguf.context import Context
 from s2t.model.gguf.flops import GgufFlops
 from s2t.model.gguf.selector import GgufSelector
@@ -26,6 +27,8 @@ _ROWS_AT_FIRST = 4  # that there is room for at once; the cache grows as rows co
 
 class GgufEngine(Engine):
     """B rows of a GGUF model; the LoRA of an adapter (scope `step` or `candidates`) acts on what is read beside the rows."""
+
+    reads_inside = False
 
     def __init__(self, loaded: GgufModel, max_rows: int, adapter: GgufSelector | None = None) -> None:
         self.loaded, self.adapter = loaded, adapter
@@ -41,6 +44,7 @@ class GgufEngine(Engine):
         self._candidates: dict[int, list[int]] = {}
         self._flops = GgufFlops(loaded.header)
         self._static = None
+        self.layers = ()
         self._context: Context | None = None
         self._columns = 0
 
@@ -72,8 +76,10 @@ class GgufEngine(Engine):
         branch_rows: Sequence[int] = (),
         candidate_ids: Tensor | None = None,
         back: int = 0,
+        mixtures: Mapping[int, Sequence[int]] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """As `Engine.step`: the rows' tokens first, which fixes the order of cells, then the candidates beside them."""
+        """As `Engine.step`, without mixtures: the rows' tokens first, which fixes the order of cells, then the candidates beside them."""
+        assert not mixtures, "llama.cpp takes tokens"
         beside = _BESIDE if candidate_ids is not None else 0
         self._make_room(sum(map(len, tokens)) + beside)
         starts = {row: self.lengths[row] - back for row in branch_rows}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from s2t.model.engine import FlopCount
+from s2t.model.flops import FlopCount
 from s2t.model.gguf.file import Header
 
 

@@ -1,0 +1,44 @@
+"""Settings of `s2t train-router`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from s2t.config.checks import check_at_least, check_range
+from s2t.config.shared import ChatConfig, ModelConfig, TaskConfig
+
+
+@dataclass(frozen=True)
+class RouterConfig(TaskConfig, ChatConfig, ModelConfig):
+    """`s2t train-router`: the router of strategy r2r."""
+
+    llm: str | None = "tiny:llm"
+    """Hub id, folder, or `tiny:llm`: the reference that goes on from the SLM's tokens."""
+    out: str = "runs/router"
+    """Folder of this run; the router goes into its `router` folder, and rerunning resumes."""
+    max_partings: int = 8
+    """Places of an answer where the SLM's token differs that are tried, at most; evenly spread."""
+    num_steps: int = 400
+    """Optimizer steps of the router."""
+    target_rate: float = 0.05
+    """Share of the SLM's tokens on the calibration split at which the router fires; its threshold follows from it."""
+    calibration_limit: int = 200
+    """Calibration problems that the threshold comes from."""
+    warmup_steps: int = 3
+    """The first tokens of an answer, which never fire and do not count for the threshold."""
+    max_new_tokens: int = 256
+    """Length limit of one answer, in tokens."""
+    batch_size: int = 64
+    """Sequences written at once."""
+    shard_size: int = 64
+    """Problems per file; a killed run loses one shard at most."""
+
+    def __post_init__(self) -> None:
+        self.check_model()
+        self.check_chat()
+        self.check_task()
+        check_range("target_rate", self.target_rate, 0, 1)
+        check_at_least(1, max_partings=self.max_partings, num_steps=self.num_steps, shard_size=self.shard_size)
+        check_at_least(1, calibration_limit=self.calibration_limit, max_new_tokens=self.max_new_tokens)
+        check_at_least(1, batch_size=self.batch_size)
+        check_at_least(0, warmup_steps=self.warmup_steps)

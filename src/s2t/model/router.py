@@ -1,0 +1,78 @@
+"""The router's network and its folder: an MLP over hidden state, token embedding and the 100 largest logits."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from s2t.errors import ModelError
+from s2t.files import read_json, write_bytes, write_json
+
+WEIGHTS, SETTINGS = "router.safetensors", "router.json"
+NUM_LOGITS = 100
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """What a router reads, and where it fires unless told otherwise."""
+
+    slm: str
+    hidden_size: int
+    num_logits: int = NUM_LOGITS
+    width: int = 64
+    threshold: float = 0.5
+
+
+class Router(nn.Module):
+    """Two hidden layers over layer-normed inputs, one logit out."""
+
+    def __init__(self, config: RouterConfig) -> None:
+        super().__init__()
+        self.config = config
+        size = 2 * config.hidden_size + config.num_logits
+        self.layers = nn.Sequential(
+            *(nn.LayerNorm(size), nn.Linear(size, config.width), nn.GELU()),
+            *(nn.Linear(config.width, config.width), nn.GELU(), nn.Linear(config.width, 1)),
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[n, F] -> [n], the logit of parting."""
+        return self.layers(features).squeeze(-1)
+
+    @torch.inference_mode()
+    def read(self, hidden: Tensor, embeddings: Tensor, logits: Tensor) -> Tensor:
+        """Probability of parting from [n, H], [n, H] and [n, V]; [n]. Raises ModelError for another model's states."""
+        if hidden.shape[-1] != self.config.hidden_size:
+            raise ModelError(
+                f"the router is of {self.config.slm}, whose states have {self.config.hidden_size} numbers; these have "
+                f"{hidden.shape[-1]}; pass the --router of this SLM."
+            )
+        return self.to(hidden.device)(features(hidden, embeddings, logits, self.config.num_logits)).sigmoid()
+
+
+def features(hidden: Tensor, embeddings: Tensor, logits: Tensor, num_logits: int = NUM_LOGITS) -> Tensor:
+    """What a router reads of n places; [n, H], [n, H], [n, V] -> [n, 2 H + num_logits], float32."""
+    top = logits.topk(min(num_logits, logits.shape[-1])).values.clamp_min(-1e4)
+    top = nn.functional.pad(top - top[:, :1], (0, num_logits - top.shape[-1]), value=-1e4)
+    return torch.cat([hidden.float(), embeddings.float(), top.clamp_min(-50.0)], dim=-1)
+
+
+def save_router(router: Router, folder: Path) -> None:
+    """Write weights first, settings last: a folder with settings is whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_bytes(folder / WEIGHTS, save({name: value.contiguous() for name, value in router.state_dict().items()}))
+    write_json(folder / SETTINGS, asdict(router.config))
+
+
+def load_router(folder: str | Path) -> Router:
+    """The router of a folder; raises ModelError where there is none."""
+    path = Path(folder)
+    if not (path / SETTINGS).is_file():
+        raise ModelError(f"{folder} holds no {SETTINGS}; pass a folder written by `s2t train-router`.")
+    router = Router(RouterConfig(**read_json(path / SETTINGS)))
+    router.load_state_dict(load_file(path / WEIGHTS))
+    return router.eval().requires_grad_(False)

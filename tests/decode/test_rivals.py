@@ -1,0 +1,388 @@
+"""Every method beside ours, held to the same laws: its two extremes, batches, costs; and the closed form of each rule."""
+
+from __future__ import annotations
+
+import math
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from s2t.core.support import kl_divergence
+from s2t.decode.loop import Decoder, Request
+from s2t.decode.pair import Pair
+from s2t.decode.steps import StepTexts
+from s2t.errors import ConfigError
+from s2t.methods import relay, steps
+from s2t.model.engine import Engine
+from s2t.model.router import Router, RouterConfig, save_router
+
+TOP_1 = {"top_k": 1}
+NEVER_OR_ALWAYS = {
+    "speculative (1 keeps all)": ("speculative", {"threshold": 1.0}, "sample", {}),
+    "speculative (greedy)": ("speculative", TOP_1, "llm", {}),
+    "r2r never": ("r2r", {"threshold": 1.0}, "greedy", {}),
+    "r2r always": ("r2r", {"threshold": -1.0, "warmup_steps": 0}, "llm", {}),
+    "specreason 0": ("specreason", {"threshold": 0.0}, "greedy", {}),
+    "specreason 10": ("specreason", {"threshold": 10.0}, "llm", {}),
+    "specreason 10, short spans": ("specreason", {"threshold": 10.0, "span_tokens": 3}, "llm", {}),
+    "smart 0": ("smart", {"threshold": 0.0}, "greedy", {}),
+    "smart 2": ("smart", {"threshold": 2.0}, "llm", {}),
+    "glimprouter never": ("glimprouter", {"threshold": 1e9}, "greedy", {}),
+    "glimprouter always": ("glimprouter", {"threshold": -1.0}, "llm", {}),
+    "relay, no call": ("relay", {}, "greedy", {}),
+    "contrastive 1": ("contrastive", {"threshold": 1.0}, "llm", {}),
+    "context-aware 0": ("context-aware", {"threshold": 0.0}, "greedy", {}),
+    "dola 1": ("dola", {"threshold": 1.0}, "greedy", {}),
+    "multiplex 1": ("multiplex", {"num_candidates": 1}, "sample", {}),
+    "confidence": ("confidence", {}, "greedy", {}),
+    "takeover, a span to the end": (
+        "takeover",
+        {"trigger": "entropy", "threshold": -1.0, "span_tokens": 99, "warmup_steps": 0},
+        "llm",
+        {},
+    ),
+}
+MIDDLE = {
+    "speculative": {},
+    "speculative hot": {"temperature": 1.3, "top_p": 1.0},
+    "r2r": {"threshold": 0.5},
+    "specreason": {"threshold": 4.0, "span_tokens": 5},
+    "smart": {"threshold": 0.55, "span_tokens": 5},
+    "glimprouter": {"threshold": 0.3, "step_end": "w4", "span_tokens": 5},
+    "contrastive": {},
+    "context-aware": {},
+    "dola": {},
+    "multiplex": {"temperature": 1.5},
+    "takeover span": {"trigger": "entropy", "threshold": 1.2, "span_tokens": 4},
+    "s2t span": {"trigger": "random", "threshold": 0.1, "span_tokens": 3},
+}
+
+
+@pytest.fixture(autouse=True)
+def words(monkeypatch):
+    """The question and the marks in the words of the small vocabulary."""
+    monkeypatch.setattr(steps, "QUESTION", "w11 w12")
+    monkeypatch.setattr(steps, "DIGITS", tuple(f"w{i}" for i in range(20, 30)))
+
+
+@pytest.fixture(scope="module")
+def router(tmp_path_factory, slm):
+    """An untrained router with large weights, so that some places fire and others do not."""
+    folder = tmp_path_factory.mktemp("router")
+    torch.manual_seed(3)
+    made = Router(RouterConfig(slm.name, 32))
+    with torch.no_grad():
+        made.layers[-1].weight.mul_(20)
+    save_router(made, folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def rival(slm, llm, strategy, router, prompts):
+    """Write the prompts with one of the methods; steps end at w7, and bare prompts are the second half."""
+
+    def write(name, batch_size=8, seed=0, max_new_tokens=24, models=None, **settings):
+        how = strategy(name, seed=seed, **{"router": router, "step_end": "w7", **settings})
+        slm_, llm_ = models or (slm, llm)
+        pair = Pair(slm_, llm_, batch_size=batch_size)
+        requests = [
+            Request(i, prompt, f"problem-{i}", bare_prompt_ids=prompt[len(prompt) // 2 :])
+            for i, prompt in enumerate(prompts)
+        ]
+        return pair.write(how, requests, max_new_tokens, keep_steps=True, trace=False)
+
+    return write
+
+
+def tokens(done):
+    return [s.token_ids for s in done]
+
+
+@pytest.mark.parametrize("extreme", NEVER_OR_ALWAYS)
+def test_at_the_ends_of_its_threshold_a_method_is_one_of_the_plain_ones(extreme, rival):
+    name, settings, plain, plain_settings = NEVER_OR_ALWAYS[extreme]
+    found, wanted = rival(name, **settings), rival(plain, **plain_settings)
+    assert tokens(found) == tokens(wanted)
+    assert [s.finish_reason for s in found] == [s.finish_reason for s in wanted]
+
+
+@pytest.mark.parametrize("name", MIDDLE)
+def test_a_batch_writes_what_single_sequences_write_and_costs_the_same(name, rival):
+    base = name.split()[0]
+    alone, together, few = (rival(base, batch_size=n, **MIDDLE[name]) for n in (1, 8, 3))
+    facts = [[(s.token_ids, s.finish_reason, s.num_triggered, s.cost) for s in done] for done in (alone, together, few)]
+    assert facts[0] == facts[1] == facts[2]
+
+
+@pytest.mark.parametrize("name", MIDDLE)
+def test_in_the_middle_a_method_is_neither_of_the_plain_ones(name, rival):
+    found = tokens(rival(name.split()[0], **MIDDLE[name]))
+    assert found not in [tokens(rival(plain)) for plain in ("greedy", "sample", "llm")]
+
+
+@pytest.mark.parametrize("name", MIDDLE)
+def test_costs_add_up(name, rival, prompts):
+    for sequence, prompt in zip(rival(name.split()[0], **MIDDLE[name]), prompts, strict=True):
+        cost = sequence.cost
+        assert cost.generated == len(sequence.token_ids)
+        assert cost.slm_processed >= len(prompt) + cost.generated - 1
+        reads_llm = name.split()[0] not in ("context-aware", "dola", "multiplex")
+        assert bool(cost.llm_flops) == bool(cost.llm_forwards) == bool(cost.llm_processed)
+        assert reads_llm or not cost.llm_forwards
+        if name == "context-aware":
+            assert cost.slm_forwards > cost.generated
+
+
+# Speculative sampling
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.3, "top_p": 1.0}, TOP_1], ids=["default", "hot", "greedy"])
+def test_drafts_of_any_length_write_the_same(settings, rival):
+    whole = [tokens(rival("speculative", draft_tokens=n, **settings)) for n in (1, 2, 5, 0)]
+    assert whole[0] == whole[1] == whole[2] == whole[3]
+
+
+def test_rejections_say_how_long_drafts_are_and_not_flips_against_greedy(rival, slm, new_model):
+    itself = rival("speculative", models=(slm, new_model(0)), temperature=1.5)
+    assert sum(s.num_triggered for s in itself) == 0
+    assert tokens(itself) == tokens(rival("sample", temperature=1.5))
+    assert tokens(itself) != tokens(rival("greedy"))
+    assert sum(s.cost.llm_forwards for s in itself) * 3 < sum(s.cost.generated for s in itself)
+
+
+def exact(llm, prompt, length, temperature):
+    """p of every continuation of so many tokens, of the LLM alone, by enumeration."""
+    found = {(): 1.0}
+    for _ in range(length):
+        longer = {}
+        for ids, p in found.items():
+            engine = Engine(llm, 1)
+            logits = engine.logits(engine.extend([0], [[*prompt, *ids]]))[0]
+            for token, q in enumerate((logits.double() / temperature).softmax(-1).tolist()):
+                if q > 1e-9:
+                    longer[(*ids, token)] = p * q
+        found = longer
+    return found
+
+
+def test_what_is_written_is_distributed_as_the_llms_own_samples(slm, llm, strategy):
+    """Pairs of tokens, of 3,000 seeds, against their exact probabilities: chi-square over the likely ones and the rest."""
+    from scipy.stats import chi2
+
+    prompt, temperature, count = [5, 9, 12, 30, 7], 0.6, 3000
+    truth = exact(llm, prompt, 1, temperature)
+    how = strategy("speculative", temperature=temperature, top_p=1.0)
+    requests = [Request(i, prompt, f"draw-{i}") for i in range(count)]
+    done = Pair(slm, llm, batch_size=256).write(how, requests, 2)
+    pairs = {}
+    for sequence in done:
+        pairs[sequence.token_ids[0]] = pairs.get(sequence.token_ids[0], 0) + 1
+    assert statistic_is_small(pairs, {ids[0]: p for ids, p in truth.items()}, count, chi2)
+    assert not statistic_is_small(
+        {ids[0]: round(count * p) for ids, p in exact(slm, prompt, 1, temperature).items()},
+        {ids[0]: p for ids, p in truth.items()},
+        count,
+        chi2,
+    ), "the SLM's own distribution would pass as well, so nothing was tested"
+    first = max(pairs, key=pairs.get)
+    seconds = [s.token_ids[1] for s in done if s.token_ids[0] == first and len(s.token_ids) > 1]
+    behind = {ids[0]: p for ids, p in exact(llm, [*prompt, first], 1, temperature).items()}
+    assert statistic_is_small({t: seconds.count(t) for t in set(seconds)}, behind, len(seconds), chi2)
+
+
+def statistic_is_small(observed, truth, count, chi2):
+    likely = [token for token, p in truth.items() if p * count >= 5]
+    expected = [truth[token] * count for token in likely]
+    seen = [observed.get(token, 0) for token in likely]
+    rest = count - sum(expected)
+    if rest > 5:
+        expected.append(rest)
+        seen.append(count - sum(seen))
+    statistic = sum((s - e) ** 2 / e for s, e in zip(seen, expected, strict=True))
+    return chi2.sf(statistic, max(len(expected) - 1, 1)) > 1e-3
+
+
+# Steps and spans
+
+
+def test_a_span_holds_for_its_tokens_or_to_the_end_of_the_step(rival):
+    checked = 0
+    for sequence in rival("takeover", trigger="random", threshold=0.1, span_tokens=4):
+        left = 0
+        for step in sequence.steps:
+            fires = step.value < 0.1 and step.index >= 3
+            assert step.fired == (left > 0 or fires)
+            left = (left or 4) - 1 if step.fired else 0
+            checked += step.fired and not fires
+            if step.token_id == 7:
+                left = 0
+    assert checked > 5
+
+
+def test_a_step_that_is_kept_is_the_slms_and_one_that_is_not_is_the_llms(rival):
+    """Of smart: the value of every place of a step is the mean probability of the drafted step."""
+    for sequence in rival("smart", threshold=0.55, span_tokens=5):
+        for step in sequence.steps:
+            assert 0 <= step.value <= 1
+            if not step.fired:
+                assert step.value >= 0.55 and not step.flip
+
+
+def test_the_marks_are_what_the_llm_says_uncached_behind_the_step(slm, llm, strategy, prompts):
+    how = strategy("specreason", threshold=0.0, step_end="w7", span_tokens=6)
+    [done] = Pair(slm, llm).write(how, [Request(0, prompts[0])], 24, keep_steps=True, trace=False)
+    at, checked = 0, 0
+    while at < len(done.token_ids):
+        end = at
+        while end < len(done.token_ids) - 1 and end - at < 5 and done.token_ids[end] != 7:
+            end += 1
+        step = done.token_ids[at : end + 1]
+        engine = Engine(llm, 1)
+        logits = engine.logits(engine.extend([0], [[*prompts[0], *done.token_ids[: end + 1], 11, 12]]))[0]
+        assert {done.steps[i].value for i in range(at, end + 1)} == {float(logits[20:30].argmax())}
+        at, checked = end + 1, checked + len(step)
+    assert checked == len(done.token_ids)
+
+
+def test_a_call_has_the_llm_write_so_many_tokens(rival, monkeypatch):
+    monkeypatch.setattr(relay, "TAG", re.compile(r"w(\d+)$"))
+    for sequence in rival("relay"):
+        left = 0
+        for step, before in zip(sequence.steps[1:], sequence.token_ids, strict=False):
+            left = left - 1 if left else before - 1
+            assert step.fired == (left >= 0), "every word calls for as many tokens as its number says"
+            left = max(left, 0)
+
+
+# Closed forms, uncached
+
+
+def uncached(loaded, ids, **options):
+    with torch.no_grad():
+        return loaded.model(torch.tensor([ids]), **options)
+
+
+def masked(loaded, logits):
+    logits = logits[: loaded.vocab_size].clone().float()
+    logits[list(loaded.reserved.all)] = -math.inf
+    return logits
+
+
+def contrastive(slm, llm, prompt, bare, ids):
+    small, large = (masked(m, uncached(m, [*prompt, *ids]).logits[0, -1]).log_softmax(-1) for m in (slm, llm))
+    kept = large >= math.log(0.1) + large.max()
+    return torch.where(kept, large - small, -math.inf).argmax()
+
+
+def context_aware(slm, llm, prompt, bare, ids):
+    with_, without = (uncached(slm, [*p, *ids]).logits[0, -1] for p in (prompt, bare))
+    return masked(slm, 1.5 * with_ - 0.5 * without).argmax()
+
+
+def dola(slm, llm, prompt, bare, ids):
+    output = uncached(slm, [*prompt, *ids], output_hidden_states=True)
+    last = masked(slm, output.logits[0, -1]).log_softmax(-1)
+    earlier = masked(slm, slm.model.lm_head(output.hidden_states[1][0, -1]).detach()).log_softmax(-1)
+    assert kl_divergence(last.exp(), earlier.exp()) > 0
+    return torch.where(last >= math.log(0.1) + last.max(), last - earlier, -math.inf).argmax()
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"), [("contrastive", contrastive), ("context-aware", context_aware), ("dola", dola)]
+)
+def test_a_contrast_is_its_closed_form(name, rule, slm, llm, rival, prompts):
+    for sequence, prompt in zip(rival(name, max_new_tokens=8), prompts, strict=True):
+        for place, token in enumerate(sequence.token_ids):
+            assert token == int(rule(slm, llm, prompt, prompt[len(prompt) // 2 :], sequence.token_ids[:place]))
+
+
+def test_multiplex_feeds_the_mean_embedding_of_its_samples(slm, prompts):
+    engine, prompt = Engine(slm, 1), prompts[0]
+    engine.extend([0], [prompt])
+    hidden, _ = engine.step([0], [[4]], mixtures={0: [4, 9, 9]})
+    table = slm.model.get_input_embeddings()
+    embeddings = table(torch.tensor([[*prompt, 4]]))
+    embeddings[0, -1] = (table.weight[4] + 2 * table.weight[9]) / 3
+    with torch.inference_mode():
+        wanted = slm.model.get_decoder()(inputs_embeds=embeddings).last_hidden_state[0, -1]
+    torch.testing.assert_close(hidden[0], wanted, rtol=1e-4, atol=1e-4)
+
+
+# Triggers that are trained
+
+
+@pytest.mark.parametrize("name", ["takeover", "s2t"])
+def test_takeover_and_s2t_fire_on_criticality(name, adapters, llm, strategy, prompts):
+    adapter = adapters["step"]
+    requests = [Request(i, prompt) for i, prompt in enumerate(prompts)]
+
+    def run(strategy_, batch_size=8):
+        return Pair(adapter.loaded, llm, adapter, batch_size).write(strategy_, requests, 24)
+
+    how = strategy(name, trigger="criticality", threshold=0.5)
+    found = run(how)
+    assert 0 < sum(s.num_triggered for s in found) < sum(s.cost.generated for s in found)
+    assert tokens(found) == tokens(run(how, 1))
+    assert tokens(run(strategy(name, trigger="criticality", threshold=1.0))) == tokens(run(strategy("greedy")))
+    if name == "takeover":
+        always = strategy(name, trigger="criticality", threshold=-1.0, warmup_steps=0)
+        assert tokens(run(always)) == tokens(run(strategy("llm")))
+
+
+def test_the_released_code_scores_by_expected_bins_alone_and_reads_the_llm_at_every_token(
+    new_model, new_adapter, llm, strategy, prompts
+):
+    adapter = new_adapter(new_model(0), "always", prior_weight=0.0, num_bins=12, score_temperature=1.0)
+    requests = [Request(i, prompt) for i, prompt in enumerate(prompts)]
+    how = strategy("released", threshold=1.0, divergence="released-code")
+    done = Pair(adapter.loaded, llm, adapter).write(how, requests, 24, keep_steps=True, trace=False)
+    alone = Pair(adapter.loaded, llm, adapter, 1).write(how, requests, 24)
+    assert tokens(done) == tokens(alone)
+    adapter.act(True)
+    checked = 0
+    for sequence, prompt in zip(done, prompts, strict=True):
+        assert sequence.cost.llm_forwards == sequence.cost.generated
+        for step in sequence.steps:
+            if step.fired:
+                for candidate, found in zip(step.candidates.ids, step.scores, strict=True):
+                    ids = torch.tensor([[*prompt, *sequence.token_ids[: step.index], candidate]])
+                    with torch.inference_mode():
+                        hidden = adapter.base_model.get_decoder()(ids).last_hidden_state[0, -1]
+                    weights = (hidden @ adapter.selector.bins.T).softmax(-1).tolist()
+                    assert found == pytest.approx(sum(w * b / 11 for b, w in enumerate(weights)), abs=1e-3)
+                    checked += 1
+    assert checked > 20
+
+
+# What is refused, in one line
+
+
+def test_a_server_that_lists_some_tokens_is_not_sampled_from(strategy):
+    assert "speculative needs the LLM's whole distribution" in strategy("speculative").selector.lacks(20)
+    assert strategy("speculative", top_k=20).selector.lacks(20) is None
+    assert strategy("takeover", threshold=1.0).selector.lacks(20) is None
+
+
+def test_a_method_with_a_trigger_of_its_own_takes_no_other(strategy):
+    with pytest.raises(ConfigError, match="has a trigger of its own"):
+        strategy("contrastive", trigger="entropy")
+    with pytest.raises(ConfigError, match="needs --router"):
+        strategy("r2r")
+
+
+@pytest.mark.parametrize("name", ["specreason", "smart"])
+def test_whole_steps_are_not_judged_beside_another_tokenizer(name, slm, strategy):
+    by_text = SimpleNamespace(max_draft=1, num_listed=None, is_slm=False)
+    texts = StepTexts(slm.tokenizer, "w7")
+    with pytest.raises(ConfigError, match=f"strategy {name} judges whole steps, and a pair with different tokenizers"):
+        Decoder(Engine(slm, 1), strategy(name), by_text, texts=texts)
+
+
+@pytest.mark.parametrize(("tail", "end"), [("", "\n"), ("a", "\n\n"), ("a\n", "\n\n"), ("ab\n\nc", "\n\n")])
+def test_a_step_ends_with_the_token_that_completes_its_end(tail, end):
+    texts = StepTexts(SimpleNamespace(decode=lambda ids: ["\n", "b", "\n\nc"][ids[0]]), end)
+    for token, piece in enumerate(["\n", "b", "\n\nc"]):
+        assert texts.ends(tail, token) == ((tail + piece).count(end) > tail.count(end))
+        assert texts.after(tail, token) == tail + piece

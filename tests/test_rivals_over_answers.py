@@ -1,0 +1,148 @@
+"""Methods that choose among finished answers: at each end they are one of them, and what they cost adds up."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from s2t.combine import combine
+from s2t.config import EvalConfig
+from s2t.decode.workload import open_task
+from s2t.errors import ConfigError
+from s2t.evaluate import evaluate
+from s2t.files import iter_jsonl
+from s2t.methods.answers import Known, NearestNeighbours
+from s2t.methods.sample import vote
+from s2t.methods.votes import Borda, DeepConf
+from s2t.tasks import canonical_answer
+
+SMALL = {"llm": "tiny:llm", "limit": 4, "max_new_tokens": 24, "num_traces": 0, "num_samples": 3}
+OVER_TWO = ("cascade", "frugalgpt", "knn-routing")
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory):
+    out = str(tmp_path_factory.mktemp("known"))
+    evaluate(EvalConfig(strategies="confidence,llm", split="calibration", out=out, **SMALL))
+    return out
+
+
+@pytest.fixture(scope="module")
+def whole(known, tmp_path_factory):
+    """One run of all of them, with the settings that made it and the results by strategy."""
+    strategies = ",".join((*OVER_TWO, "borda", "deepconf", "greedy", "self-consistency"))
+    config = EvalConfig(strategies=strategies, known=known, out=str(tmp_path_factory.mktemp("run")), **SMALL)
+    summary, found = evaluate(config), {}
+    assert evaluate(config) == summary, "resumed = whole"
+    for _, result in iter_jsonl(Path(config.out) / "results.jsonl"):
+        found.setdefault(result["strategy"], []).append(result)
+    assert set(found) == set(summary["strategies"]) == set(config.strategy_names)
+    return config, found, summary["strategies"]
+
+
+@pytest.fixture(scope="module")
+def run(whole):
+    """What a method chooses at another threshold, from the same answers."""
+    config, found, _ = whole
+    task = open_task(config, config.slm)
+    problems = task.problems("test", config.limit, 0)
+
+    def at(threshold, name):
+        bases = {base: [(rows, 1.0)] for base, rows in found.items()}
+        return combine(name, replace(config, threshold=threshold), task, problems, bases)[0][0]
+
+    return at
+
+
+def what(results):
+    return [(r["problem_id"], r["text"], r["extracted"], r["is_correct"]) for r in results]
+
+
+def costs(results):
+    return [r["cost"] for r in results]
+
+
+def test_at_minus_infinity_they_are_the_slm_and_at_infinity_the_llm_and_costs_add_up(run, whole):
+    _, found, _ = whole
+    slm, llm = found["confidence"], found["llm"]
+    assert what(slm) == what(found["greedy"])
+    assert all(r["value"] < 0 for r in slm)
+    for name in ("cascade", "frugalgpt"):
+        assert (what(run(-math.inf, name)), costs(run(-math.inf, name))) == (what(slm), costs(slm))
+        assert what(run(math.inf, name)) == what(llm)
+        for both, small, large in zip(run(math.inf, name), slm, llm, strict=True):
+            assert both["cost"] == {k: small["cost"][k] + large["cost"][k] for k in small["cost"]}
+            assert both["num_triggered"] == large["cost"]["generated"]
+    routed = run(-math.inf, "knn-routing")
+    assert (what(routed), costs(routed)) == (what(llm), costs(llm)), "the model that is not chosen costs nothing"
+    assert what(run(math.inf, "knn-routing")) == what(slm)
+
+
+def test_in_between_a_cascade_takes_some_of_each(run, whole):
+    _, found, scores = whole
+    values = sorted(r["value"] for r in found["confidence"])
+    mixed = run(values[2], "cascade")
+    assert sorted(bool(r["num_triggered"]) for r in mixed) == [False, False, True, True]
+    rows = zip(mixed, found["confidence"], found["llm"], strict=True)
+    assert all(one["text"] == (large if one["num_triggered"] else small)["text"] for one, small, large in rows)
+    own = scores["cascade"]
+    assert own["llm_tokens"] == sum(r["num_triggered"] for r in found["cascade"])
+    assert own["llm_tokens"] + own["slm_tokens"] == sum(r["cost"]["generated"] for r in found["cascade"])
+
+
+def test_a_vote_of_equal_weights_is_the_majority_and_one_that_never_stops_costs_all(run, whole):
+    _, found, _ = whole
+    voted, counted = run(0.0, "borda"), found["self-consistency"]
+    assert [r["is_correct"] for r in voted] == [r["is_correct"] for r in counted]
+    assert [r["extracted"] for r in voted] == [canonical_answer(r["extracted"]) for r in counted]
+    assert costs(run(2.0, "deepconf")) == costs(found["self-certainty"])
+    early = run(0.0, "deepconf")
+    assert all(
+        one["cost"]["generated"] < all_["cost"]["generated"]
+        for one, all_ in zip(early, run(2.0, "deepconf"), strict=True)
+    )
+
+
+def samples(*pairs):
+    return {
+        "self-certainty": {
+            "samples": [{"answer": a, "certainty": c, "is_correct": a == "4", "tokens": 10} for a, c in pairs],
+            "cost": {"generated": 10 * len(pairs), "slm_flops": 1.0 * len(pairs)},
+        }
+    }
+
+
+def test_weighted_votes_by_hand():
+    config, given = EvalConfig(), samples(("3", 1.0), ("3", 1.1), ("4", 5.0), (None, 9.0))
+    assert vote(["3", "3", "4", None]) == "3"
+    heavy = Borda(replace(config, threshold=2.0), {}, Known())  # ranks: None 16, "4" 9, "3" 4 + 1
+    assert heavy.choose("", given)["extracted"] == "4"
+    assert Borda(replace(config, threshold=0.0), {}, Known()).choose("", given)["extracted"] == "3"
+    sure = DeepConf(replace(config, threshold=9.0), {}, Known()).choose("", given)
+    assert (sure["extracted"], sure["is_correct"], sure["cost"]["generated"]) == ("4", True, 40)
+    stopped = DeepConf(replace(config, threshold=0.9), {}, Known()).choose("", given)
+    assert (stopped["extracted"], stopped["cost"]["generated"]) == ("3", 20), "the first two agree"
+
+
+def test_with_k_of_all_neighbours_every_question_goes_to_the_model_that_is_better_overall():
+    answers = [{"llm": {"is_correct": right}, "confidence": {"is_correct": not right}} for right in (True, True, False)]
+    one = NearestNeighbours(EvalConfig(threshold=0.0), {}, Known(["two apples", "two pears", "rain today"], answers))
+    one.num_neighbours = 3
+    assert [one.gain(q) for q in ("two apples", "rain today", "nothing alike")] == pytest.approx([1 / 3] * 3)
+    one.num_neighbours = 1
+    assert (one.gain("two pears now"), one.gain("no rain")) == (1.0, -1.0)
+
+
+def test_what_learns_needs_a_run_to_learn_from(tmp_path):
+    with pytest.raises(ConfigError, match="pass --known"):
+        evaluate(EvalConfig(strategies="frugalgpt", out=str(tmp_path), **SMALL | {"limit": 2, "max_new_tokens": 4}))
+
+
+def test_what_chooses_among_answers_writes_none_itself():
+    import s2t
+
+    with pytest.raises(ConfigError, match="works on finished runs"):
+        s2t.load("tiny:slm").generate("1 + 1 =", "cascade")
