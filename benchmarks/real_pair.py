@@ -92,7 +92,7 @@ def describe(rows: dict[str, dict[str, Any]], runs: Path, arm: str) -> dict[str,
         "ci95": wilson_interval(int(correct.sum()), len(correct)),
         "num_problems": len(correct),
         **costs,
-        "seconds": read_json(folder(runs, arm) / "summary.json")["strategies"][strategy]["seconds"],
+        "seconds": read_json(folder(runs, arm) / "summary.json")["strategies"][strategy]["seconds"] or None,
         "trigger_rate": sum(row["num_triggered"] for row in rows.values()) / max(1, costs["slm_tokens"]),
         "flip_rate": sum(row["num_flips"] for row in rows.values()) / max(1, costs["slm_tokens"]),
     }
@@ -131,7 +131,8 @@ def table(document: dict[str, Any]) -> str:
         pair = document["paired"].get(f"{arm} vs greedy")
         gain = "–" if pair is None else f"{100 * pair['difference']:+.1f} (p = {pair['p_value']:.3g})"
         cells = (arm, one["num_problems"], f"{100 * one['accuracy']:.1f}", f"{100 * low:.1f} to {100 * high:.1f}", gain)
-        costs = [f"{one[name]:,.0f}" for name in ("slm_tokens", "slm_forwards", "llm_forwards", "seconds")]
+        found = (one[name] for name in ("slm_tokens", "slm_forwards", "llm_forwards", "seconds"))
+        costs = ["–" if value is None else f"{value:,.0f}" for value in found]
         lines.append(f"| {' | '.join(map(str, (*cells, *costs)))} |")
     return "\n".join(lines) + "\n"
 

@@ -231,7 +231,7 @@ def _check(engine: Engine, strategy: Strategy, reference: Reference | None) -> N
     is_inside = strategy.mixture or strategy.trigger.reads_inside or (selector is not None and selector.layers)
     if is_inside and not engine.reads_inside:
         raise ConfigError(
-            f"strategy {strategy.name} reads layers or embeddings of the model, which llama.cpp keeps to itself; pass --engine torch."
+            f"strategy {strategy.name} reads layers or embeddings of the model, which llama.cpp keeps; pass --engine torch."
         )
     if strategy.needs_llm and reference is None:
         raise ConfigError(f"strategy {strategy.name} reads the LLM at inference; pass --llm.")

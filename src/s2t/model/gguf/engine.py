@@ -78,7 +78,7 @@ class GgufEngine(Engine):
         back: int = 0,
         mixtures: Mapping[int, Sequence[int]] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """As `Engine.step`, without mixtures: the rows' tokens first, which fixes the order of cells, then the candidates beside them."""
+        """As `Engine.step` without mixtures: the rows' tokens first, so that cells have one order, then the candidates."""
         assert not mixtures, "llama.cpp takes tokens"
         beside = _BESIDE if candidate_ids is not None else 0
         self._make_room(sum(map(len, tokens)) + beside)
