@@ -171,3 +171,12 @@ def test_a_recipe_that_is_not_there_is_one_line(tmp_path, capsys):
     assert "cannot be read" in capsys.readouterr().err
     assert main(["reproduce"]) == 2
     assert "needs a recipe" in capsys.readouterr().err
+
+
+def test_an_override_does_not_replace_what_an_earlier_stage_wrote(tmp_path):
+    recipe = Path(__file__).parents[1] / "recipes" / "qwen2.5-coder.toml"
+    _, stages = read_recipe(str(recipe), str(tmp_path), ["slm=tiny:slm", "limit=4"])
+    slm = {stage.name: stage.settings.get("slm") for stage in stages}
+    assert slm["gsm8k"] == slm["train"] == "tiny:slm"
+    assert slm["gsm8k-sft"] == slm["svamp-sft"] == slm["collect-on-sft"] == str(tmp_path / "sft" / "adapter")
+    assert slm["gsm8k-kd"] == str(tmp_path / "kd" / "adapter")

@@ -95,7 +95,7 @@ def _stage(
     known = {item.name for item in fields(CONFIGS[command])}
     own = {key: value for key, value in stage.items() if key not in _OWN}
     given = {key: value for key, value in shared.items() if key in known} | own
-    given |= {key: value for key, value in changed.items() if key in given}
+    given |= {key: value for key, value in changed.items() if key in given and not _is_stage(given[key])}
     settings = {key: _folder(name, value, out, before) for key, value in given.items()} | {"out": str(out / name)}
     try:
         build_config(CONFIGS[command], flags=settings)
@@ -104,9 +104,14 @@ def _stage(
     return Stage(name, command, settings, dict(stage.get("published", {})))
 
 
+def _is_stage(value: Any) -> bool:
+    """Whether a setting names what an earlier stage wrote, which no override may replace: it would be another experiment."""
+    return isinstance(value, str) and value.startswith("@")
+
+
 def _folder(name: str, value: Any, out: Path, before: Sequence[str]) -> Any:
     """A text with every @NAME as the folder of an earlier stage; other values as they are."""
-    if not isinstance(value, str) or not value.startswith("@"):
+    if not _is_stage(value):
         return value
     folders = []
     for part in value.split(","):

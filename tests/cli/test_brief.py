@@ -127,3 +127,11 @@ def test_all_prints_every_table_and_json_the_summary(command, monkeypatch, capsy
         assert table in everything and table not in brief
     assert main([command, "--out", "runs/x", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(SUMMARY))
+
+
+def test_measure_ends_with_what_to_do_next_and_says_when_it_was_a_first_look(tmp_path, capsys):
+    out = tmp_path / "measure"
+    assert main(["measure", "--limit", "4", "--max-new-tokens", "24", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "4 problems are a first look" in printed
+    assert printed.splitlines()[-1] == f"Next: s2t calibrate --run {out}"

@@ -11,7 +11,7 @@ import typer
 
 from s2t.cli.options import with_options
 from s2t.cli.output import percent, percent_interval, print_facts, print_table
-from s2t.config import BenchConfig
+from s2t.config import BenchConfig, MeasureConfig
 from s2t.workflows import WORKFLOWS
 
 BAND_KS = ("1", "2", "4", "8", "16")
@@ -33,7 +33,10 @@ def command_of(name: str, show: Callable[..., None]) -> Callable[..., None]:
     return with_options(workflow.config, show)(command)
 
 
-def show_measured(measured: Mapping[str, Any]) -> None:
+_FEW = 50  # problems
+
+
+def show_measured(measured: Mapping[str, Any], config: MeasureConfig) -> None:
     print_facts("measure", measured)
     intervals = measured.get("hit_rate_ci95", {})
     print_table(
@@ -42,6 +45,10 @@ def show_measured(measured: Mapping[str, Any]) -> None:
         [(k, percent(rate), percent_interval(intervals.get(k))) for k, rate in measured.get("hit_rate", {}).items()],
     )
     _show_bands(measured.get("hit_rate_by_divergence", []))
+    if measured.get("num_problems", _FEW) < _FEW:
+        print(f"{measured['num_problems']} problems are a first look: their intervals are too narrow to be trusted.")
+    if config.split == "calibration":
+        print(f"Next: s2t calibrate --run {config.out}")
 
 
 def show_calibration(calibration: Mapping[str, Any]) -> None:
