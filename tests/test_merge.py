@@ -334,7 +334,7 @@ def test_a_damaged_folder_is_one_clear_line(scope, damage, message, folders, tmp
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("fails", ["_write_rest", "_write_texts", "_put_in_place"])
+@pytest.mark.parametrize("fails", ["_write_rest", "_write_texts", "put_in_place"])
 def test_a_merge_that_is_cut_short_leaves_nothing(fails, folders, tmp_path, monkeypatch):
     def full_disk(*args):
         raise OSError(28, "No space left on device")

@@ -102,8 +102,8 @@ def no_models(monkeypatch):
     def refuse(name, *options):
         raise AssertionError(f"{name} was loaded")
 
-    for module in ("train.trainer", "decode.opening"):
-        monkeypatch.setattr(f"s2t.{module}.load_model", refuse)
+    monkeypatch.setattr("s2t.train.trainer.load_model", refuse)
+    monkeypatch.setattr("s2t.decode.opening.open_model", refuse)
 
 
 # Files

@@ -94,6 +94,8 @@ class FakeGeneration:
 class FakeReasoner:
     """Answers every prompt with its own words in upper case."""
 
+    pair = types.SimpleNamespace(slm=types.SimpleNamespace(facts={"engine": "none"}), served_slm=None)
+
     def __init__(self, seen):
         self.seen = seen
 

@@ -228,10 +228,13 @@ def test_the_cache_grows_past_its_first_allocation(loaded):
 @every_family
 def test_reading_gives_the_state_of_every_token(loaded):
     engine = Engine(loaded, 3)
-    hidden = engine.read(ROWS, PROMPTS)
+    counts = [len(prompt) for prompt in PROMPTS]
+    hidden = engine.read(ROWS, PROMPTS, counts)
     for row, prompt in enumerate(PROMPTS):
         logits = loaded.model(torch.tensor([prompt]), use_cache=False).logits[0]
         close(engine.head(hidden[row]), logits)
+    again = Engine(loaded, 3).read(ROWS, PROMPTS, [1, *counts[1:]])
+    assert torch.equal(again[0], hidden[0][-1:])
 
 
 # Precision

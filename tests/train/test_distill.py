@@ -39,7 +39,6 @@ from s2t.model.lora import quiet_peft
 from s2t.model.merged import base_model, problem_hashes
 from s2t.model.tiny import embedded_path
 from s2t.tasks.problems import heldout_templates, question_hash
-from s2t.train import answers as answers_module
 from s2t.train.answers import Answer, read_answers
 from s2t.train.distill import Distiller, distill
 from s2t.train.trainer import train
@@ -289,7 +288,7 @@ def test_the_recipe_is_that_of_the_selector():
 def test_a_finished_run_is_returned_as_it_is(distilled, monkeypatch):
     config = DistillConfig(**load_run(distilled("sft"), "distill")["config"])
     monkeypatch.setattr("s2t.train.distill.load_model", None)
-    monkeypatch.setattr(answers_module, "load_model", None)
+    monkeypatch.setattr("s2t.decode.opening.open_model", None)
     assert distill(config) == read_json(distilled("sft") / "distill.json")
 
 
