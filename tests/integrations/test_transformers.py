@@ -245,6 +245,17 @@ def test_the_model_is_as_it_was_afterwards(scope, model, inputs, adapters):
     assert torch.equal(model(**inputs).logits, before)
 
 
+@every_scope
+def test_a_model_is_saved_without_the_adapter_that_chose(scope, model, inputs, adapters, tmp_path):
+    plain = model.generate(**inputs, max_new_tokens=LENGTH)
+    loop = s2t.custom_generate(adapters[scope])
+    chosen = model.generate(**inputs, max_new_tokens=LENGTH, custom_generate=loop)
+    model.save_pretrained(tmp_path / "saved")
+    again = type(model).from_pretrained(tmp_path / "saved")
+    assert torch.equal(again.generate(**inputs, max_new_tokens=LENGTH), plain)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=LENGTH, custom_generate=loop), chosen)
+
+
 def test_an_adapter_is_attached_once_and_another_takes_its_place(model, inputs, adapters):
     call = {"max_new_tokens": 4, **inputs}
     model.generate(**call, custom_generate=s2t.custom_generate(adapters["always"]))

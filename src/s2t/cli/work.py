@@ -84,6 +84,11 @@ def show_merged(merged: Mapping[str, Any]) -> None:
     adapter = merged["adapter"]
     facts = {"folder": merged["folder"], "base model": adapter["base_model"], "scope": adapter["scope"]}
     print_facts("merge", facts | {"dtype": merged["dtype"], "weights files": len(merged["weights"])})
+    if adapter["scope"] != "always":
+        print(
+            f"Plain generate of transformers writes what the base model writes; to select: model.generate(..., "
+            f"custom_generate={merged['folder']!r}, trust_remote_code=True), or --slm {merged['folder']}"
+        )
 
 
 def show_exported(exported: Mapping[str, Any]) -> None:

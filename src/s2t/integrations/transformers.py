@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,7 @@ def generate_merged(model: Any, **arguments: Any) -> Any:
 def detach(model: Any) -> None:
     """Take an adapter that `custom_generate` attached off the model again, e.g. before saving it."""
     bound = model.__dict__.pop(_BOUND, None)
+    model.__dict__.pop("save_pretrained", None)
     if bound is not None and isinstance(bound.reader, SelectorAdapter):
         bound.reader.detach()
 
@@ -292,7 +294,15 @@ def _bind(model: Any, adapter: str | Path | None, tokenizer: Any) -> _Bound:
     for parameter in needs_grad:  # PEFT froze them
         parameter.requires_grad_(True)
     model.__dict__[_BOUND] = bound
+    if isinstance(bound.reader, SelectorAdapter):
+        model.__dict__["save_pretrained"] = partial(_save_detached, model)
     return bound
+
+
+def _save_detached(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """`save_pretrained` of a model with an adapter attached: the model as it was given, without it."""
+    detach(model)
+    return model.save_pretrained(*args, **kwargs)
 
 
 def _is_of_merged(model: Any) -> bool:

@@ -51,7 +51,7 @@ def with_accuracy(card: str, found: Mapping[str, Any]) -> str:
 
 def adapter_card(config: Mapping[str, Any], training: Mapping[str, Any] | None = None) -> str:
     """The card of an adapter with these settings (`s2t_config.json`) and, where it was trained, the numbers of its training."""
-    front = {"library_name": "peft", "base_model": config["base_model"], "tags": ["select-to-think", "s2t"]}
+    front = {"library_name": "s2t", "base_model": config["base_model"], "tags": ["select-to-think", "s2t"]}
     unread = _OF_BINS if config["readout"] == "rank" else ()
     plain = {
         key: value
@@ -63,6 +63,7 @@ def adapter_card(config: Mapping[str, Any], training: Mapping[str, Any] | None =
     return _CARD.format(
         front="\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items()),
         base=config["base_model"],
+        caution="" if config["scope"] == "always" else _CAUTION,
         training=f"## Training\n\n{_table(('', 'value'), _shown(fitted))}\n" if fitted else "",
         settings=_table(("setting", "value"), _shown(plain)),
         version=config["s2t_version"],
@@ -81,6 +82,10 @@ def _table(columns: tuple[str, ...], rows: list[Any]) -> str:
     return "".join(f"| {' | '.join(str(cell) for cell in line)} |\n" for line in lines)
 
 
+_CAUTION = """
+**Not for `PeftModel`**: this LoRA is for the few readings that choose, not for writing; always on, it spoils the model.
+"""
+
 _CARD = """---
 {front}
 ---
@@ -97,7 +102,7 @@ print(s2t.load("{base}", adapter="THIS FOLDER").generate("What is 12 * 13?").tex
 
 In transformers: `model.generate(..., custom_generate=s2t.custom_generate("THIS FOLDER"))`. `s2t merge` makes one ordinary model
 of the two. Loading checks that the base model's weights and this folder's are those it was trained with.
-
+{caution}
 {training}## Settings
 
 {settings}
