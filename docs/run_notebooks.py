@@ -7,6 +7,7 @@ written: the outputs must be of the kinds, and have as many lines, as those that
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 from pathlib import Path
 
@@ -23,6 +24,9 @@ METADATA = {
 
 def run(notebook: NotebookNode) -> NotebookNode:
     """Every cell, in order; raises CellExecutionError at the first that fails."""
+    os.environ["MPLBACKEND"] = (
+        "module://matplotlib_inline.backend_inline"  # as in a notebook, whatever this shell draws with
+    )
     with tempfile.TemporaryDirectory() as empty:
         resources = {"metadata": {"path": empty}}
         NotebookClient(notebook, timeout=1200, record_timing=False, resources=resources).execute()
