@@ -334,12 +334,12 @@ def test_a_damaged_folder_is_one_clear_line(scope, damage, message, folders, tmp
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("fails", ["_write_rest", "_write_texts", "put_in_place"])
+@pytest.mark.parametrize("fails", ["merge._write_rest", "merge._write_texts", "model.merged._put_in_place"])
 def test_a_merge_that_is_cut_short_leaves_nothing(fails, folders, tmp_path, monkeypatch):
     def full_disk(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(f"s2t.merge.{fails}", full_disk)
+    monkeypatch.setattr(f"s2t.{fails}", full_disk)
     with pytest.raises(s2t.errors.DataError, match="cannot be written: No space"):
         merge(MergeConfig(adapter=folders["always"][1], out=str(tmp_path / "merged")))
     assert list(tmp_path.iterdir()) == []

@@ -176,6 +176,10 @@ class Reasoner:
         plan = self._plan(strategy, seed, settings)
         if plan.config.system is not None:
             raise ConfigError("system has no place in a prompt of token ids; put its tokens into the ids.")
+        if "bare" in plan.strategy.needs:
+            raise ConfigError(
+                f"strategy {plan.strategy.name} takes the context out of a text; pass the prompt to generate."
+            )
         requests = [(self.pair.request_of_ids(0, list(ids)), ids_key(ids)) for ids in prompts]
         return self._answers(plan, plan.numbered(requests), trace)
 
@@ -237,7 +241,6 @@ class Reasoner:
             config.check_decode()
         needs = needs_of(name, config.trigger)
         self.pair.check_has(name, config.trigger)
-        self.pair.reads_bare = "bare" in needs
         return _Plan(
             self.pair, config, strategy_of(name, config, self.pair.selector if "adapter" in needs else None, seed)
         )
@@ -290,8 +293,9 @@ class _Plan:
 
     def requests(self, prompts: Sequence[Prompt]) -> list[Request]:
         """One request per prompt and sample; random numbers depend on the prompt's own text."""
-        system = self.config.system
-        return self.numbered([(self.pair.request(0, p, system=system), prompt_key(p, system)) for p in prompts])
+        system, reads_bare = self.config.system, "bare" in self.strategy.needs
+        requests = [self.pair.request(0, p, system=system, reads_bare=reads_bare) for p in prompts]
+        return self.numbered([(one, prompt_key(p, system)) for one, p in zip(requests, prompts, strict=True)])
 
     def numbered(self, prompts: Sequence[tuple[Request, str]]) -> list[Request]:
         """One request per prompt and sample; a key that comes again gets other random numbers the second time."""

@@ -29,7 +29,7 @@ def combine(
     method = METHODS[name]
     assert method.answers is not None
     kind: type[Chooser] = find(method.answers)
-    known = _known(config, problems) if kind.learns else Known()
+    known = known_answers(config, problems) if kind.learns else Known()
     chooser = kind(config, read_thresholds(config.calibration), known)
     return [
         _one(name, chooser, problems, each) for each in _by_seed([results[base] for base in method.over], method.over)
@@ -49,8 +49,11 @@ def _one(name: str, chooser: Chooser, problems: Sequence[Problem], runs: Mapping
     return rows, sum(run[1] for run in runs.values())
 
 
-def _known(config: EvalConfig, problems: Sequence[Problem]) -> Known:
-    """Questions and answers of the finished run that `known` names."""
+def known_answers(config: EvalConfig, problems: Sequence[Problem]) -> Known:
+    """Questions and answers of the finished run that `known` names; none where it names none.
+
+    Raises DataError where the run holds one of `problems`, or no answers of both models.
+    """
     if config.known is None:
         return Known()
     found: dict[str, dict[str, dict[str, Any]]] = {}

@@ -20,7 +20,7 @@ import numpy as np
 from s2t.config import DecodeConfig, ExportConfig, TaskConfig
 from s2t.decode.pair import Pair
 from s2t.decode.workload import open_task, requests_for
-from s2t.errors import ConfigError, DataError, ModelError, S2TError
+from s2t.errors import ConfigError, ModelError, S2TError
 from s2t.files import versions, write_json, write_text
 from s2t.methods.strategies import build_strategy
 from s2t.model.adapter import LORA_FILE as PEFT_FILE
@@ -40,9 +40,8 @@ from s2t.model.merged import (
     MergedConfig,
     adapter_folder,
     check_target,
-    clear,
     hash_weights,
-    put_in_place,
+    written_whole,
 )
 from s2t.progress import note
 
@@ -59,10 +58,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
     check_scope(adapter)
     llama()  # raises where it is missing, before anything is made
     folder = adapter_folder(config.adapter)
-    part = out.with_name(f".{out.name}.exporting")
-    try:
-        clear(part)  # what a killed export left
-        part.mkdir(parents=True)
+    with written_whole(out, "exporting") as part:
         header = _write_model(part, config, adapter)
         check_architecture(header)
         write_lora(folder, header, part / LORA_FILE)
@@ -70,11 +66,6 @@ def export(config: ExportConfig) -> dict[str, Any]:
         document = _describe(part, loaded, adapter)
         write_text(part / "README.md", _readme(document, loaded, out))
         write_json(part / CONFIG_FILE, document.as_json())
-        put_in_place(part, out)
-    except OSError as error:
-        raise DataError(f"{out} cannot be written: {error.strerror or error}; choose another --out.") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return {"folder": str(out)} | document.as_json()
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from s2t.config import MergeConfig
-from s2t.errors import ConfigError, DataError, ModelError
+from s2t.errors import ConfigError, ModelError
 from s2t.files import load_run, read_json, versions, write_bytes, write_json, write_text
 from s2t.model.adapter import (
     BRANCH_SCOPES,
@@ -40,10 +40,9 @@ from s2t.model.merged import (
     MergedConfig,
     adapter_folder,
     check_target,
-    clear,
     hash_weights,
-    put_in_place,
     sha256,
+    written_whole,
 )
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -69,20 +68,12 @@ def merge(config: MergeConfig) -> dict[str, Any]:
     name = config.slm or adapter.base_model
     loaded = load_model(name, device="cpu", trust_remote_code=config.trust_remote_code)
     attached = load_adapter(folder, loaded, with_peft=True)
-    part = out.with_name(f".{out.name}.merging")
-    try:
-        clear(part)  # what a killed merge left
-        part.mkdir(parents=True)
+    with written_whole(out, "merging") as part:
         dtype = _write_model(part, loaded, attached, config.dtype)
         _write_rest(part, folder, attached)
         document = _describe(part, attached, dtype, found)
         _write_texts(part, adapter, document)
         write_json(part / CONFIG_FILE, document.as_json())
-        put_in_place(part, out)
-    except OSError as error:
-        raise DataError(f"{out} cannot be written: {error.strerror or error}; choose another --out.") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return {"folder": str(out)} | document.as_json()
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from s2t.errors import ConfigError
 
-_LOGITS_AT_ONCE = {"cpu": 2**20}  # floats, keyed by device type
+_LOGITS_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}  # floats, keyed by device type
 _FAR = -200.0  # below the likeliest token, in nats: its exponential is 0 in float32
 
 
@@ -151,15 +151,15 @@ def self_certainty(logits: Tensor) -> Tensor:
 
 def in_parts(read: Callable[..., Tensor], *logits: Tensor) -> Tensor:
     """What `read` says of the rows of some logits [n, V], on a CPU of as many rows at once as its caches hold."""
-    size = rows_at_once(logits[0])
+    size = rows_at_once(logits[0].shape[-1], logits[0].device)
     if len(logits[0]) <= size:
         return read(*logits)
     return torch.cat([read(*rows) for rows in zip(*(part.split(size) for part in logits), strict=True)])
 
 
-def rows_at_once(logits: Tensor) -> int:
-    """Rows of [n, V] that several passes in turn had better read together: few on a CPU, whose caches are small."""
-    return max(1, _LOGITS_AT_ONCE.get(logits.device.type, 2**26) // logits.shape[-1])
+def rows_at_once(vocab_size: int, device: torch.device) -> int:
+    """Rows of logits that several passes in turn had better read together: few on a CPU, whose caches are small."""
+    return max(1, _LOGITS_AT_ONCE.get(device.type, 2**24) // vocab_size)
 
 
 class Distribution:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from s2t.core.candidates import logprobs_at, propose
 from s2t.core.sampling import uniforms
-from s2t.decode.loop import Decoder
+from s2t.decode.loop import Decoder, stream_key
 from s2t.decode.reference import Reference
 from s2t.decode.round import EngineRound
 from s2t.decode.rows import Request, Row
@@ -101,7 +101,7 @@ class ContinuousDecoder(Decoder):
         if request.sampling is None and not self.strategy.trigger.is_random:
             return np.zeros(0)
         length = request.max_new_tokens or self.max_new_tokens
-        return uniforms(request.seed, request.key or str(request.index), length)
+        return uniforms(request.seed, stream_key(request, stream), length)
 
     def _tokens(self, rows: Sequence[Row], logits: Tensor, greedy: list[int], depth: int = 0) -> list[int]:
         """Greedy tokens and samples; rows with the same filters are sampled together."""

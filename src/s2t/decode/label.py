@@ -33,7 +33,6 @@ from s2t.model.text import VocabularyMap
 from s2t.progress import count
 
 # Work stays near a CPU's caches in small chunks; a GPU wants large ones. Keyed by device type.
-_LOGITS_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}  # floats per model
 _TOKENS_AT_ONCE = {"cpu": 2**12, "cuda": 2**14}
 _STEPS_AT_ONCE = 64  # at least, so that the output embedding is not read for a few steps alone
 
@@ -161,7 +160,7 @@ def llm_targets(
         parts = []
         for chunk in hidden.split(_steps_at_once(llm)):
             logits = mask_forbidden(align_vocabulary(engine.head(chunk), slm.vocab_size), forbidden, slm.vocab_size)
-            for rows in logits.split(rows_at_once(logits)):
+            for rows in logits.split(rows_at_once(logits.shape[-1], logits.device)):
                 ids = rows.topk(size, dim=-1).indices
                 parts.append((ids.int().cpu().numpy(), bucket_probs(rows / temperature, ids).cpu().numpy()))
         ends = np.cumsum([len(generated[i]) for i in batch])[:-1]
@@ -179,7 +178,7 @@ def _states(engine: Engine, prompts: Sequence[Sequence[int]], generated: Sequenc
 
 
 def _steps_at_once(loaded: LoadedModel) -> int:
-    return max(_STEPS_AT_ONCE, _LOGITS_AT_ONCE.get(loaded.device.type, 2**24) // loaded.vocab_size)
+    return max(_STEPS_AT_ONCE, rows_at_once(loaded.vocab_size, loaded.device))
 
 
 def label_by_text(
@@ -307,7 +306,7 @@ class _PairReader:
 
     def _compare(self, slm_logits: Tensor, llm_logits: Tensor) -> list[tuple[np.ndarray, ...]]:
         """The columns of `Labels` for all steps, in parts of as many as a CPU's caches hold; [n, V] each."""
-        size = rows_at_once(slm_logits)
+        size = rows_at_once(slm_logits.shape[-1], slm_logits.device)
         pairs = zip(slm_logits.split(size), llm_logits.split(size), strict=True)
         return [tuple(value.cpu().numpy() for value in self._labels(*pair)) for pair in pairs]
 

@@ -130,12 +130,7 @@ class Decoder:
             greedy += best_tokens(logits[-1], self.engine.loaded.name)
             tokens += self._tokens(active, logits[-1], greedy[-len(active) :], depth)
             depth += 1
-            going = []
-            for row, token in zip(active, tokens[-len(active) :], strict=True):
-                tail = tails.get(row, row.tail)
-                if self._drafts_on(row, token, depth, tail):
-                    going.append((row, token))
-                tails[row] = tail if self.texts is None else self.texts.after(tail, token)
+            going = self._going(active, tokens[-len(active) :], depth, tails)
             if not going:
                 break
             active = [row for row, _ in going]
@@ -155,8 +150,23 @@ class Decoder:
         adjusted = self.adjust([row.request.index for row in rows], self.engine.head(states))
         return self.engine.mask(adjusted.clone())  # whoever adjusts may keep what it returned
 
+    def _going(
+        self, rows: Sequence[Row], tokens: Sequence[int], depth: int, tails: dict[Row, str]
+    ) -> list[tuple[Row, int]]:
+        """The rows that draft on behind these tokens; `tails`, the text before each row's token, moves on with them."""
+        if self.reference is None:
+            return []
+        going = [
+            (row, token)
+            for row, token in zip(rows, tokens, strict=True)
+            if self._drafts_on(row, token, depth, tails.get(row, row.tail))
+        ]
+        if self.texts is not None:
+            tails.update((row, self.texts.after(tails.get(row, row.tail), token)) for row, token in going)
+        return going
+
     def _drafts_on(self, row: Row, token: int, depth: int, tail: str) -> bool:
-        if self.reference is None or token in self.engine.loaded.stop_ids or row.steps + depth >= row.limit:
+        if token in self.engine.loaded.stop_ids or row.steps + depth >= row.limit:
             return False
         if self.texts is not None and self.strategy.trigger.drafts_steps:
             if self.texts.ends(tail, token):
@@ -185,8 +195,7 @@ class Decoder:
         strategy = self.strategy
         if strategy.sampling is None and not strategy.trigger.is_random:
             return np.zeros(0)
-        key = request.key or str(request.index)
-        return uniforms(strategy.seed, f"{key}/stream-{stream}" if stream else key, self.max_new_tokens)
+        return uniforms(strategy.seed, stream_key(request, stream), self.max_new_tokens)
 
     # Triggering
 
@@ -218,6 +227,12 @@ class Decoder:
             for place, detail in enumerate(details):
                 detail.update(llm_probs=probs[place], llm_top_id=top[place])
         round.details = dict(enumerate(details))
+
+
+def stream_key(request: Request, stream: int) -> str:
+    """The key of a request's uniforms; those of the streams (0, 1 …) are independent of each other."""
+    key = request.key or str(request.index)
+    return f"{key}/stream-{stream}" if stream else key
 
 
 def _check(engine: Engine, strategy: Strategy, reference: Reference | None) -> None:

@@ -48,8 +48,8 @@ def open_pair(config: ModelConfig, strategies: Sequence[str] | None = None, with
     has_selector = strategies is None or "adapter" in needed
     adapter = open_selector(_adapter(config), slm) if has_selector else None
     llm = open_llm(config) if with_llm else None
-    pair = Pair(slm, llm, adapter, getattr(config, "batch_size", _ROWS), variables=_variables(config))
-    pair.reads_bare = "bare" in needed
+    rows, variables = getattr(config, "batch_size", _ROWS), _variables(config)
+    pair = Pair(slm, llm, adapter, rows, reads_bare="bare" in needed, variables=variables)
     _ = pair.vocabulary  # raises for two models that cannot be mapped
     if is_read:
         pair.check_tokens()

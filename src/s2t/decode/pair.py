@@ -152,11 +152,16 @@ class Pair:
         system: str | None = None,
         variables: Mapping[str, Any] | None = None,
         max_tokens: int | None = None,
+        reads_bare: bool | None = None,
     ) -> Request:
-        """A request for the answer to a user message, or to a list of messages, in the tokens of both models; as `prompt`."""
+        """A request for the answer to a user message, or to a list of messages, in the tokens of both models; as `prompt`.
+
+        `reads_bare` (the pair's own unless given) says that it brings the prompt without its context, too.
+        """
         told = (messages, system, variables, max_tokens)
         for_llm = None if self.llm is None or self.has_one_tokenizer else self.prompt(*told, of=self.llm)
-        bare = self.prompt(without_context(messages), *told[1:]) if self.reads_bare else None
+        is_bare = self.reads_bare if reads_bare is None else reads_bare
+        bare = self.prompt(without_context(messages), *told[1:]) if is_bare else None
         return Request(index, self.prompt(*told), key, for_llm, bare_prompt_ids=bare)
 
     def request_of_ids(self, index: int, ids: list[int], key: str = "") -> Request:

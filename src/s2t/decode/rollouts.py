@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from s2t.decode.loop import Request
 from s2t.decode.pair import Pair
 from s2t.methods.strategies import Strategy
+from s2t.model.chat import decode_ids
 
 
 def continued(
@@ -28,3 +29,8 @@ def continued(
     ]
     done = iter(pair.write(strategy, requests, limit) if requests else [])
     return [[*p, *next(done).token_ids] if goes_on else list(p) for p, goes_on in zip(prefixes, is_open, strict=True)]
+
+
+def text_of(pair: Pair, ids: Sequence[int]) -> str:
+    """The text of an answer's ids, in the SLM's tokens, without what ended it."""
+    return decode_ids(pair.slm.tokenizer, [i for i in ids if i not in pair.stop_ids])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -41,14 +42,10 @@ class EngineRound(Round):
         self.texts = texts
         self.batch, self.rows, self.offsets = batch, rows, offsets
         self.hidden, self.logits, self.greedy, self.tokens = hidden, logits, greedy, tokens
-        self.keys = [row.request.key for row in rows]
         self.num_written = [row.steps + offset for row, offset in zip(rows, offsets, strict=True)]
         self.places: dict[Row, list[int]] = {}  # a row's, in order
         for place, row in enumerate(rows):
             self.places.setdefault(row, []).append(place)
-        self.drafts = list(self.places.values())
-        self.held = [row.held > 0 for row in rows]
-        self.starts, self._tails = self._read_texts()
         self._left: dict[int, int] = {}  # place -> tokens for which its span goes on behind it
         self.values: list[float] | None = None  # what the trigger read
         self.details: dict[int, dict] = {}  # place -> fields of its Step
@@ -70,13 +67,30 @@ class EngineRound(Round):
     def uniforms(self, stream: int) -> Tensor:
         return self.batch.draws(self.rows, self.offsets, stream)
 
+    @property
+    def keys(self) -> list[str]:
+        return [row.request.key for row in self.rows]
+
+    @property
+    def drafts(self) -> list[list[int]]:
+        return list(self.places.values())
+
+    @property
+    def held(self) -> list[bool]:
+        return [row.held > 0 for row in self.rows]
+
+    @property
+    def starts(self) -> list[bool]:
+        return [is_start for is_start, _ in self._texts_before]
+
     def tail(self, place: int) -> str:
-        return self._tails[place]
+        return self._texts_before[place][1]
 
     def ask(self, rows: Sequence[int], question: str, answers: Sequence[str]) -> Tensor:
         reference, texts = self.batch.reference, self.texts
         assert reference is not None and texts is not None
-        places = [self.drafts[i] for i in rows]
+        drafted = self.drafts
+        places = [drafted[i] for i in rows]
         drafts = {self.rows[own[0]].slot: [self.tokens[place] for place in own] for own in places}
         return reference.ask(drafts, texts.ids(question), [texts.ids(answer)[-1] for answer in answers])
 
@@ -147,17 +161,17 @@ class EngineRound(Round):
 
     # Steps of the text, and spans
 
-    def _read_texts(self) -> tuple[list[bool], list[str]]:
-        """Whether each place begins a step, and what stands before it."""
-        starts, tails = [False] * len(self.rows), [""] * len(self.rows)
-        if self.texts is None:
-            return starts, tails
+    @cached_property
+    def _texts_before(self) -> list[tuple[bool, str]]:
+        """Whether each place begins a step, and what stands before it; read once, before any token is accepted."""
+        assert self.texts is not None, "the method reads no text"
+        before = [(False, "")] * len(self.rows)
         for row, places in self.places.items():
             is_start, tail = row.is_start, row.tail
             for place in places:
-                starts[place], tails[place] = is_start, tail
+                before[place] = is_start, tail
                 is_start, tail = self.texts.ends(tail, self.tokens[place]), self.texts.after(tail, self.tokens[place])
-        return starts, tails
+        return before
 
     def hold(self, fires: Sequence[bool], strategy: Strategy) -> list[int]:
         """The places that fire, or that a span holds: from one that fired, for so many tokens or to the end of the step."""
@@ -172,7 +186,7 @@ class EngineRound(Round):
                     continue
                 fired.append(place)
                 left = self._left[place] = left - 1
-                if strategy.ends_with_steps and self.texts.ends(self._tails[place], self.tokens[place]):
+                if strategy.ends_with_steps and self.texts.ends(self.tail(place), self.tokens[place]):
                     left = 0
         self._ends_with_steps = strategy.ends_with_steps
         return sorted(fired)

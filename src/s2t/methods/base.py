@@ -25,8 +25,6 @@ class Round(ABC):
     The models' readings beyond the SLM's own are made when they are asked for: the LLM's, and states under the adapter.
     """
 
-    keys: list[str]
-    """The key of each place's request: problem/sample."""
     num_written: list[int]
     """Tokens that were written before each place."""
     greedy: list[int]
@@ -38,12 +36,26 @@ class Round(ABC):
     """[n, V] of the SLM, reserved ids at -inf."""
     num_listed: int | None
     """Likeliest tokens that the LLM's logits are true of; None for all."""
-    drafts: list[list[int]]
-    """The places of each row, in order: its next token, and what is drafted behind it."""
-    held: list[bool]
-    """Whether the place's row is inside a span, which fires whatever is read."""
-    starts: list[bool]
-    """Whether the place begins a step of the text; only for triggers that work step by step."""
+
+    @property
+    @abstractmethod
+    def keys(self) -> list[str]:
+        """The key of each place's request: problem/sample."""
+
+    @property
+    @abstractmethod
+    def drafts(self) -> list[list[int]]:
+        """The places of each row, in order: its next token, and what is drafted behind it."""
+
+    @property
+    @abstractmethod
+    def held(self) -> list[bool]:
+        """Whether the place's row is inside a span, which fires whatever is read."""
+
+    @property
+    @abstractmethod
+    def starts(self) -> list[bool]:
+        """Whether the place begins a step of the text; only for triggers that work step by step."""
 
     @property
     @abstractmethod

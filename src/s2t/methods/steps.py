@@ -35,12 +35,13 @@ class StepScore(_Step):
     default = 7.0
 
     def read(self, round: Round) -> Tensor:
-        judged = [i for i, places in enumerate(round.drafts) if not round.held[places[0]]]
+        drafts, held = round.drafts, round.held
+        judged = [i for i, places in enumerate(drafts) if not held[places[0]]]
         values = torch.zeros(len(round.tokens))
         if judged:
             marks = round.ask(judged, QUESTION, DIGITS).argmax(-1).tolist()
             for i, mark in zip(judged, marks, strict=True):
-                values[round.drafts[i]] = float(mark)
+                values[drafts[i]] = float(mark)
         return values
 
     def fires(self, values: Any, threshold: float) -> Any:

@@ -10,7 +10,8 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -205,13 +206,31 @@ def check_target(out: Path, overwrite: bool) -> None:
         raise ConfigError(f"{out} holds a merged model; pass --overwrite to replace it, or choose another --out.")
 
 
-def put_in_place(part: Path, out: Path) -> None:
+@contextmanager
+def written_whole(out: Path, doing: str) -> Iterator[Path]:
+    """An empty folder beside `out` that takes its name when the block is over, and is gone if the block fails.
+
+    Raises DataError, one line, where the disk does not take it.
+    """
+    part = out.with_name(f".{out.name}.{doing}")
+    try:
+        _clear(part)  # what a killed run left
+        part.mkdir(parents=True)
+        yield part
+        _put_in_place(part, out)
+    except OSError as error:
+        raise DataError(f"{out} cannot be written: {error.strerror or error}; choose another --out.") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _put_in_place(part: Path, out: Path) -> None:
     """Rename the whole folder; a previous merge steps aside first, so that no mixture of the two ever has the name."""
     if not out.exists() or not any(out.iterdir()):
         os.replace(part, out)
         return
     old = out.with_name(f".{out.name}.replaced")
-    clear(old)
+    _clear(old)
     os.replace(out, old)
     try:
         os.replace(part, out)
@@ -221,7 +240,7 @@ def put_in_place(part: Path, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def clear(folder: Path) -> None:
+def _clear(folder: Path) -> None:
     """Remove a folder with all that is in it, if it is there."""
     if folder.exists():
         shutil.rmtree(folder)

@@ -16,7 +16,7 @@ import numpy as np
 from s2t.config import EvalConfig, build_config
 from s2t.decode.opening import open_pair
 from s2t.decode.pair import Pair
-from s2t.decode.rollouts import continued
+from s2t.decode.rollouts import continued, text_of
 from s2t.decode.workload import open_task, requests_for
 from s2t.files import read_json, write_json
 from s2t.methods.strategies import build_strategy
@@ -111,8 +111,7 @@ def slips_of(pair: Pair, ids: Sequence[int]) -> list[int]:
 
 
 def _is_right(pair: Pair, task: Task, problem: Any, ids: Sequence[int]) -> bool:
-    text = decode_ids(pair.slm.tokenizer, [i for i in ids if i not in pair.stop_ids])
-    return task.grade(problem, text).is_correct
+    return task.grade(problem, text_of(pair, ids)).is_correct
 
 
 class _Search:

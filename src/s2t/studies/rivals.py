@@ -14,14 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from s2t.combine import combine
+from s2t.combine import combine, known_answers
 from s2t.config import EvalConfig, build_config, needs_of
 from s2t.core.stats import bootstrap_interval, holm_p_values, paired_comparison
 from s2t.decode.opening import open_pair
 from s2t.decode.workload import open_task, requests_for
 from s2t.files import iter_jsonl, read_json, write_json
-from s2t.methods.answers import FrugalGPT, Known, NearestNeighbours
+from s2t.methods.answers import FrugalGPT, NearestNeighbours
 from s2t.methods.strategies import build_strategy
+from s2t.records import Problem
 from s2t.studies.lab import Chart, Findings, Lab, Series
 
 SHARES = (0.02, 0.05, 0.1, 0.2)
@@ -108,7 +109,7 @@ def _over_answers(lab: Lab, share: float, plain: Mapping[str, _Arm], known: Path
     task = open_task(config, config.slm, config.revision)
     problems = task.problems(lab.config.split, lab.config.limit, lab.config.seed)
     results = {name: [(rows, 0.0) for rows in plain[name].rows] for name in ("confidence", "llm")}
-    values = _known_values(lab, known)
+    values = _known_values(config, problems)
     arms = []
     for name in OVER_ANSWERS:
         at = threshold_for("confidence" if name == "cascade" else name, values[name], share)
@@ -117,22 +118,13 @@ def _over_answers(lab: Lab, share: float, plain: Mapping[str, _Arm], known: Path
     return arms
 
 
-def _known_values(lab: Lab, known: Path) -> dict[str, list[float]]:
-    """What decides in each method over answers, on the calibration problems that it learns from; read once and kept."""
-    found: dict[str, dict[str, Any]] = {}
-    for _, result in iter_jsonl(known / "results.jsonl"):
-        found.setdefault(result["problem_id"], {})[result["strategy"]] = result
-    answers = list(found.values())
-    config = build_config(EvalConfig, flags=lab.settings({}))
-    task = open_task(config, config.slm, config.revision)
-    asked = {
-        p.problem_id: p.question for p in task.problems("calibration", lab.config.calibration_limit, lab.config.seed)
-    }
-    pool = Known([asked[problem_id] for problem_id in found], answers)
+def _known_values(config: EvalConfig, problems: Sequence[Problem]) -> dict[str, list[float]]:
+    """What decides in each method over answers, on the calibration problems that it learns from."""
+    pool = known_answers(config, problems)
     scorer, neighbours = FrugalGPT(config, {}, pool), NearestNeighbours(config, {}, pool)
     return {
-        "cascade": [one["confidence"]["value"] for one in answers],
-        "frugalgpt": [scorer.score(one["confidence"]) for one in answers],
+        "cascade": [one["confidence"]["value"] for one in pool.answers],
+        "frugalgpt": [scorer.score(one["confidence"]) for one in pool.answers],
         "knn-routing": [neighbours.gain(question) for question in pool.questions],
     }
 

@@ -20,12 +20,11 @@ from s2t.config import HOW_IT_RUNS, DecodeConfig, RouterConfig
 from s2t.core.calibration import threshold_at
 from s2t.decode.opening import open_pair
 from s2t.decode.pair import Pair
-from s2t.decode.rollouts import continued
+from s2t.decode.rollouts import continued, text_of
 from s2t.decode.workload import open_task, requests_for, shard_workers, shards_of, task_for_workers
 from s2t.errors import DataError
 from s2t.files import RunFolder, read_json, write_json
 from s2t.methods.strategies import build_strategy
-from s2t.model.chat import decode_ids
 from s2t.model.engine import Engine
 from s2t.model.load import LoadedModel, load_model
 from s2t.model.router import Router, features, save_router
@@ -96,8 +95,7 @@ class _Parter:
         return found
 
     def _final(self, problem: Problem, ids: Sequence[int]) -> str | None:
-        text = decode_ids(self.pair.slm.tokenizer, [i for i in ids if i not in self.pair.stop_ids])
-        return self.task.canonical(self.task.grade(problem, text).extracted)
+        return self.task.canonical(self.task.grade(problem, text_of(self.pair, ids)).extracted)
 
 
 def _spread(places: np.ndarray, most: int) -> list[int]:
