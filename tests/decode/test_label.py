@@ -73,7 +73,7 @@ def test_labels_do_not_depend_on_the_batch(slm, llm, trajectories, labels, monke
     for prompt, generated, found in zip(*trajectories, labels, strict=True):
         assert_equal_labels(found, label(slm, llm, [prompt], [generated], NUM_CANDIDATES)[0])
     monkeypatch.setattr(label_module, "_TOKENS_AT_ONCE", {"cpu": 60})
-    monkeypatch.setattr(label_module, "_LOGITS_AT_ONCE", {"cpu": 7 * slm.vocab_size})
+    monkeypatch.setattr("s2t.core.support._LOGITS_AT_ONCE", {"cpu": 7 * slm.vocab_size})
     monkeypatch.setattr(label_module, "_STEPS_AT_ONCE", 1)
     for small, found in zip(label(slm, llm, *trajectories, NUM_CANDIDATES), labels, strict=True):
         assert_equal_labels(small, found)
