@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from s2t.core.stats import (
-    average_precision,
     bootstrap_interval,
     calibration_error,
     clustered_rate_interval,
@@ -18,10 +17,7 @@ from s2t.core.stats import (
     mcnemar_p_value,
     paired_comparison,
     pass_at,
-    precision_recall_curve,
     reliability_curve,
-    roc_auc,
-    roc_curve,
     sign_flip_p_value,
     wilson_interval,
 )
@@ -199,32 +195,6 @@ def test_pass_at_is_the_chance_over_all_subsets():
 
 
 # Quality of a score
-
-
-def test_the_area_under_the_curve_is_the_share_of_pairs_in_order():
-    rng = np.random.default_rng(3)
-    scores, truth = rng.integers(0, 6, 60), rng.random(60) < 0.4
-    pairs = [(a > b) + 0.5 * (a == b) for a in scores[truth] for b in scores[~truth]]
-    assert roc_auc(scores, truth) == pytest.approx(np.mean(pairs))
-    false, true = roc_curve(scores, truth)
-    assert (false[0], true[0], false[-1], true[-1]) == (0, 0, 1, 1)
-    assert (np.diff(false) >= 0).all()
-    with pytest.raises(ValueError, match="both true and false"):
-        roc_auc([1.0, 2.0], [True, True])
-
-
-def test_average_precision_by_hand():
-    assert average_precision([4, 3, 2, 1], [True, False, True, False]) == pytest.approx((1 + 2 / 3) / 2)
-    assert average_precision([1, 1, 1, 1], [True, False, True, False]) == pytest.approx(0.5)
-
-
-def test_precision_and_recall_by_hand_and_their_area_is_the_average_precision():
-    scores, truth = [4, 3, 2, 1], [True, False, True, False]
-    precision, recall = precision_recall_curve(scores, truth)
-    assert precision.tolist() == pytest.approx([1, 1 / 2, 2 / 3, 1 / 2])
-    assert recall.tolist() == [0.5, 0.5, 1.0, 1.0]
-    area = float((precision * np.diff(recall, prepend=0)).sum())
-    assert area == pytest.approx(average_precision(scores, truth))
 
 
 def test_reliability_lies_on_the_diagonal_for_true_probabilities():

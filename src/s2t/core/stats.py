@@ -1,7 +1,7 @@
 """Numbers that go with a score: intervals, paired tests and the hit-rate curve.
 
-Pure numpy on arrays of per-problem or per-step values; knows no models and no files. Every resampling takes
-a seed and is a function of it.
+Arrays of per-problem or per-step values; knows no models and no files. Every resampling takes a seed and is a function of
+it. scipy is imported where it is used, since most of the package never asks for it.
 """
 
 from __future__ import annotations
@@ -23,13 +23,10 @@ def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float,
         raise ValueError(f"successes must be within 0..{n}; got {successes}.")
     if n == 0:
         return 0.0, 1.0
-    z = NormalDist().inv_cdf((1 + level) / 2)
-    rate, spread = successes / n, z * z / n
-    centre = (rate + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(rate * (1 - rate) / n + spread / (4 * n))
-    low = 0.0 if successes == 0 else max(0.0, centre - half)
-    high = 1.0 if successes == n else min(1.0, centre + half)
-    return low, high
+    from scipy.stats import binomtest
+
+    low, high = binomtest(successes, n).proportion_ci(level, method="wilson")
+    return float(low), float(high)
 
 
 def bootstrap_interval(
@@ -124,11 +121,9 @@ def detectable_difference(n: int, discordance: float, power: float = 0.8, level:
 
 def mcnemar_p_value(wins: int, losses: int) -> float:
     """Exact two-sided McNemar test: chance of a split at least this uneven among the discordant problems."""
-    n, tail, term = wins + losses, 0, 1
-    for index in range(min(wins, losses) + 1):
-        tail += term
-        term = term * (n - index) // (index + 1)  # C(n, index + 1), exact
-    return min(1.0, 2 * tail / 2**n)
+    from scipy.stats import binomtest
+
+    return float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
 def hit_rate_curve(ranks: ArrayLike, ks: Iterable[int]) -> dict[int, float]:
@@ -170,37 +165,6 @@ def clustered_rate_interval(
     return float(low), float(high)
 
 
-def roc_curve(scores: ArrayLike, truth: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """False and true positive rates as the cut falls; float [N], bool [N] -> two rising arrays from 0 to 1.
-
-    Equal scores pass the cut together. ValueError unless there are both true and false items.
-    """
-    hits, misses = _passed(scores, truth)
-    return misses / misses[-1], hits / hits[-1]
-
-
-def roc_auc(scores: ArrayLike, truth: ArrayLike) -> float:
-    """Chance that a true item scores above a false one, ties counted half; the area under `roc_curve`."""
-    false, true = roc_curve(scores, truth)
-    return float(np.sum(np.diff(false) * (true[1:] + true[:-1]) / 2))
-
-
-def average_precision(scores: ArrayLike, truth: ArrayLike) -> float:
-    """Precision averaged over the true items as the cut falls: sum of precision times the step in recall."""
-    hits, misses = _passed(scores, truth)
-    precision = hits[1:] / (hits[1:] + misses[1:])
-    return float(np.sum(np.diff(hits) * precision) / hits[-1])
-
-
-def precision_recall_curve(scores: ArrayLike, truth: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Precision and recall as the cut falls, recall rising to 1; float [N], bool [N] -> two arrays.
-
-    ValueError unless there are both true and false items.
-    """
-    hits, misses = _passed(scores, truth)
-    return hits[1:] / (hits[1:] + misses[1:]), hits[1:] / hits[-1]
-
-
 def reliability_curve(
     probs: ArrayLike, truth: ArrayLike, num_bins: int = 10
 ) -> list[tuple[float, float, tuple[float, float], int]]:
@@ -231,17 +195,6 @@ def calibration_error(probs: ArrayLike, truth: ArrayLike, num_bins: int = 10) ->
         np.bincount(place, weights=values, minlength=num_bins) - np.bincount(place, weights=marks, minlength=num_bins)
     )
     return float(gaps.sum() / max(count.sum(), 1))
-
-
-def _passed(scores: ArrayLike, truth: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """True and false items at or above every cut, from none to all."""
-    values, marks = np.asarray(scores, dtype=np.float64), np.asarray(truth, dtype=bool)
-    if marks.all() or not marks.any():
-        raise ValueError("need both true and false items; got one kind only.")
-    order = np.argsort(-values, kind="stable")
-    last = np.append(np.diff(values[order]) != 0, True)  # the last of every run of equal scores
-    hits, misses = np.cumsum(marks[order])[last], np.cumsum(~marks[order])[last]
-    return np.concatenate([[0], hits]), np.concatenate([[0], misses])
 
 
 def _by_seed(values: ArrayLike) -> np.ndarray:

@@ -5,17 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
 from s2t.config import EvalConfig
 from s2t.core.calibration import threshold_at
-from s2t.core.stats import (
-    average_precision,
-    calibration_error,
-    precision_recall_curve,
-    reliability_curve,
-    roc_auc,
-    roc_curve,
-)
+from s2t.core.stats import calibration_error, reliability_curve
 from s2t.decode.opening import open_pair
 from s2t.decode.workload import open_task, requests_for, shards_of
 from s2t.files import read_json, read_tables, write_json
@@ -86,9 +80,9 @@ def criticality(lab: Lab) -> Findings:
         hits = int((fired & truth).sum())
         rows.append((cut, float(fired.mean()), hits / max(int(fired.sum()), 1), hits / max(int(truth.sum()), 1)))
     rivals = {"criticality": values, "SLM's entropy": found["entropy"]}
-    series = [Series(f"{name} (AUC {roc_auc(v, truth):.3f})", *_roc(v, truth)) for name, v in rivals.items()]
+    series = [Series(f"{name} (AUC {roc_auc_score(truth, v):.3f})", *_roc(v, truth)) for name, v in rivals.items()]
     notes = [
-        f"{name}: ROC AUC {roc_auc(v, truth):.3f}, average precision {average_precision(v, truth):.3f}"
+        f"{name}: ROC AUC {roc_auc_score(truth, v):.3f}, average precision {average_precision_score(truth, v):.3f}"
         for name, v in rivals.items()
     ]
     notes.append(
@@ -165,12 +159,14 @@ def _reliability(values: np.ndarray, truth: np.ndarray) -> Series:
 
 
 def _precision(values: np.ndarray, truth: np.ndarray) -> tuple[list[float], list[float]]:
-    precision, recall = precision_recall_curve(values, truth)
+    precision, recall = (
+        curve[-2::-1] for curve in precision_recall_curve(truth, values)[:2]
+    )  # recall rises, from the first cut
     places = np.unique(np.searchsorted(recall, np.linspace(0, 1, 200)).clip(max=len(recall) - 1))
     return (100 * recall[places]).tolist(), precision[places].tolist()
 
 
 def _roc(values: np.ndarray, truth: np.ndarray) -> tuple[list[float], list[float]]:
-    false, true = roc_curve(values, truth)
+    false, true, _ = roc_curve(truth, values, drop_intermediate=False)
     places = np.unique(np.linspace(0, len(false) - 1, 200).astype(int))
     return (100 * false[places]).tolist(), true[places].tolist()

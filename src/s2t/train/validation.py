@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from s2t.core.losses import listwise_cross_entropy
-from s2t.core.stats import average_precision
 from s2t.train.dataset import Trajectory
 
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -82,7 +81,9 @@ class HeldOut:
         """Of criticality against the divergence points; None where all steps are alike."""
         if self.is_critical.all() or not self.is_critical.any():
             return None
-        return average_precision(self.criticality, self.is_critical)
+        from sklearn.metrics import average_precision_score
+
+        return float(average_precision_score(self.is_critical, self.criticality))
 
     def report(self, combine: Combine, weight: float, threshold: float) -> dict[str, Any]:
         """What `train.json` and the model card say of the held-out groups."""
