@@ -211,7 +211,7 @@ class Reasoner:
         steps = self.pair.steps(plan.strategy, requests, plan.config.max_new_tokens, plan.config.stop)
         return self._pieces(plan, steps)
 
-    def _answers(self, plan: _Plan, requests: Sequence[Request], trace: bool) -> list[Generation]:
+    def _answers(self, plan: _Call, requests: Sequence[Request], trace: bool) -> list[Generation]:
         config = plan.config
         done = self.pair.write(
             plan.strategy,
@@ -225,7 +225,7 @@ class Reasoner:
         size = plan.num_samples
         return [self._answer(plan, done[start : start + size]) for start in range(0, len(done), size)]
 
-    def _plan(self, name: str | None, seed: int, settings: dict[str, Any], config: DecodeConfig | None = None) -> _Plan:
+    def _plan(self, name: str | None, seed: int, settings: dict[str, Any], config: DecodeConfig | None = None) -> _Call:
         """Settings and strategy of one call, checked against what was loaded."""
         name = self.pair.default_strategy if name is None else name
         given = [key for key, value in settings.items() if value is not None]
@@ -241,11 +241,11 @@ class Reasoner:
             config.check_decode()
         needs = needs_of(name, config.trigger)
         self.pair.check_has(name, config.trigger)
-        return _Plan(
+        return _Call(
             self.pair, config, strategy_of(name, config, self.pair.selector if "adapter" in needs else None, seed)
         )
 
-    def _pieces(self, plan: _Plan, steps: Iterable[Step]) -> Iterator[str]:
+    def _pieces(self, plan: _Call, steps: Iterable[Step]) -> Iterator[str]:
         text = StoppingText(plan.tokenizer, plan.config.stop)
         for step in steps:
             is_stop_id = step.finish_reason == "stop" and step.token_id in self.pair.stop_ids
@@ -254,7 +254,7 @@ class Reasoner:
         if rest := text.finish():
             yield rest
 
-    def _answer(self, plan: _Plan, sequences: Sequence[Generated]) -> Generation:
+    def _answer(self, plan: _Call, sequences: Sequence[Generated]) -> Generation:
         samples = [self._generation(plan, sequence) for sequence in sequences]
         if len(samples) == 1:
             return samples[0]
@@ -263,7 +263,7 @@ class Reasoner:
         winner = samples[choose_sample(plan.strategy.name, answers, certainties)]
         return replace(winner, cost=sum((sample.cost for sample in samples), Cost()), samples=samples)
 
-    def _generation(self, plan: _Plan, done: Generated) -> Generation:
+    def _generation(self, plan: _Call, done: Generated) -> Generation:
         return Generation(
             text=self.pair.text(done, plan.config.stop, plan.strategy.name),
             token_ids=done.token_ids,
@@ -276,7 +276,7 @@ class Reasoner:
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
+class _Call:
     """What one call does, before any token is written."""
 
     pair: Pair

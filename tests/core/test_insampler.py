@@ -12,7 +12,19 @@ import pytest
 import torch
 
 from s2t.core.insampler import Plugin
-from s2t.core.onserver import AT, GROUP, MOST_PASSED, RANKED, READING, ROOM, ROWS, WARMUP, Reading, ranges, read
+from s2t.core.onserver import (
+    AT,
+    GROUP,
+    MOST_PASSED,
+    RANKED,
+    READING,
+    ROOM,
+    ROWS,
+    WARMUP,
+    SelectorSettings,
+    ranges,
+    read,
+)
 
 V, STOP = 64, 5
 BINS, YES_NO = tuple(range(40, 56)), (56, 57)
@@ -21,7 +33,7 @@ PLAIN = {"temperature": 0.5, "prior_weight": 1.0, "num_candidates": 4, "stops": 
 
 
 def reading(**settings):
-    return Reading(BINS, YES_NO, **PLAIN | {"threshold": 0.6, "forbidden": ranges(FORBIDDEN)} | settings)
+    return SelectorSettings(BINS, YES_NO, **PLAIN | {"threshold": 0.6, "forbidden": ranges(FORBIDDEN)} | settings)
 
 
 WRONG = (
@@ -353,4 +365,4 @@ def test_ids_outside_the_vocabulary_and_other_requests_are_left_alone():
 
 def test_too_few_reserved_ids_tell_nothing():
     with pytest.raises(ValueError, match="ids"):
-        Reading((1, 2), (3, 4), 0.5, 0.1, 1.0, 4, (), ())
+        SelectorSettings((1, 2), (3, 4), 0.5, 0.1, 1.0, 4, (), ())

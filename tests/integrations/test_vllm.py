@@ -11,10 +11,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from s2t.core.onserver import GROUP, RANKED, READING, ROOM, ROWS, Reading, read
+from s2t.core.onserver import GROUP, RANKED, READING, ROOM, ROWS, SelectorSettings, read
 
 V, STOP = 64, 5
-HOW = Reading(tuple(range(40, 56)), (56, 57), 0.5, 0.5, 1.0, 4, (STOP,), ((40, 58),))
+HOW = SelectorSettings(tuple(range(40, 56)), (56, 57), 0.5, 0.5, 1.0, 4, (STOP,), ((40, 58),))
 
 
 class Update:

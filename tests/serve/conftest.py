@@ -24,7 +24,7 @@ from s2t.config import ServeConfig
 from s2t.decode.pair import Pair
 from s2t.model.adapter import AdapterConfig, SelectorAdapter
 from s2t.model.load import load_model
-from s2t.serve.run import Server, build
+from s2t.serve.run import DrainingServer, build
 from s2t.serve.service import Service
 
 NAME = "tiny:slm"
@@ -116,7 +116,7 @@ def running(pair: Pair, **settings: Any) -> Iterator[Running]:
         **({"port": 0, "drain_s": 0.0, "batch_size": 8, "max_length": 512, "max_new_tokens": 40} | settings)
     )
     service, app = build(config, pair)
-    server = Server(app, service, config)
+    server = DrainingServer(app, service, config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     until = time.monotonic() + 20

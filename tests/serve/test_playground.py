@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import s2t.serve
-from s2t.serve.answers import TokenTexts
+from s2t.serve.answers import WireTokens
 from s2t.web import source
 
 pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install s2t[dev]")
@@ -152,7 +152,7 @@ def test_colour_follows_what_is_chosen(browser, server):
 
 
 def test_hostile_text_stays_text(browser, server, monkeypatch):
-    monkeypatch.setattr(TokenTexts, "text", lambda self, token_id: HOSTILE)
+    monkeypatch.setattr(WireTokens, "text", lambda self, token_id: HOSTILE)
     with opened(browser, server) as page:
         answer(page, HOSTILE)
         page.locator("#pane-1 .tok.fired").first.click()

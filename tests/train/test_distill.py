@@ -39,7 +39,7 @@ from s2t.model.lora import quiet_peft
 from s2t.model.merged import base_model, problem_hashes
 from s2t.model.tiny import embedded_path
 from s2t.tasks.problems import heldout_templates, question_hash
-from s2t.train.answers import Answer, read_answers
+from s2t.train.answers import TrainingAnswer, read_answers
 from s2t.train.distill import Distiller, distill
 from s2t.train.trainer import train
 
@@ -74,7 +74,7 @@ def distilled(tmp_path_factory):
 # Losses
 
 
-def make_answers(num_targets: int, seed: int = 0) -> list[Answer]:
+def make_answers(num_targets: int, seed: int = 0) -> list[TrainingAnswer]:
     """Four answers of different lengths with the LLM's `num_targets` likeliest tokens of VOCAB."""
     rng = np.random.default_rng(seed)
     made = []
@@ -85,7 +85,7 @@ def make_answers(num_targets: int, seed: int = 0) -> list[Answer]:
         kept = np.take_along_axis(probs, ids.astype(np.int64), 1)
         rest = (1 - kept.sum(1, keepdims=True)).clip(0)
         prompt, tokens = (rng.integers(2, VOCAB, n).astype(np.int32) for n in (2 + place, length))
-        made.append(Answer(f"task-{place:016x}", prompt, tokens, ids, np.concatenate([kept, rest], 1)))
+        made.append(TrainingAnswer(f"task-{place:016x}", prompt, tokens, ids, np.concatenate([kept, rest], 1)))
     return made
 
 

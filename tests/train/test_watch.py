@@ -109,11 +109,13 @@ def test_distillation_is_watched_too(stand_in, tmp_path, random_model):
     import numpy as np
 
     from s2t.config import DistillConfig
-    from s2t.train.answers import Answer
+    from s2t.train.answers import TrainingAnswer
 
     config = DistillConfig(out=str(tmp_path), log_with="trackio", max_steps=2, lora_rank=2, batch_answers=1)
     ids = np.arange(2, 8, dtype=np.int32)
-    answers = [Answer(f"task-{place:016x}", ids, ids, ids[:, None], np.ones((6, 2), np.float32)) for place in range(2)]
+    answers = [
+        TrainingAnswer(f"task-{place:016x}", ids, ids, ids[:, None], np.ones((6, 2), np.float32)) for place in range(2)
+    ]
     Distiller(config, answers, random_model(vocab_size=40), RunFolder.open(tmp_path, "distill", config)).fit()
     [tracker] = stand_in
     assert sorted(of(tracker, "train")) == [1, 2]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from s2t.core.candidates import argmax_first
-from s2t.core.onserver import AT, GROUP, MOST_PASSED, RANKED, READING, ROOM, ROWS, WARMUP, Reading
+from s2t.core.onserver import AT, GROUP, MOST_PASSED, RANKED, READING, ROOM, ROWS, WARMUP, SelectorSettings
 from s2t.core.rule import criticality, expected_bin, finish_reason, fires, winner
 
 _LONGEST_WAIT = 64  # steps that a row waits for the others of its group
@@ -26,7 +26,7 @@ _MOST_NAMES = 4096
 _MARGIN = 1e-5  # a candidate that could come so close to the greedy one is looked at
 _NEVER = float("-inf")
 
-Place = tuple[int, "Row", int]
+Place = tuple[int, "SelectingRequest", int]
 """Index into the batch, the row's state, tokens written."""
 Kept = dict[int, tuple[Sequence[int], tuple[float, ...]]]
 """Candidates of the steps of one text, best first, with their logits."""
@@ -38,14 +38,14 @@ class Group:
     """Rows that begin with the candidates of one step; `winner` once all have been scored, -1 where none can be named."""
 
     num_rows: int
-    reading: Reading
+    reading: SelectorSettings
     joined: int = 0
     scores: dict[int, float] = field(default_factory=dict)
     firsts: dict[int, int] = field(default_factory=dict)
     expected_firsts: tuple[int, ...] = ()
     winner: int | None = None
 
-    def enter(self, row: Row, expected: float) -> None:
+    def enter(self, row: SelectingRequest, expected: float) -> None:
         """A row's candidate has been scored; name the winner if everything is there."""
         self.scores[row.rank] = row.reading.score(expected, row.logits[row.rank])
         self.firsts[row.rank] = row.last
@@ -57,10 +57,10 @@ class Group:
 
 
 @dataclass(slots=True)
-class Row:
+class SelectingRequest:
     """One request that asks for selection, from its first token to its last mark."""
 
-    reading: Reading
+    reading: SelectorSettings
     room: int
     warmup: int
     at: frozenset[int]
@@ -78,7 +78,7 @@ class Row:
     is_frozen: bool = False
 
     @classmethod
-    def of(cls, args: Mapping[str, Any], groups: Names[Group], texts: Names[Kept], written: int) -> Row:
+    def of(cls, args: Mapping[str, Any], groups: Names[Group], texts: Names[Kept], written: int) -> SelectingRequest:
         """From a request's extra arguments; one that has written already was interrupted, and holds nothing."""
         try:
             numbers = (
@@ -90,7 +90,7 @@ class Row:
             )
         except (KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"s2t: {type(error).__name__} {error}") from error
-        reading, (room, warmup, rows, at, place) = Reading.from_json(str(args[READING])), numbers
+        reading, (room, warmup, rows, at, place) = SelectorSettings.from_json(str(args[READING])), numbers
         row = cls(reading, room, warmup, at)
         if row.room < 1 or not 1 <= rows <= reading.num_candidates:
             raise ValueError(f"s2t: {row.room} tokens and {rows} candidates cannot be asked for")
@@ -257,11 +257,11 @@ class Plugin:
         self.groups: Names[Group] = Names()
         self.texts: Names[Kept] = Names()
 
-    def new_row(self, args: Mapping[str, Any] | None, written: int = 0) -> Row | None:
+    def new_row(self, args: Mapping[str, Any] | None, written: int = 0) -> SelectingRequest | None:
         """The state of a request; None for one that does not ask, or asks for ids that are none."""
-        if not args or READING not in args or not Reading.from_json(str(args[READING])).fits(self.vocab_size):
+        if not args or READING not in args or not SelectorSettings.from_json(str(args[READING])).fits(self.vocab_size):
             return None
-        return Row.of(args, self.groups, self.texts, written)
+        return SelectingRequest.of(args, self.groups, self.texts, written)
 
     @torch.inference_mode()
     def apply(self, logits: Tensor, places: Sequence[Place], knows_last: bool = False) -> Tensor:
@@ -291,7 +291,7 @@ class Plugin:
                 row.settle(value)
         forced: dict[int, int] = {}
         looked_at: list[Place] = []
-        ranking: list[tuple[int, Row]] = []
+        ranking: list[tuple[int, SelectingRequest]] = []
         for place in members:
             i, row, written = place
             if (token := row.next(written)) is not None:
@@ -310,7 +310,7 @@ class Plugin:
             _force(logits, forced)
 
 
-def _fired(logits: Tensor, reading: Reading) -> frozenset[int]:
+def _fired(logits: Tensor, reading: SelectorSettings) -> frozenset[int]:
     """Rows of the batch whose criticality is above the threshold."""
     if reading.threshold is None or reading.yes_no is None:
         return frozenset()
@@ -319,7 +319,9 @@ def _fired(logits: Tensor, reading: Reading) -> frozenset[int]:
     return frozenset(fires(values, reading.threshold).nonzero()[:, 0].tolist())
 
 
-def _expected(logits: Tensor, members: Sequence[Place], reading: Reading) -> list[tuple[Row, float]]:
+def _expected(
+    logits: Tensor, members: Sequence[Place], reading: SelectorSettings
+) -> list[tuple[SelectingRequest, float]]:
     """Expected bin of the tokens before, where they are candidates."""
     asked = [(i, row) for i, row, written in members if not row.is_void and row.needs_bins(written)]
     if not asked:
@@ -330,7 +332,7 @@ def _expected(logits: Tensor, members: Sequence[Place], reading: Reading) -> lis
     return [(row, value) for (_, row), value in zip(asked, values, strict=True)]
 
 
-def _mask(logits: Tensor, rows: Sequence[int], reading: Reading) -> None:
+def _mask(logits: Tensor, rows: Sequence[int], reading: SelectorSettings) -> None:
     """Forbid reserved ids to some rows of the batch."""
     if len(rows) == logits.shape[0]:
         for start, end in reading.forbidden:
@@ -364,7 +366,7 @@ def _look_at(logits: Tensor, places: Sequence[Place], num_candidates: int) -> di
     return forced
 
 
-def _rank(logits: Tensor, rows: Sequence[tuple[int, Row]]) -> dict[int, int]:
+def _rank(logits: Tensor, rows: Sequence[tuple[int, SelectingRequest]]) -> dict[int, int]:
     """What rows under the adapter are forced to: the winners among the candidates that were kept for them."""
     index = torch.tensor([i for i, _ in rows], device=logits.device)
     ids = torch.tensor([row.candidates for _, row in rows], device=logits.device)

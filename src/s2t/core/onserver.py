@@ -1,4 +1,4 @@
-"""S2T-LOCAL inside a server's sampler: what is asked of it (`Reading`), and how its replies are read (`Told`).
+"""S2T-LOCAL inside a server's sampler: what is asked of it (`SelectorSettings`), and how its replies are read (`Told`).
 
 A reply is text, then what the client must know, in reserved ids, which text never holds. `core.insampler` does the work.
 """
@@ -27,7 +27,7 @@ MOST_PASSED = 8
 
 
 @dataclass(frozen=True)
-class Reading:
+class SelectorSettings:
     """How a run reads its selector; equal for all its requests.
 
     `threshold` is on criticality, None where requests list the steps that trigger. `forbidden` are ranges [start, end) of ids.
@@ -105,7 +105,7 @@ class Reading:
         return json.dumps(asdict(self), separators=(",", ":"))
 
     @classmethod
-    def from_json(cls, text: str) -> Reading:
+    def from_json(cls, text: str) -> SelectorSettings:
         """From what a client sent; raises ValueError for what is none."""
         return _reading(text)
 
@@ -159,7 +159,7 @@ class Reading:
 
 
 @lru_cache(maxsize=256)
-def _reading(text: str) -> Reading:
+def _reading(text: str) -> SelectorSettings:
     try:
         found = json.loads(text)
         if found["version"] != VERSION:
@@ -175,7 +175,7 @@ def _reading(text: str) -> Reading:
         found["threshold"] = None if found["threshold"] is None else _finite(found["threshold"])
         if found["temperature"] <= 0 or found["scale"] <= 0:
             raise ValueError("s2t: temperature and scale must be above 0")
-        return Reading(**found)
+        return SelectorSettings(**found)
     except (KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"s2t: no reading of a selector: {error}") from error
 
@@ -193,7 +193,7 @@ def _finite(value: object) -> float:
 
 
 @lru_cache(maxsize=256)
-def _index(reading: Reading, name: str, device: torch.device) -> Tensor:
+def _index(reading: SelectorSettings, name: str, device: torch.device) -> Tensor:
     if name == "forbidden":
         ids = [i for start, end in reading.forbidden for i in range(start, end)]
     else:
@@ -230,7 +230,7 @@ class Told:
     """
 
 
-def read(ids: Sequence[int], reading: Reading, room: int) -> Told:
+def read(ids: Sequence[int], reading: SelectorSettings, room: int) -> Told:
     """What the plug-in told; a reply that does not end with one of its marks, or is garbled, counts as lost."""
     reserved = frozenset(reading._told)
     size = next((i for i, token in enumerate(ids) if token in reserved), len(ids))

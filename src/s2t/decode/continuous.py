@@ -39,7 +39,7 @@ class OwnRequest(Request):
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class StepReading:
     """The SLM's own distribution at a step: the accepted token's log-probability, and the likeliest tokens, best first.
 
     Log-probabilities are those of temperature 1, reserved ids left out. `criticality`, in [0, 1], where it can be read.
@@ -67,7 +67,7 @@ class ContinuousDecoder(Decoder):
         reader: SelectorReader | None = None,
     ) -> None:
         super().__init__(engine, strategy, reference, max_length, ends=ends)
-        self.readings: dict[tuple[int, int], Reading] = {}
+        self.readings: dict[tuple[int, int], StepReading] = {}
         self.reader = reader
         self._likeliest: Likeliest = {}  # of the current round
         self.batch.reserve(max_length + strategy.num_candidates + 1)
@@ -143,10 +143,12 @@ class ContinuousDecoder(Decoder):
         }
 
 
-def _reading(round: EngineRound, place: int, token: int, likeliest: Candidates, criticality: float | None) -> Reading:
+def _reading(
+    round: EngineRound, place: int, token: int, likeliest: Candidates, criticality: float | None
+) -> StepReading:
     if token in likeliest.ids:
         logprob = likeliest.logprobs[likeliest.ids.index(token)]
     else:
         logits = round.logits[place : place + 1]
         logprob = float(logprobs_at(logits, torch.tensor([[token]], device=logits.device)))
-    return Reading(logprob, likeliest, criticality)
+    return StepReading(logprob, likeliest, criticality)

@@ -21,7 +21,7 @@ from s2t.model.load import LoadedModel
 from s2t.progress import note
 
 
-class Known(Protocol):
+class KnownModel(Protocol):
     """What a model is here, loaded or on servers."""
 
     @property
@@ -47,7 +47,7 @@ def sample_key(key: str, place: int) -> str:
     return f"{key}/{place}"
 
 
-def checked_ids(loaded: Known, ids: list[int]) -> list[int]:
+def checked_ids(loaded: KnownModel, ids: list[int]) -> list[int]:
     """The ids of a prompt; raises ModelError where there are none, or one that the model has no row for."""
     if not ids:
         raise ModelError("the prompt is empty after tokenizing; give some text.")
@@ -57,7 +57,7 @@ def checked_ids(loaded: Known, ids: list[int]) -> list[int]:
     return ids
 
 
-def note_unread(variables: Mapping[str, Any], models: Sequence[Known]) -> None:
+def note_unread(variables: Mapping[str, Any], models: Sequence[KnownModel]) -> None:
     """Say on stderr which variables no chat template of these models reads: a slip in a name would change nothing."""
     templates = " ".join(str(model.tokenizer.chat_template or "") for model in models)
     if unread := [name for name in variables if not re.search(rf"\b{re.escape(name)}\b", templates)]:

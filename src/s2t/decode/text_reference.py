@@ -37,7 +37,7 @@ class _Row:
 
 
 @dataclass(slots=True)
-class _Plan:
+class _NextRead:
     """How the next token of one row is read: behind `context`, past the bytes `rest` that stand written already."""
 
     context: list[int]
@@ -98,7 +98,7 @@ class TextReference(EngineReference):
 
     # Planning
 
-    def _plan(self, row: _Row, wanted: Sequence[int]) -> _Plan:
+    def _plan(self, row: _Row, wanted: Sequence[int]) -> _NextRead:
         """Cut the text with the LLM's tokenizer, step back where a wanted token would change the cut, and spell it."""
         slm, llm = self.vocabulary.slm_codec, self.vocabulary.llm_codec
         ids = [i for i in wanted if slm.bytes_of[i]]
@@ -118,11 +118,11 @@ class TextReference(EngineReference):
         beginnings |= {written[:end] for end in range(1, len(written) + 1)}
         inner = {path: llm.join(path) for path in sorted(beginnings)}
         context = row.prompt_ids + whole[: len(whole) - len(behind) + kept]
-        return _Plan(context, llm.join(written), inner, written)
+        return _NextRead(context, llm.join(written), inner, written)
 
     # Reading
 
-    def _catch_up(self, rows: Sequence[int], plans: Sequence[_Plan]) -> Tensor:
+    def _catch_up(self, rows: Sequence[int], plans: Sequence[_NextRead]) -> Tensor:
         """The states behind the contexts, [n, H]; one forward over what is unread."""
         late: list[int] = []
         new: list[list[int]] = []
@@ -142,7 +142,7 @@ class TextReference(EngineReference):
 
     # Following spellings
 
-    def _follow(self, rows: Sequence[int], plans: Sequence[_Plan], probs: Tensor, projected: Tensor) -> None:
+    def _follow(self, rows: Sequence[int], plans: Sequence[_NextRead], probs: Tensor, projected: Tensor) -> None:
         """Move the mass of beginnings of spellings to what follows them; and where text stands written, drop the rest."""
         firsts: dict[int, list[int]] = {}  # place -> tokens to read behind
         for place, plan in enumerate(plans):
@@ -167,7 +167,7 @@ class TextReference(EngineReference):
                 self._take_back(plan, (token,), mass, projected[place])
                 self._share_out(rows[place], plan, (token,), mass, child, projected[place])
 
-    def _project_written(self, plan: _Plan, probs: Tensor, projected: Tensor) -> None:
+    def _project_written(self, plan: _NextRead, probs: Tensor, projected: Tensor) -> None:
         """Only tokens that begin with what stands written count, for the text behind it."""
         projected.zero_()
         top = probs.topk(min(_NUM_CHILDREN * 8, len(probs)))
@@ -180,13 +180,13 @@ class TextReference(EngineReference):
         for target, (_, value) in zip(self.vocabulary.first([text for text, _ in found]), found, strict=True):
             projected[target] += value
 
-    def _take_back(self, plan: _Plan, path: Path, mass: float, projected: Tensor) -> None:
+    def _take_back(self, plan: _NextRead, path: Path, mass: float, projected: Tensor) -> None:
         """What was counted for a path as if the text ended there."""
         text = plan.inner[path]
         if len(text) > len(plan.rest):
             projected[self.vocabulary.first([text[len(plan.rest) :]])[0]] -= mass
 
-    def _share_out(self, row: int, plan: _Plan, path: Path, mass: float, child: Tensor, projected: Tensor) -> None:
+    def _share_out(self, row: int, plan: _NextRead, path: Path, mass: float, child: Tensor, projected: Tensor) -> None:
         """Count the mass of a path for what its likeliest continuations begin with; the others share as these do."""
         codec, stops = self.vocabulary.llm_codec, self.vocabulary.llm.stop_ids
         top = child.topk(min(_NUM_CHILDREN, len(child))).indices.tolist()

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from vllm.v1.sample.logits_processor import LogitsProcessor, MoveDirectionality
 
-from s2t.core.insampler import Plugin, Row
+from s2t.core.insampler import Plugin, SelectingRequest
 from s2t.core.onserver import READING
 
 try:
@@ -49,7 +49,7 @@ class SelectToThink(LogitsProcessor, LogitsProcessorV2):
         self.is_spare = last is not None and last.config is vllm_config  # by entry point and by option
         SelectToThink._last = weakref.ref(self)
         self.plugin = Plugin(vllm_config.model_config.get_vocab_size())
-        self.rows: dict[int, tuple[Row, list[int]]] = {}
+        self.rows: dict[int, tuple[SelectingRequest, list[int]]] = {}
         self.prompt_lens = where[0].prompt_len if len(where) == 1 else None
 
     @classmethod
@@ -72,7 +72,7 @@ class SelectToThink(LogitsProcessor, LogitsProcessorV2):
 
     # V1
 
-    def _places(self) -> list[tuple[int, Row, int]]:
+    def _places(self) -> list[tuple[int, SelectingRequest, int]]:
         return [(index, row, len(output)) for index, (row, output) in self.rows.items()]
 
     def _note_last(self) -> bool:
@@ -109,7 +109,7 @@ class SelectToThink(LogitsProcessor, LogitsProcessorV2):
 
     # V2
 
-    def _places_of(self, ctx: Any) -> Iterable[tuple[int, Row, int]]:
+    def _places_of(self, ctx: Any) -> Iterable[tuple[int, SelectingRequest, int]]:
         assert self.prompt_lens is not None
         for index, slot in enumerate(ctx.idx_mapping_np.tolist()):
             if slot in self.rows:

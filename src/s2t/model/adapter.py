@@ -56,7 +56,7 @@ class SelectorReader:
     def __init__(self, loaded: LoadedModel, config: AdapterConfig, base_model: Any, reserved: ReservedIds) -> None:
         self.config, self.loaded, self.base_model, self.reserved = config, loaded, base_model, reserved
         self.head = Head(loaded.model)
-        self.selector = Selector(config, int(self.head.linear.weight.shape[1])).to(loaded.device)
+        self.selector = SelectorHeads(config, int(self.head.linear.weight.shape[1])).to(loaded.device)
 
     @property
     def scope(self) -> str:
@@ -179,7 +179,7 @@ class SelectorAdapter(SelectorReader):
         write_json(folder / CONFIG_FILE, asdict(self.config))
 
 
-class Selector(nn.Module):
+class SelectorHeads(nn.Module):
     """The adapter's parameters outside the LoRA: R bin rows, if it reads any, and two criticality rows or a small MLP."""
 
     def __init__(self, config: AdapterConfig, width: int) -> None:

@@ -18,13 +18,13 @@ from s2t.errors import ModelError
 from s2t.model.stops import StoppingText
 from s2t.model.text import TextCodec
 from s2t.serve import schema
-from s2t.serve.backend import Job, Written
+from s2t.serve.backend import Job, WrittenToken
 from s2t.serve.intake import Plan
 
 _LOWEST = -9999.0  # stands for minus infinity, as in the OpenAI API
 
 
-class TokenTexts:
+class WireTokens:
     """What single tokens are on the wire: their text, or what they are called, and their bytes."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -69,12 +69,12 @@ class Choice:
     num_triggered: int = 0
     num_flips: int = 0
     offset: int = 0  # characters of the tokens reported so far
-    _held: list[tuple[int, Written]] = field(
+    _held: list[tuple[int, WrittenToken]] = field(
         default_factory=list
     )  # tokens whose text is not shown yet, and where it begins
     _num_shown: int = 0  # characters
 
-    def push(self, events: Sequence[Written]) -> tuple[str, list[Written]]:
+    def push(self, events: Sequence[WrittenToken]) -> tuple[str, list[WrittenToken]]:
         """Take tokens; returns the text that became certain, and its tokens: none that ended it, and none of a stop string."""
         pieces, kept = [], []
         for event in events:
@@ -92,7 +92,7 @@ class Choice:
             kept += self._shown(len(piece))
         return "".join(pieces), kept
 
-    def _shown(self, length: int) -> list[Written]:
+    def _shown(self, length: int) -> list[WrittenToken]:
         """Take the tokens of what is shown by now, so many characters more than before."""
         self._num_shown += length
         is_whole = not self.text.is_over and (self.finish_reason is not None or not self.text.stops)
@@ -107,7 +107,7 @@ class Writer:
 
     plan: Plan
     choices: list[Choice]
-    tokens: TokenTexts
+    tokens: WireTokens
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -117,7 +117,7 @@ class Writer:
         prompt = self.plan.num_prompt_tokens
         return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
-    def answer(self, texts: Sequence[str], events: Sequence[Sequence[Written]]) -> Any:
+    def answer(self, texts: Sequence[str], events: Sequence[Sequence[WrittenToken]]) -> Any:
         """The whole body, from the text and the tokens of each choice."""
         raise NotImplementedError
 
@@ -125,7 +125,7 @@ class Writer:
         """The chunk that opens a choice, where there is one."""
         raise NotImplementedError
 
-    def chunk(self, choice: Choice, text: str, events: Sequence[Written]) -> dict[str, Any]:
+    def chunk(self, choice: Choice, text: str, events: Sequence[WrittenToken]) -> dict[str, Any]:
         """A chunk of a choice's text and tokens, or of its end."""
         raise NotImplementedError
 
@@ -149,13 +149,13 @@ class Writer:
     def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
         return {**self._head(), "choices": [choice]} | ({"usage": None} if self.plan.include_usage else {})
 
-    def _extension(self, events: Sequence[Written]) -> dict[str, schema.Details]:
+    def _extension(self, events: Sequence[WrittenToken]) -> dict[str, schema.Details]:
         """The details as a field of a choice, where they were asked for."""
         if self.plan.num_candidates is None:
             return {}
         return {"s2t": {"steps": [self._step(event, self.plan.num_candidates) for event in events]}}
 
-    def _step(self, event: Written, num_candidates: int) -> schema.TokenDetails:
+    def _step(self, event: WrittenToken, num_candidates: int) -> schema.TokenDetails:
         step, reading = event.step, event.reading
         return {
             "token": self.tokens.text(step.token_id),
@@ -168,7 +168,7 @@ class Writer:
             "candidates": self._candidates(event, num_candidates),
         }
 
-    def _candidates(self, event: Written, count: int) -> list[schema.Candidate]:
+    def _candidates(self, event: WrittenToken, count: int) -> list[schema.Candidate]:
         """Those the selector chose from, else the likeliest tokens."""
         step = event.step
         offered = step.candidates or (event.reading.likeliest if event.reading is not None else None)
@@ -189,7 +189,7 @@ class Writer:
             for token_id, logprob, score, llm_prob in list(rows)[:count]
         ]
 
-    def _likeliest(self, event: Written) -> list[tuple[int, float]]:
+    def _likeliest(self, event: WrittenToken) -> list[tuple[int, float]]:
         assert event.reading is not None
         found = event.reading.likeliest
         pairs = zip(found.ids, found.logprobs, strict=True)
@@ -202,7 +202,7 @@ class ChatWriter(Writer):
     def _head(self) -> dict[str, Any]:
         return self._envelope("chatcmpl", "chat.completion.chunk")
 
-    def answer(self, texts: Sequence[str], events: Sequence[Sequence[Written]]) -> Any:
+    def answer(self, texts: Sequence[str], events: Sequence[Sequence[WrittenToken]]) -> Any:
         choices = [
             {
                 "index": choice.index,
@@ -219,7 +219,7 @@ class ChatWriter(Writer):
         delta = {"role": "assistant", "content": ""}
         return self._chunk({"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None})
 
-    def chunk(self, choice: Choice, text: str, events: Sequence[Written]) -> dict[str, Any]:
+    def chunk(self, choice: Choice, text: str, events: Sequence[WrittenToken]) -> dict[str, Any]:
         return self._chunk(
             {
                 "index": choice.index,
@@ -230,12 +230,12 @@ class ChatWriter(Writer):
             }
         )
 
-    def _logprobs(self, events: Sequence[Written]) -> schema.ChatLogprobs | None:
+    def _logprobs(self, events: Sequence[WrittenToken]) -> schema.ChatLogprobs | None:
         if self.plan.num_top is None:
             return None
         return {"content": [self._logprob(event) for event in events], "refusal": None}
 
-    def _logprob(self, event: Written) -> schema.TokenLogprob:
+    def _logprob(self, event: WrittenToken) -> schema.TokenLogprob:
         assert event.reading is not None
         top = [self._top(token_id, logprob) for token_id, logprob in self._likeliest(event)]
         return {**self._top(event.step.token_id, max(event.reading.logprob, _LOWEST)), "top_logprobs": top}
@@ -255,7 +255,7 @@ class TextWriter(Writer):
     def _head(self) -> dict[str, Any]:
         return self._envelope("cmpl", "text_completion")
 
-    def answer(self, texts: Sequence[str], events: Sequence[Sequence[Written]]) -> Any:
+    def answer(self, texts: Sequence[str], events: Sequence[Sequence[WrittenToken]]) -> Any:
         choices = [
             {
                 "index": choice.index,
@@ -271,7 +271,7 @@ class TextWriter(Writer):
     def first(self, choice: Choice) -> None:
         return None
 
-    def chunk(self, choice: Choice, text: str, events: Sequence[Written]) -> dict[str, Any]:
+    def chunk(self, choice: Choice, text: str, events: Sequence[WrittenToken]) -> dict[str, Any]:
         return self._chunk(
             {
                 "index": choice.index,
@@ -282,7 +282,7 @@ class TextWriter(Writer):
             }
         )
 
-    def _logprobs(self, choice: Choice, events: Sequence[Written]) -> schema.TextLogprobs | None:
+    def _logprobs(self, choice: Choice, events: Sequence[WrittenToken]) -> schema.TextLogprobs | None:
         if self.plan.num_top is None:
             return None
         found: schema.TextLogprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from s2t.decode.continuous import ContinuousDecoder, OwnRequest, Reading
+from s2t.decode.continuous import ContinuousDecoder, OwnRequest, StepReading
 from s2t.decode.pair import Pair, as_read
 from s2t.methods.strategies import Strategy
 from s2t.model.stops import Stops
@@ -35,12 +35,12 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class WrittenToken:
     """One token of a job, and what was read at its step where the job asked for it."""
 
     job: Job
     step: Step
-    reading: Reading | None = None
+    reading: StepReading | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Failed:
     status: int = 500
 
 
-Event = Written | Failed
+Event = WrittenToken | Failed
 
 
 class Backend(Protocol):
@@ -174,7 +174,7 @@ class EngineBackend:
             return self._abandon(name)
         for step in steps:
             job = self._jobs[step.request]
-            events.append(Written(job, step, decoder.readings.pop((step.request, step.index), None)))
+            events.append(WrittenToken(job, step, decoder.readings.pop((step.request, step.index), None)))
             if step.finish_reason is not None:
                 decoder.costs.pop(step.request, None)
                 self._forget(step.request)

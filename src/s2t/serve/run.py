@@ -60,7 +60,7 @@ def serve(config: ServeConfig, pair: Pair) -> None:
     service, app = build(config, pair)
     listener = _listen(config.host, config.port)
     address = listener.getsockname()
-    server = Server(app, service, config)
+    server = DrainingServer(app, service, config)
     names = ", ".join(service.intake.strategies)
     host = f"[{address[0]}]" if ":" in address[0] else address[0]
     print(f"s2t serve: {service.intake.name} ({names}) at http://{host}:{address[1]}", file=sys.stderr, flush=True)
@@ -129,7 +129,7 @@ def _listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
-class Server(uvicorn.Server):
+class DrainingServer(uvicorn.Server):
     """Uvicorn, with running requests drained before it stops to listen: /health says so until then."""
 
     def __init__(self, app: FastAPI, service: Service, config: ServeConfig) -> None:

@@ -23,7 +23,7 @@ from s2t.errors import RemoteError
 from s2t.methods.strategies import Strategy
 from s2t.model.stops import Stops
 from s2t.records import Step
-from s2t.serve.backend import Event, Failed, Job, Written
+from s2t.serve.backend import Event, Failed, Job, WrittenToken
 
 log = logging.getLogger("s2t.serve")
 
@@ -110,7 +110,7 @@ class ServedBackend:
 
         def emit(steps: Sequence[Step]) -> None:
             for step in steps:
-                self._events.put(Written(job, step, decoder.readings.pop((step.request, step.index), None)))
+                self._events.put(WrittenToken(job, step, decoder.readings.pop((step.request, step.index), None)))
 
         async with self._room:
             self._num_running += 1

@@ -13,8 +13,8 @@ from typing import TypeVar
 
 from s2t.config import ServeConfig
 from s2t.model.stops import StoppingText, Stops
-from s2t.serve.answers import Choice, TokenTexts, Writer
-from s2t.serve.backend import Backend, Event, Failed, Written
+from s2t.serve.answers import Choice, WireTokens, Writer
+from s2t.serve.backend import Backend, Event, Failed, WrittenToken
 from s2t.serve.errors import ApiError, stopping
 from s2t.serve.intake import Intake, Plan
 from s2t.serve.metrics import Metrics
@@ -36,7 +36,7 @@ class Service:
         self._encoding: set[asyncio.Future[Plan]] = set()  # requests whose plans are waited for
         self._is_draining = False
         self._answers: dict[int, Answer] = {}  # by job
-        self._texts: dict[str, TokenTexts] = {}
+        self._texts: dict[str, WireTokens] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
@@ -127,11 +127,11 @@ class Service:
         if cancelled := self.worker.cancel(answer.plan.jobs):
             self.metrics.cancelled.inc(cancelled)
 
-    def token_texts(self, strategy: str) -> TokenTexts:
+    def token_texts(self, strategy: str) -> WireTokens:
         """Wire forms of the tokens that a strategy writes; made once per tokenizer."""
         which = "llm" if strategy == "llm" else "slm"
         if which not in self._texts:
-            self._texts[which] = TokenTexts(self.backend.tokenizer_of(strategy))
+            self._texts[which] = WireTokens(self.backend.tokenizer_of(strategy))
         return self._texts[which]
 
     def _check_cut_off(self) -> None:
@@ -174,7 +174,7 @@ class Answer:
         self._events.append(event)
         self._news.set()
 
-    async def pieces(self) -> AsyncIterator[tuple[Choice, str, list[Written]]]:
+    async def pieces(self) -> AsyncIterator[tuple[Choice, str, list[WrittenToken]]]:
         """What was written of a choice since the last piece of it: text and tokens; until all choices are complete.
 
         Tokens that came while the reader was busy come in one piece. Raises ApiError when the engine gave up.
@@ -193,7 +193,7 @@ class Answer:
     async def whole(self) -> dict:
         """The complete body, once it is written."""
         texts: list[list[str]] = [[] for _ in self.plan.jobs]
-        kept: list[list[Written]] = [[] for _ in self.plan.jobs]
+        kept: list[list[WrittenToken]] = [[] for _ in self.plan.jobs]
         async for choice, text, events in self.pieces():
             texts[choice.index].append(text)
             kept[choice.index] += events
@@ -203,15 +203,15 @@ class Answer:
         """Free the rows of whatever is not complete."""
         self.service.close(self)
 
-    def _by_choice(self, events: list[Event]) -> list[tuple[Choice, list[Written]]]:
-        found: dict[Choice, list[Written]] = {}
+    def _by_choice(self, events: list[Event]) -> list[tuple[Choice, list[WrittenToken]]]:
+        found: dict[Choice, list[WrittenToken]] = {}
         for event in events:
             if isinstance(event, Failed):
                 raise ApiError(event.status, f"{event.message}.")
             found.setdefault(self._choice_of[event.job], []).append(event)
         return list(found.items())
 
-    def _count(self, events: list[Written]) -> None:
+    def _count(self, events: list[WrittenToken]) -> None:
         metrics, strategy = self.service.metrics, self.plan.strategy
         if not self._is_begun:
             self._is_begun = True

@@ -25,7 +25,7 @@ _STRATEGIES = ("s2t-local", "s2t")
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class SlipStep:
     """One step of an answer: what the SLM would have written and what was, where a result of a sum is written."""
 
     is_result: bool
@@ -72,13 +72,13 @@ def slips(lab: Lab) -> Findings:
     )
 
 
-def choices_of(steps: Sequence[Mapping[str, Any]]) -> list[Choice]:
+def choices_of(steps: Sequence[Mapping[str, Any]]) -> list[SlipStep]:
     """What every step of a traced answer chose; the first number of a pair of equal signs is judged once."""
     texts = [str(step["text"]) for step in steps]
     starts = [0, *accumulate(map(len, texts))]
     verdicts = {place: (greedy, own) for place, greedy, own in _judged(steps, texts, starts)}
     return [
-        Choice(
+        SlipStep(
             place in verdicts,
             *verdicts.get(place, (True, True)),
             bool(step.get("fired")),
@@ -122,16 +122,16 @@ def fits(text: str, wanted: str) -> bool:
     return bool(digits) and wanted.startswith(digits) and (len(digits) == len(text) or digits == wanted)
 
 
-def _choices(path: Path) -> dict[str, dict[str, list[Choice]]]:
-    found: dict[str, dict[str, list[Choice]]] = {name: {} for name in _STRATEGIES}
+def _choices(path: Path) -> dict[str, dict[str, list[SlipStep]]]:
+    found: dict[str, dict[str, list[SlipStep]]] = {name: {} for name in _STRATEGIES}
     for _, trace in iter_jsonl(path):
         found[trace["strategy"]][trace["problem_id"]] = choices_of(trace["steps"])
     return found
 
 
-def _row(name: str, part: str, owned: Sequence[tuple[str, Choice]]) -> tuple[tuple[Any, ...], list[Series]]:
+def _row(name: str, part: str, owned: Sequence[tuple[str, SlipStep]]) -> tuple[tuple[Any, ...], list[Series]]:
     owners = np.asarray([owner for owner, _ in owned])
-    marks = {key: np.asarray([getattr(c, key) for _, c in owned]) for key in Choice.__dataclass_fields__}
+    marks = {key: np.asarray([getattr(c, key) for _, c in owned]) for key in SlipStep.__dataclass_fields__}
     slip = marks["is_result"] & ~marks["greedy_is_right"]
     fine = marks["is_result"] & marks["greedy_is_right"]
     recall, mended = marks["fired"][slip], marks["is_right"][slip]

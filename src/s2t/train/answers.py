@@ -47,7 +47,7 @@ _SECONDS_BETWEEN_LOOKS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class TrainingAnswer:
     """One answer of T tokens to a prompt of P, and what the LLM gives to its S likeliest tokens at each (no sft)."""
 
     problem_id: str
@@ -140,7 +140,7 @@ class _Writer:
         )
 
 
-def read_answers(run: RunFolder) -> list[Answer]:
+def read_answers(run: RunFolder) -> list[TrainingAnswer]:
     """Every answer to be trained on, in order: not the wrong ones where only correct ones are wanted, nor empty ones.
 
     Raises DataError where none is left.
@@ -151,14 +151,14 @@ def read_answers(run: RunFolder) -> list[Answer]:
     return answers
 
 
-def _read_shard(path: Path) -> Iterator[Answer]:
+def _read_shard(path: Path) -> Iterator[TrainingAnswer]:
     table = read_tables([path])
     lists = [_lists(table[name]) for name in ("prompt_ids", "token_ids", "target_ids", "target_probs")]
     names, verdicts = table["problem_id"].to_pylist(), table["is_correct"].to_pylist()
     for name, is_correct, prompt, tokens, ids, probs in zip(names, verdicts, *lists, strict=True):
         if is_correct is not False and len(tokens):
             count = len(tokens)
-            yield Answer(name, prompt, tokens, ids.reshape(count, -1), probs.reshape(count, -1))
+            yield TrainingAnswer(name, prompt, tokens, ids.reshape(count, -1), probs.reshape(count, -1))
 
 
 def _lists(column: pa.ChunkedArray) -> Iterator[np.ndarray]:

@@ -30,7 +30,7 @@ from s2t.model.lora import DISTILL_CONFIG, find_lora, lora_parameters, new_lora,
 from s2t.model.merged import PROBLEMS_FILE, base_model
 from s2t.model.tiny import is_embedded
 from s2t.tasks.problems import heldout_templates
-from s2t.train.answers import Answer, read_answers, write_answers
+from s2t.train.answers import TrainingAnswer, read_answers, write_answers
 from s2t.train.dataset import pad_ids
 from s2t.train.fit import Fit
 from s2t.train.forward import sum_in_chunks
@@ -86,7 +86,7 @@ class Distiller(Fit):
     def __init__(
         self,
         config: DistillConfig,
-        answers: Sequence[Answer],
+        answers: Sequence[TrainingAnswer],
         loaded: LoadedModel,
         run: RunFolder,
         processes: Processes | None = None,
@@ -123,7 +123,7 @@ class Distiller(Fit):
         tokens = sum(len(self.answers[i].token_ids) for i in chosen)
         return {"ce": tokens, "kl": tokens}
 
-    def _states(self, batch: Sequence[Answer]) -> Tensor:
+    def _states(self, batch: Sequence[TrainingAnswer]) -> Tensor:
         """Last hidden states that the tokens of all answers are predicted from, answer by answer; [N, H]."""
         found: dict[int, Tensor] = {}
         lengths = [len(answer.ids) for answer in batch]

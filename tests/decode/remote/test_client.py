@@ -10,7 +10,7 @@ import pytest
 
 from s2t.decode.remote.blocking import BlockingClient
 from s2t.decode.remote.client import RemoteSettings, api_key_from
-from s2t.decode.remote.counts import Counts, Prices
+from s2t.decode.remote.counts import ClientCounts, Prices
 from s2t.decode.remote.wire import BadReply, CompletionRequest, parse_completion
 from s2t.errors import ConfigError, RemoteError
 
@@ -230,7 +230,7 @@ def test_what_is_fresh_is_made_anew_for_each_attempt(serve, echo_answers):
 
 
 def test_costs_count_cached_tokens_apart():
-    counts = Counts()
+    counts = ClientCounts()
     usage = {"prompt_tokens": 1000, "completion_tokens": 10, "prompt_tokens_details": {"cached_tokens": 600}}
     counts.add(usage)
     counts.add(None)

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from s2t.decode.remote.client import Client, RemoteSettings
-from s2t.decode.remote.counts import Counts
+from s2t.decode.remote.counts import ClientCounts
 from s2t.decode.remote.wire import Completion, CompletionRequest
 from s2t.workers import waiting
 
@@ -46,15 +46,15 @@ class BlockingClient:
         self._close()
 
     @property
-    def counts(self) -> Counts:
+    def counts(self) -> ClientCounts:
         """Calls, retries and tokens so far."""
         return self._client.counts
 
-    def take_counts(self) -> Counts:
+    def take_counts(self) -> ClientCounts:
         """The counters since this was last called, which start again at zero."""
 
-        async def take(client: Client) -> Counts:
-            counts, client.counts = client.counts, Counts()
+        async def take(client: Client) -> ClientCounts:
+            counts, client.counts = client.counts, ClientCounts()
             return counts
 
         return self.run(take)

@@ -50,7 +50,7 @@ class _Found:
 
 
 @dataclass(slots=True)
-class Chooser:
+class CandidateScorer:
     """Finds and scores the candidates of triggered steps; `plain` is what every request of this run carries.
 
     `is_exhaustive` finds and scores all K, for traces.

@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from s2t.decode.remote.counts import Counts, Prices
+from s2t.decode.remote.counts import ClientCounts, Prices
 from s2t.decode.remote.servers import Server, Servers
 from s2t.decode.remote.wire import BadReply, Completion, CompletionRequest, parse_completion, parse_rows
 from s2t.errors import ConfigError, RemoteError, missing_extra
@@ -106,7 +106,7 @@ class Client:
             import httpx
         except ImportError as error:
             raise missing_extra("httpx", "remote") from error
-        self.settings, self.counts, self.id_of_text = settings, Counts(), id_of_text
+        self.settings, self.counts, self.id_of_text = settings, ClientCounts(), id_of_text
         self._httpx = httpx
         self._headers = {"Authorization": f"Bearer {settings.api_key}"} if settings.api_key else {}
         self._tls = httpx.create_ssl_context()

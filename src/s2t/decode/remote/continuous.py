@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from s2t.core.sampling import uniforms
-from s2t.decode.continuous import OwnRequest, Reading
+from s2t.decode.continuous import OwnRequest, StepReading
 from s2t.decode.loop import Request
 from s2t.decode.remote.blocking import BlockingClient
 from s2t.decode.remote.client import Client
@@ -46,7 +46,7 @@ class ContinuousRemoteDecoder(RemoteDecoder):
     ) -> None:
         super().__init__(client, loaded, strategy, served, max_length, ends=ends)
         self.reader = reader if reader is not None and reader.yes_no is not None else None
-        self.readings: dict[tuple[int, int], Reading] = {}
+        self.readings: dict[tuple[int, int], StepReading] = {}
         self._watched: set[int] = set()
 
     @classmethod
@@ -98,6 +98,6 @@ class ContinuousRemoteDecoder(RemoteDecoder):
             listed = chunk.logprobs[place]
             logprob = listed[step.greedy_id]
             criticality = None if self.reader is None else self.reader.criticality(listed)
-            found = Reading(logprob, Candidates((step.greedy_id,), (logprob,)), criticality)
+            found = StepReading(logprob, Candidates((step.greedy_id,), (logprob,)), criticality)
             self.readings[step.request, step.index] = found
         return step

@@ -18,7 +18,7 @@ class Prices:
 
 
 @dataclass(slots=True)
-class Counts:
+class ClientCounts:
     """Counters of one client. `calls` are requests answered, each once; `retries` are attempts that had to be repeated."""
 
     calls: int = 0

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from s2t.core.onserver import AT, GROUP, RANKED, READING, ROOM, ROWS, WARMUP, Reading, Told, ranges, read
+from s2t.core.onserver import AT, GROUP, RANKED, READING, ROOM, ROWS, WARMUP, SelectorSettings, Told, ranges, read
 from s2t.decode.remote.client import Client
 from s2t.decode.remote.selector import ServedSelector
 from s2t.decode.remote.wire import BadReply, Completion, CompletionRequest, parse_rows
@@ -26,7 +26,7 @@ _PROBE = (5, 6, 7, 8)
 class Plugged:
     """How one run asks; `max_length` is the longest prompt and reply that the server takes, if it says so."""
 
-    reading: Reading
+    reading: SelectorSettings
     max_length: int | None = None
     lora: str | None = None
     """What the rows of readout `rank` are asked of."""
@@ -109,8 +109,8 @@ class Plugged:
 
 def _reading(
     served: ServedSelector, threshold: float | None, num_candidates: int, stops: Sequence[int], forbidden: Sequence[int]
-) -> Reading:
-    return Reading(
+) -> SelectorSettings:
+    return SelectorSettings(
         served.bins,
         served.yes_no,
         threshold,

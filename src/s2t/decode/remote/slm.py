@@ -22,7 +22,7 @@ from s2t.core.sampling import uniforms
 from s2t.decode.draft import DraftLength
 from s2t.decode.loop import Request
 from s2t.decode.remote.blocking import BlockingClient
-from s2t.decode.remote.choose import Chooser, Chosen
+from s2t.decode.remote.choose import CandidateScorer, Chosen
 from s2t.decode.remote.client import Client
 from s2t.decode.remote.plugged import Plugged
 from s2t.decode.remote.selector import ServedSelector, check_strategy
@@ -105,7 +105,7 @@ class RemoteDecoder:
         self._length = DraftLength(0 if self._fires else max_new_tokens, REQUEST_COST, _LONGEST_CHUNK)
         self._chooser = None
         if served is not None:
-            self._chooser = Chooser(served, strategy.num_candidates, self.forbidden, self._plain, trace)
+            self._chooser = CandidateScorer(served, strategy.num_candidates, self.forbidden, self._plain, trace)
         self._plugged = None
         if uses_plugin and served is not None and not trace:
             outputs = [i for i in self.forbidden if i < rows]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from s2t.core.rule import criticality, expected_bin
 from s2t.errors import ModelError
-from s2t.model.adapter import BRANCH_SCOPES, Selector, SelectorReader, reserved_of
+from s2t.model.adapter import BRANCH_SCOPES, SelectorHeads, SelectorReader, reserved_of
 from s2t.model.adapter_config import AdapterConfig, check_weights, read_adapter_config
 from s2t.model.gguf.file import LORA_FILE
 from s2t.model.gguf.library import last_error, llama
@@ -28,7 +28,7 @@ class GgufSelector(SelectorReader):
         self.config, self.loaded, self.base_model = config, loaded, None
         self.reserved = reserved_of(config, loaded)
         self.width = loaded.weights.width
-        self.selector = Selector(config, self.width)
+        self.selector = SelectorHeads(config, self.width)
         self.selector.load_state_dict(load_file(folder / SELECTOR_FILE))
         self.selector.float().eval().requires_grad_(False)
         self.lora = llama().llama_adapter_lora_init(loaded.weights.pointer, str(lora_file).encode())
