@@ -198,6 +198,16 @@ def test_a_renderer_that_died_is_started_again(tokenizer):
     assert written(tokenizer, TEXTS + "!", [USER]) == "<user>hi!"
 
 
+def test_a_slow_start_is_waited_for_longer_than_a_rendering(monkeypatch):
+    monkeypatch.setattr(template, "_WALL_S", 0.0)
+    renderer = template._Renderer()
+    assert renderer._started().poll() is None
+    renderer.close()
+    monkeypatch.setattr(template, "_START_S", 0.0)
+    with pytest.raises(ModelError, match="does not start"):
+        renderer._started()
+
+
 def test_any_text_survives_the_way_there_and_back(tokenizer):
     text = 'a"\\\n\u2028\u0000é🙂' + chr(0xD800)
     assert written(tokenizer, TEXTS, [{"role": "user", "content": text}]) == f"<user>{text}"

@@ -26,6 +26,7 @@ from s2t.errors import ModelError
 
 SECONDS = 5.0
 """Processor time of one rendering."""
+_START_S = 600.0  # transformers is imported, which a busy machine can make slow
 _WALL_S = 60.0  # where the machine is busy with other work, or has no timer of processor time
 _MEMORY_BYTES = 1 << 29
 _MIN_CHARS, _CHARS_PER_CHAR = 1 << 20, 8  # the longest output: a megabyte, or eight times what went in
@@ -218,7 +219,7 @@ class _Renderer:
             process.stdin.flush()
         except BrokenPipeError:
             return None
-        return self._read(process)
+        return self._read(process, _WALL_S)
 
     def forget(self) -> None:
         """In a fork: the process and its pipes belong to somebody else."""
@@ -230,7 +231,7 @@ class _Renderer:
         if self._process is None or self._process.poll() is not None:
             self.close()
             self._process = self._start()
-            if self._read(self._process) is None:
+            if self._read(self._process, _START_S) is None:
                 self.close()
                 raise ModelError(
                     f"chat templates cannot be rendered: {sys.executable} does not start with transformers."
@@ -253,10 +254,10 @@ class _Renderer:
                 f"chat templates cannot be rendered: no process can be started ({error.strerror})."
             ) from error
 
-    def _read(self, process: subprocess.Popen[bytes]) -> dict[str, Any] | None:
+    def _read(self, process: subprocess.Popen[bytes], wall_s: float) -> dict[str, Any] | None:
         """The next reply; None where the process ended instead, by itself or by the clock."""
         assert process.stdout is not None
-        clock = threading.Timer(_WALL_S, process.kill)
+        clock = threading.Timer(wall_s, process.kill)
         clock.daemon = True
         clock.start()
         try:
