@@ -1,6 +1,6 @@
 """The table of the real pair: every arm of `s2t reproduce recipes/qwen2.5-coder.toml`, from its run folders to one file.
 
-    python benchmarks/real_pair.py runs/qwen2.5-coder                # -> docs/results/real-pair.json
+    python benchmarks/real_pair.py runs/qwen2.5-coder      # -> docs/results/real-pair.json, docs/images/real_pair.png
 
 An arm that was run alone (`s2t eval --out runs/qwen2.5-coder/ARM`) is read from the folder of its name. Arms and tasks whose
 folders are not there, or not finished, are named and left out. Accuracies have Wilson's 95 % intervals; two arms are compared
@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from s2t.core.stats import paired_comparison, wilson_interval
-from s2t.files import read_json, read_jsonl, write_json
+from s2t.files import read_json, read_jsonl, write_bytes, write_json
+from s2t.report.chart import draw_charts
 
-OUT = Path(__file__).parents[1] / "docs" / "results"
+DOCS = Path(__file__).parents[1] / "docs"
 WEIGHTS = "bfloat16, dequantised from Q4_K_M GGUF files"
 ARMS = {
     "greedy": ("gsm8k", "greedy"),
@@ -47,6 +48,8 @@ PAIRS = (
     ("svamp s2t-local", "svamp sft"),
     ("humaneval s2t-local", "humaneval greedy"),
 )
+LLM_COST = 3.1
+"""Parameters of the LLM over those of the SLM: what a forward of it counts in the picture."""
 COSTS = {"slm_forwards": "slm_forwards", "slm_tokens": "generated", "llm_forwards": "llm_forwards"}
 
 
@@ -64,7 +67,8 @@ def main() -> None:
         "paired": {f"{left} vs {right}": compare(rows[left], rows[right]) for left, right in known(PAIRS, rows)},
         "sufficiency": {read_json(path)["task"]: sufficiency(path) for path in measured(runs)},
     }
-    write_json(OUT / "real-pair.json", document)
+    write_json(DOCS / "results" / "real-pair.json", document)
+    write_bytes(DOCS / "images" / "real_pair.png", draw_charts([hits(document), costs_of(document)]))
     print(table(document))
 
 
@@ -119,6 +123,29 @@ def sufficiency(path: Path) -> dict[str, Any]:
     names = ("num_problems", "num_steps", "num_divergence_points", "split")
     manifest = read_json(path.parent / "manifest.json")["config"]
     return {**rates, "ci95": found["hit_rate_ci95"], **{name: {**manifest, **found}[name] for name in names}}
+
+
+def hits(document: dict[str, Any]) -> dict[str, Any]:
+    """hit@K by task, as `draw_charts` takes it."""
+    series = []
+    for task, found in document["sufficiency"].items():
+        ks = [k for k in ("1", "2", "4", "8", "16") if k in found]
+        one = {"name": task, "x": [int(k) for k in ks], "y": [found[k] for k in ks]}
+        series.append(one | {"ci95": [found["ci95"].get(k) for k in ks]})
+    labels = {"x_label": "K, candidates of the 0.5B", "y_label": "the 1.5B's token is among them (%)"}
+    return {**labels, "kind": "line", "log_x": True, "series": series}
+
+
+def costs_of(document: dict[str, Any]) -> dict[str, Any]:
+    """Accuracy on the task against the forwards of an answer, greedy's being 1."""
+    own = {arm: one for arm, one in document["arms"].items() if ARMS[arm][0].startswith(document["task"])}
+    paid = {arm: (one["slm_forwards"] + LLM_COST * one["llm_forwards"]) / one["num_problems"] for arm, one in own.items()}
+    series = [
+        {"name": arm, "x": [paid[arm] / paid["greedy"]], "y": [one["accuracy"]], "ci95": [one["ci95"]]}
+        for arm, one in own.items()
+    ]
+    labels = {"x_label": "cost of an answer (greedy = 1)", "y_label": "accuracy on GSM8K (%)"}
+    return {**labels, "kind": "line", "log_x": True, "series": series}
 
 
 def table(document: dict[str, Any]) -> str:
