@@ -200,3 +200,18 @@ def test_strategy_names_ignore_spaces():
 
 def test_every_config_error_is_an_error_of_ours():
     assert issubclass(ConfigError, S2TError)
+
+
+@pytest.mark.parametrize(
+    ("strategies", "units"),
+    [
+        ("takeover,s2t-local", "divergence and criticality"),
+        ("s2t@entropy,s2t@random", "entropy and random"),
+        ("r2r,smart", "r2r and smart"),
+    ],
+)
+def test_one_threshold_for_readings_of_different_units_is_refused(strategies, units):
+    with pytest.raises(ConfigError, match=f"{units}, whose units differ"):
+        EvalConfig(strategies=strategies, threshold=0.5, llm="tiny:llm")
+    EvalConfig(strategies=strategies, llm="tiny:llm")
+    EvalConfig(strategies="greedy,takeover,s2t", threshold=0.5, llm="tiny:llm")

@@ -242,7 +242,9 @@ class Reasoner:
         needs = needs_of(name, config.trigger)
         self.pair.check_has(name, config.trigger)
         return _Call(
-            self.pair, config, strategy_of(name, config, self.pair.selector if "adapter" in needs else None, seed)
+            self.pair,
+            config,
+            strategy_of(name, config, self.pair.selector_config if "adapter" in needs else None, seed),
         )
 
     def _pieces(self, plan: _Call, steps: Iterable[Step]) -> Iterator[str]:

@@ -107,7 +107,7 @@ class _Collector:
             divergence=config.divergence,
             threshold=self.threshold if config.policy in NEEDS_LLM else None,
         )
-        return strategy_of(config.policy, decode, self.pair.selector, config.seed)
+        return strategy_of(config.policy, decode, self.pair.selector_config, config.seed)
 
     def shard(self, shard: Shard[Problem]) -> tuple[pa.Table, dict[str, Any] | None]:
         """One shard's table (write, label, pack), and what asking servers took."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from s2t.config import METHODS
 from s2t.decode.draft import DraftLength
 from s2t.decode.loop import Decoder, Request
 from s2t.decode.pair import Pair
@@ -27,7 +28,9 @@ RUNS = {
 }
 every_run = pytest.mark.parametrize("run", RUNS)
 SCOPES = ("step", "rank-stream", "always", "stream")
-OTHER_SCOPES = [(run, scope) for scope in SCOPES for run in ("s2t-local", "s2t-local-random")]
+LOCAL = [run for run, (name, _) in RUNS.items() if "adapter" in METHODS[name].needs]
+DRAFTED = [run for run, (name, _) in RUNS.items() if METHODS[name].selector and run not in LOCAL]
+OTHER_SCOPES = [(run, scope) for scope in SCOPES for run in LOCAL]
 every_scope = pytest.mark.parametrize("scope", ["candidates", *SCOPES])
 
 
@@ -347,7 +350,7 @@ def test_step_by_step_a_divergence_trigger_reads_the_llm_at_every_token(write, s
 # Drafts
 
 
-@pytest.mark.parametrize("run", [name for name in RUNS if name.startswith(("s2t", "takeover")) and "local" not in name])
+@pytest.mark.parametrize("run", DRAFTED)
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_a_drafted_run_writes_what_step_by_step_writes_whatever_the_draft(run, batch_size, write, strategy):
     name, settings = RUNS[run]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+import re
 
+import pytest
+import torch
+
+from s2t.cli.options import field_docs
 from s2t.config import NEEDS_LLM, TRIGGERS, WRITERS, DecodeConfig
 from s2t.config.methods import TRIGGER_NEEDS
 from s2t.errors import ConfigError
@@ -82,3 +86,14 @@ def test_only_methods_that_say_so_read_the_llm_beside_the_slm():
 
 def test_what_a_trigger_needs_is_what_its_class_says():
     assert {name: find(where).needs for name, where in TRIGGERS.items() if find(where).needs} == TRIGGER_NEEDS
+
+
+def test_the_help_names_every_trigger():
+    assert set(TRIGGERS) <= set(re.split(r"[ ,:]+", field_docs(DecodeConfig)["trigger"]))
+
+
+@pytest.mark.parametrize("where", TRIGGERS.values())
+def test_a_trigger_fires_on_the_side_of_its_threshold_that_it_names(where):
+    trigger = find(where)
+    fires = trigger.fires(trigger.__new__(trigger), torch.tensor([0.1, 0.5, 0.9]), 0.5).tolist()
+    assert fires == ([True, False, False] if trigger.fires_below else [False, False, True])

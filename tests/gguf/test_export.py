@@ -52,8 +52,8 @@ def test_the_threshold_is_that_of_the_file(exported, adapter):
     own = read_adapter_config(exported / "s2t_adapter").thresholds["criticality"]
     assert own != read_adapter_config(adapter).thresholds["criticality"]
     reasoner = s2t.load(str(exported), threads=1)
-    assert reasoner.pair.selector is not None
-    assert reasoner.pair.selector.thresholds["criticality"] == own
+    assert reasoner.pair.selector_config is not None
+    assert reasoner.pair.selector_config.thresholds["criticality"] == own
     answers = reasoner.generate([f"What is {i} + {i + 3}?" for i in range(20)], max_new_tokens=40)
     rate = sum(answer.num_triggered for answer in answers) / sum(len(answer.token_ids) for answer in answers)
     assert 0 < rate < 0.5

@@ -69,7 +69,7 @@ def test_every_operation_equals_torch(family, random_model, opened):
     check(lambda engine: engine.step([1], [[30]], [0, 1], torch.tensor([[3], [4]]), 1))
     check(lambda engine: [engine.branch([0], candidates[:1])])
     for engine in (llama, own):
-        engine.accept([0], torch.tensor([2]))
+        engine.keep_branch([0], torch.tensor([2]))
         engine.copy([0], [2])
     check(lambda engine: [engine.extend([2, 0], [[40], [41]])])
     for engine in (llama, own):

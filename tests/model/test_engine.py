@@ -104,7 +104,7 @@ def test_after_accept_the_cache_is_that_of_the_accepted_text(loaded):
         ids = candidates(len(PROMPTS), seed=step)
         engine.branch(ROWS, ids)
         index = torch.tensor([(row + 2 * step) % K for row in ROWS])
-        engine.accept(ROWS, index)
+        engine.keep_branch(ROWS, index)
         for row, text in enumerate(texts):
             text.append(int(ids[row, index[row]]))
     assert engine.lengths == [len(text) for text in texts]
@@ -128,7 +128,7 @@ def test_only_some_rows_of_a_branch_may_be_accepted(loaded):
     engine, _ = prefilled(loaded)
     ids = candidates(len(PROMPTS))
     engine.branch(ROWS, ids)
-    engine.accept([2, 0], torch.tensor([4, 1]))
+    engine.keep_branch([2, 0], torch.tensor([4, 1]))
     hidden = engine.extend(ROWS, [[60], [61], [62]])
     for row, accepted in ((0, [int(ids[0, 1])]), (1, []), (2, [int(ids[2, 4])])):
         close(engine.head(hidden[row]), plain(loaded, [*PROMPTS[row], *accepted, 60 + row]))
@@ -246,7 +246,7 @@ def test_bfloat16_agrees_within_its_precision(random_model, family):
     engine, hidden = prefilled(loaded)
     ids = candidates(len(PROMPTS))
     branched = engine.head(engine.branch(ROWS, ids))
-    engine.accept(ROWS, torch.tensor([1, 3, 5]))
+    engine.keep_branch(ROWS, torch.tensor([1, 3, 5]))
     after = engine.head(engine.extend(ROWS, [[50], [51], [52]]))
     for row, prompt in enumerate(PROMPTS):
         winner = int(ids[row, (1, 3, 5)[row]])
@@ -288,7 +288,7 @@ def test_reserved_ids_and_padding_rows_are_masked(models):
 def test_work_counts_forwards_and_tokens_of_each_row(models):
     engine, _ = prefilled(models["qwen2"])
     engine.branch([1, 2], candidates(2))
-    engine.accept([1, 2], torch.tensor([0, 1]))
+    engine.keep_branch([1, 2], torch.tensor([0, 1]))
     engine.extend([2], [[5]])
     assert [(work.forwards, work.processed) for work in engine.work] == [(1, 5), (2, 11 + K), (3, 8 + K + 1)]
     params = sum(p.numel() for p in engine.model.parameters())
@@ -377,7 +377,7 @@ def test_a_mixed_forward_equals_separate_ones(loaded):
         for k in range(K):
             close(engine.head(branch[i, k]), plain(loaded, [*PROMPTS[row], int(ids[i, k])]))
     assert engine.lengths[:5] == [len(PROMPTS[0]) + 1, len(PROMPTS[1]), len(PROMPTS[2]) + 1, 6, 4]
-    engine.accept([0, 1], torch.tensor([4, 2]))  # row 0: in place of the token it ran
+    engine.keep_branch([0, 1], torch.tensor([4, 2]))  # row 0: in place of the token it ran
     hidden = engine.extend(range(5), [[20], [21], [22], [23], [24]])
     texts = [[*PROMPTS[0], int(ids[0, 4])], [*PROMPTS[1], int(ids[1, 2])], *texts[1:]]
     for row, (state, text) in enumerate(zip(hidden, texts, strict=True)):

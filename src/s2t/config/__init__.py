@@ -19,6 +19,7 @@ from s2t.config.learn import (
     TrainConfig,
 )
 from s2t.config.methods import (
+    CALIBRATED,
     MANY_SAMPLES,
     METHODS,
     NEEDS_ADAPTER,
@@ -26,6 +27,7 @@ from s2t.config.methods import (
     OVER_ANSWERS,
     SERVED,
     STRATEGIES,
+    TRIGGER_NEEDS,
     TRIGGERED,
     TRIGGERS,
     WRITERS,
@@ -57,6 +59,7 @@ from s2t.config.shared import (
 from s2t.config.study import BenchConfig, ReproduceConfig, StudyConfig
 
 __all__ = [
+    "CALIBRATED",
     "CRITICALITY_READINGS",
     "DISTILLATIONS",
     "DIVERGENCES",
@@ -76,6 +79,7 @@ __all__ = [
     "SUPPORTS",
     "TRIGGERED",
     "TRIGGERS",
+    "TRIGGER_NEEDS",
     "WRITERS",
     "BenchConfig",
     "CalibrateConfig",

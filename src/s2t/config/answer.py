@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from s2t.config.checks import check_at_least, check_choice, check_effects, check_positive, check_range, require
-from s2t.config.methods import MANY_SAMPLES, METHODS, SERVED, STRATEGIES, TRIGGERED, TRIGGERS, WRITERS
+from s2t.config.methods import MANY_SAMPLES, METHODS, SERVED, STRATEGIES, TRIGGERED, TRIGGERS, WRITERS, unit_of
 from s2t.config.shared import (
     READERS,
     ChatConfig,
@@ -152,6 +152,12 @@ class EvalConfig(DecodeConfig, TaskConfig, ServedConfig, ShardConfig, ChatConfig
                 require(base in TRIGGERED, f"strategies: only {', '.join(TRIGGERED)} take a trigger; got {name!r}.")
                 check_choice(f"trigger of {base}", trigger, TRIGGERS)
             require(names.count(name) == 1, f"strategies must differ; got {name} more than once.")
+        units = dict.fromkeys(unit for name in names if (unit := unit_of(name, self.trigger)) is not None)
+        require(
+            self.threshold is None or len(units) < 2,
+            f"one --threshold cannot serve {' and '.join(units)}, whose units differ; evaluate them in runs of "
+            "their own, or pass --calibration.",
+        )
 
     def check_given(self, names: Collection[str]) -> None:
         """Raise ConfigError where one of these settings has no effect on any of the strategies."""

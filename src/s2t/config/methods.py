@@ -55,6 +55,8 @@ TRIGGERS = {
 }
 TRIGGER_NEEDS = {"divergence": ("llm",), "step-score": ("llm",), "criticality": ("adapter",)}
 """llm, adapter: what a trigger reads beside the SLM, as its class says."""
+CALIBRATED = ("divergence", "entropy", "random")
+"""Triggers whose thresholds `s2t calibrate` finds."""
 _ALWAYS, _TAKEOVER = "s2t.methods.triggers:Always", "s2t.methods.select:Takeover"
 _BOTH = ("confidence", "llm")
 METHODS = {
@@ -98,6 +100,15 @@ WRITERS = tuple(name for name in METHODS if name not in OVER_ANSWERS)
 SERVED = tuple(name for name, method in METHODS.items() if method.is_served)
 NEEDS_LLM = frozenset(name for name, method in METHODS.items() if "llm" in method.needs)
 NEEDS_ADAPTER = frozenset(name for name, method in METHODS.items() if "adapter" in method.needs)
+
+
+def unit_of(name: str, trigger: str = "auto") -> str | None:
+    """What the threshold of a strategy, or strategy@trigger, is of: a trigger's reading, or one of its own; None without any."""
+    base, _, own = name.partition("@")
+    method = METHODS[base]
+    if method.takes_triggers:
+        return own or (method.trigger if trigger == "auto" else trigger)
+    return base if method.selector is not None or method.answers is not None else None
 
 
 def needs_of(name: str, trigger: str = "auto") -> frozenset[str]:

@@ -293,8 +293,8 @@ class DecodeConfig(StepConfig):
     """How tokens are chosen; shared by generate, eval and collect."""
 
     trigger: str = "auto"
-    """never, random, entropy, divergence, criticality, router, step-score, step-confidence, step-entropy, call, or auto:
-    divergence for takeover and s2t, criticality for s2t-local, never for the others, but for those that have their own."""
+    """never, random, entropy, divergence, criticality, router, step-score, step-confidence, step-entropy, call, critical, or
+    auto: divergence for takeover and s2t, criticality for s2t-local, never for the others, but for those that have their own."""
     threshold: float | None = None
     """In the trigger's own unit; None takes the adapter's or the calibration file's value."""
     calibration: str | None = None

@@ -46,8 +46,13 @@ def score(reading: Any, slm_logprob: Any, adapter_weight: float, prior_weight: f
     return own + prior_weight * (slm_logprob.float() if isinstance(slm_logprob, Tensor) else slm_logprob)
 
 
-def winner(scores: Iterable[float | None]) -> int:
-    """The place of the highest score; ties go to the earlier one, and None, not known, never wins."""
+def winner(scores: Tensor | Iterable[float | None]) -> Any:
+    """The place of the highest score, [..., K] -> [...], or of numbers -> int; ties go to the earlier one.
+
+    A score that is not known (NaN in a tensor, None among numbers) never wins.
+    """
+    if isinstance(scores, Tensor):
+        return scores.nan_to_num(nan=float("-inf"), neginf=float("-inf")).argmax(-1)
     known = [(value, -place) for place, value in enumerate(scores) if value is not None]
     return -max(known)[1]
 

@@ -104,7 +104,7 @@ class Decoder:
             logits = round.logits if len(fired) == len(round.rows) else round.logits[fired]
             candidates = Proposal(*propose(logits, strategy.num_candidates))
             selection = strategy.selector.choose(round, fired, candidates)
-            round.take(fired, candidates, selection, self.batch.name_of(strategy.needs_llm))
+            round.note_choice(fired, candidates, selection, self.batch.name_of(strategy.needs_llm))
         round.finish()
         return round
 

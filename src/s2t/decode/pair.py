@@ -75,7 +75,7 @@ class Pair:
         return VocabularyMap(self.slm, self.llm)
 
     @property
-    def selector(self) -> AdapterConfig | None:
+    def selector_config(self) -> AdapterConfig | None:
         """The settings of what selects beside the SLM, here or on its servers; None where nothing does."""
         if self.served_slm is not None:
             return self.served_slm.selector.config if self.served_slm.selector is not None else None
@@ -84,7 +84,7 @@ class Pair:
     @property
     def default_strategy(self) -> str:
         """What writes where nobody says: s2t-local where something selects beside the SLM."""
-        return "greedy" if self.selector is None else "s2t-local"
+        return "greedy" if self.selector_config is None else "s2t-local"
 
     @property
     def context_length(self) -> int | None:
@@ -103,7 +103,7 @@ class Pair:
         needs = needs_of(strategy, trigger)
         if "llm" in needs and self.llm is None:
             raise ConfigError(f"strategy {strategy} needs the LLM; pass --llm MODEL, or s2t.load(llm=...).")
-        if "adapter" in needs and self.selector is None:
+        if "adapter" in needs and self.selector_config is None:
             raise ConfigError(
                 f"strategy {strategy} needs an adapter, a folder written by `s2t train`; pass --adapter FOLDER, "
                 "or s2t.load(adapter=...)."

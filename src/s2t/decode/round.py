@@ -52,7 +52,8 @@ class EngineRound(Round):
         self.steps: list[Step] = []
         self.taken: list[int] = []  # the places of these steps
         self._chosen: dict[int, tuple[int, int]] = {}  # place -> token, index among the candidates
-        self._waiting: dict[int, Tensor | None] = {}  # place that feeds its greedy token -> states to keep for [K, H]
+        self._waiting: dict[int, Tensor | None] = {}
+        """Places whose rows feed their greedy tokens until they have chosen -> states [K, H] of a branch that may be kept."""
         self.num_listed = batch.reference.num_listed if batch.reference is not None else None
         self._llm_logits: Tensor | None = None
         self._has_run = False
@@ -200,7 +201,7 @@ class EngineRound(Round):
 
     # How it ends
 
-    def take(self, fired: Sequence[int], candidates: Proposal, selection: Selection, name: str) -> None:
+    def note_choice(self, fired: Sequence[int], candidates: Proposal, selection: Selection, name: str) -> None:
         """Note what a selector chose; raises ModelError where a number that was to be read, from the model `name`, is none."""
         tokens, index = selection.token_ids.tolist(), selection.index.tolist()
         read = {"scores": selection.scores, "llm_probs": selection.llm_probs}
@@ -249,10 +250,11 @@ class EngineRound(Round):
         row.is_ready, row.feed = False, [accepted[-1]]
 
     def _settle(self, place: int, states: Tensor | None) -> None:
-        """Accept the winner of a row that has fed its greedy token; another winner takes its place.
+        """Accept the winner of a row that has fed its greedy token:
 
-        Where its states [K, H] are the model's own (scope `always`) its branch is kept; else what was read is the adapter's, the
-        cache has to be the base model's, and the winner is fed by the next forward.
+        - the greedy token: it stands in the cache already;
+        - another, with states [K, H] (scope `always`, where what was read is the model's own): its branch is kept;
+        - another, without: the greedy token is taken out of the cache, and the next forward feeds the winner.
         """
         row, engine, hidden = self.rows[place], self.batch.engine, self.batch.hidden
         token = self._step(row, place)
@@ -262,7 +264,7 @@ class EngineRound(Round):
             return
         if states is not None and hidden is not None:
             index = self._chosen[place][1]
-            engine.accept([row.slot], torch.tensor([index - 1]))
+            engine.keep_branch([row.slot], torch.tensor([index - 1]))
             hidden[row.slot] = states[index]
         else:
             engine.crop([row.slot], [engine.lengths[row.slot] - 1])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from s2t.config import DecodeConfig
-from s2t.core.rule import fires
+from s2t.core.rule import fires, winner
 from s2t.model.adapter import SelectorReader
 
 
@@ -103,9 +103,10 @@ class Round(ABC):
 
     @abstractmethod
     def states(self, places: Sequence[int], ids: Tensor | None = None) -> Tensor:
-        """States under the adapter of candidates [f, K] behind some places; [f, K, H], from the forward that all rows wait for.
+        """States under the adapter of candidates [f, K] behind some places; [f, K, H].
 
-        Without ids the last token before each place is read once more; [f, 1, H]. Nothing else can be asked for after this.
+        Without ids the last token before each place is read once more; [f, 1, H]. This runs the round's one forward: the other
+        rows' tokens are accepted first, and nothing else can be asked for afterwards.
         """
 
 
@@ -119,6 +120,8 @@ class Trigger:
     """Whether it reads the round's `draws`."""
     default: float | None = None
     """Its threshold where none is given; None for one that has to be calibrated."""
+    fires_below: ClassVar[bool] = False
+    """Whether it fires below its threshold instead of above."""
     warmup: ClassVar[int | None] = None
     """Its own number of first tokens that never trigger; None takes the setting."""
     by_step: ClassVar[bool] = False
@@ -141,7 +144,7 @@ class Trigger:
 
     def fires(self, values: Any, threshold: float) -> Any:
         """Where it fires: a tensor of values [n] -> bool [n], or one number -> bool."""
-        return fires(values, threshold)
+        return values < threshold if self.fires_below else fires(values, threshold)
 
     def hold(self, value: float) -> int | None:
         """Tokens that a place which fired with this value holds; None takes the strategy's."""
@@ -169,7 +172,7 @@ class Selection:
     @classmethod
     def best(cls, candidates: Proposal, scores: Tensor, llm_probs: Tensor | None = None) -> Selection:
         """The candidate of the highest score, [f, K]; one whose score is not known never wins."""
-        index = scores.nan_to_num(nan=float("-inf"), neginf=float("-inf")).argmax(-1)
+        index = winner(scores)
         return cls(candidates.ids.gather(-1, index[:, None])[:, 0], index, scores, llm_probs)
 
     @classmethod

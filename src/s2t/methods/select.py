@@ -24,7 +24,7 @@ class Takeover(Selector):
 
 
 class S2TLocal(Selector):
-    """argmax of the SLM's own score over its candidates, with no LLM.
+    """argmax of the adapter's score (`SelectorReader.scores`) over the SLM's candidates, with no LLM.
 
     Readout `rank` reads the last token of the prefix once more under the adapter, `bins` every candidate.
     """

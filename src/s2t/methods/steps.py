@@ -5,8 +5,6 @@ A step that is not kept is written by the LLM, to its end; see the span of `s2t.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -32,6 +30,7 @@ class StepScore(_Step):
     name = "step-score"
     needs = ("llm",)
     drafts_steps = True
+    fires_below = True
     default = 7.0
 
     def read(self, round: Round) -> Tensor:
@@ -44,9 +43,6 @@ class StepScore(_Step):
                 values[drafts[i]] = float(mark)
         return values
 
-    def fires(self, values: Any, threshold: float) -> Any:
-        return values < threshold
-
 
 class StepConfidence(_Step):
     """The mean probability of the SLM's tokens in the step; fires below the threshold.
@@ -56,6 +52,7 @@ class StepConfidence(_Step):
 
     name = "step-confidence"
     drafts_steps = True
+    fires_below = True
     default = 0.9
 
     def read(self, round: Round) -> Tensor:
@@ -65,9 +62,6 @@ class StepConfidence(_Step):
         for places in round.drafts:
             values[places] = probs[places].mean()
         return values
-
-    def fires(self, values: Any, threshold: float) -> Any:
-        return values < threshold
 
 
 class StepEntropy(_Step):

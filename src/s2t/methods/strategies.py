@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from s2t.config import METHODS, TRIGGERS, DecodeConfig, Method
+from s2t.config import CALIBRATED, METHODS, TRIGGER_NEEDS, TRIGGERS, DecodeConfig, Method
 from s2t.errors import ConfigError
 from s2t.methods.base import Selector, Trigger, find
 from s2t.methods.sample import Sampling
@@ -103,7 +103,7 @@ def _trigger(name: str, method: Method, config: DecodeConfig) -> Trigger:
     found: type[Trigger] = find(TRIGGERS[wanted])
     can_read = {*method.needs, "adapter"}
     if not set(found.needs) <= can_read:
-        fitting = (trigger for trigger in reversed(TRIGGERS) if set(find(TRIGGERS[trigger]).needs) <= can_read)
+        fitting = (trigger for trigger in reversed(TRIGGERS) if set(TRIGGER_NEEDS.get(trigger, ())) <= can_read)
         allowed = ", ".join(dict.fromkeys((method.trigger, *fitting)))
         raise ConfigError(f"strategy {name} takes trigger {allowed}; got {wanted!r}.")
     return found.of(config)
@@ -120,5 +120,5 @@ def _threshold(name: str, trigger: Trigger, config: DecodeConfig, thresholds: di
         return thresholds[trigger.name]
     if trigger.default is not None:
         return trigger.default
-    source = "" if trigger.name == "criticality" else " or --calibration calibration.json"
+    source = " or --calibration calibration.json" if trigger.name in CALIBRATED else ""
     raise ConfigError(f"strategy {name} with trigger {trigger.name} has no threshold; pass --threshold{source}.")

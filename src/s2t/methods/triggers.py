@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,12 +34,10 @@ class Random(Trigger):
 
     name = "random"
     is_random = True
+    fires_below = True
 
     def read(self, round: Round) -> Tensor:
         return round.draws
-
-    def fires(self, values: Any, threshold: float) -> Any:
-        return values < threshold
 
 
 class Entropy(Trigger):

@@ -176,7 +176,7 @@ class Engine:
         return self.step((), (), rows, candidate_ids)[1]
 
     @torch.inference_mode()
-    def accept(self, rows: Sequence[int], index: Tensor) -> None:
+    def keep_branch(self, rows: Sequence[int], index: Tensor) -> None:
         """Keep candidate index[i] of the last branch of row rows[i] in its cache, in place of whatever stands there; [n]."""
         starts = torch.tensor([self._branched[row] for row in rows], device=self.device)
         slots = torch.tensor(list(rows), device=self.device)

@@ -75,7 +75,7 @@ def serve(config: ServeConfig, pair: Pair) -> None:
 
 def offered(config: ServeConfig, pair: Pair) -> dict[str, Strategy]:
     """The strategies that the loaded models and the settings allow, the default one first."""
-    trained = pair.selector
+    trained = pair.selector_config
     default = config.strategy or pair.default_strategy
     found = {default: None} | dict.fromkeys(name for name in SERVED if name not in MANY_SAMPLES)
     strategies: dict[str, Strategy] = {}

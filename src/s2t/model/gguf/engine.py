@@ -127,7 +127,7 @@ class GgufEngine(Engine):
                 self.context.crop(first + i, 0)
         return torch.cat(found)
 
-    def accept(self, rows: Sequence[int], index: Tensor) -> None:
+    def keep_branch(self, rows: Sequence[int], index: Tensor) -> None:
         """Keep candidate index[i] of the last branch of row rows[i]; it is read once more, since branches are forgotten."""
         self.crop(rows, [self._branched[row] for row in rows])
         self.extend(rows, [[self._candidates[row][i]] for row, i in zip(rows, index.tolist(), strict=True)])
