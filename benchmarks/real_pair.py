@@ -139,7 +139,9 @@ def hits(document: dict[str, Any]) -> dict[str, Any]:
 def costs_of(document: dict[str, Any]) -> dict[str, Any]:
     """Accuracy on the task against the forwards of an answer, greedy's being 1."""
     own = {arm: one for arm, one in document["arms"].items() if ARMS[arm][0].startswith(document["task"])}
-    paid = {arm: (one["slm_forwards"] + LLM_COST * one["llm_forwards"]) / one["num_problems"] for arm, one in own.items()}
+    paid = {
+        arm: (one["slm_forwards"] + LLM_COST * one["llm_forwards"]) / one["num_problems"] for arm, one in own.items()
+    }
     series = [
         {"name": arm, "x": [paid[arm] / paid["greedy"]], "y": [one["accuracy"]], "ci95": [one["ci95"]]}
         for arm, one in own.items()

@@ -41,3 +41,14 @@ def test_every_run_of_the_ranking_selector_stands_on_the_page_as_in_its_file():
     for name, run in read_json(DOCS / "results" / "embedded-rank.json")["runs"].items():
         row = " | ".join((name, percent(run["accuracy"]), percent(run["seen"]), percent(run["held_out"])))
         assert f"| {row} | " in PAGE, name
+
+
+def test_what_packing_costs_stands_on_the_laptop_page_as_in_its_file():
+    page = (DOCS / "laptop.md").read_text(encoding="utf-8")
+    for name, found in read_json(DOCS / "results" / "packed.json")["precisions"].items():
+        greedy, local = found["greedy"], found["s2t-local"]
+        low, high = (percent(value) for value in local["difference_ci95"])
+        gain = f"{100 * local['difference']:+.1f} ({low} to {high})" if name != "bfloat16" else "–"
+        rates = f"{percent(local['trigger_rate'])}, {percent(local['flip_rate'])}"
+        row = " | ".join((name, percent(greedy["accuracy"]), percent(local["accuracy"]), gain, rates))
+        assert f"| {row} |" in page, row
