@@ -13,7 +13,7 @@ from transformers import BitsAndBytesConfig
 import s2t
 from s2t import api
 from s2t.cli import main as cli
-from s2t.config import MANY_SAMPLES, NEEDS_LLM, WRITERS
+from s2t.config import MANY_SAMPLES, METHODS, NEEDS_LLM, WRITERS
 from s2t.decode.pair import Pair
 from s2t.decode.rows import Generated
 from s2t.errors import ConfigError, S2TError
@@ -60,7 +60,11 @@ def local(adapter_folder):
 
 def settings_of(name):
     """Settings under which a strategy has everything it needs on the embedded pair."""
-    return {**SHORT, **({"threshold": 0.5} if name in NEEDS_LLM - {"llm"} else {}), "num_samples": 3}
+    return {**SHORT, **({"threshold": 0.5} if takes_threshold(name) else {}), "num_samples": 3}
+
+
+def takes_threshold(name):
+    return METHODS[name].selector is not None and name != "s2t-local"  # whose adapter has one
 
 
 STRATEGIES = [
@@ -444,7 +448,7 @@ def test_the_module_functions_load_and_answer(reasoner):
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_the_command_line_prints_what_the_interface_answers(name, reasoner, local, adapter_folder, capsys):
     words = ["--llm", "tiny:llm", "--strategy", name, "--max-new-tokens", "16", "--num-samples", "3"]
-    if name in NEEDS_LLM - {"llm"}:
+    if takes_threshold(name):
         words += ["--threshold", "0.5"]
     if name == "s2t-local":
         words += ["--adapter", adapter_folder]

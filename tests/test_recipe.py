@@ -27,9 +27,11 @@ def followed(tmp_path_factory):
         shutil.copy(ROOT / name, root / name)
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     section = text[text.index("## Add a trigger or a selector") : text.index("## Add a command")]
-    trigger, selector, *lines = map(dedent, BLOCK.findall(section))
-    for block in (trigger, selector):
+    blocks = list(map(dedent, BLOCK.findall(section)))
+    lines = [block for block in blocks if not block.startswith("# ")]
+    for block in (block for block in blocks if block.startswith("# ")):
         first, rest = block.split("\n", 1)
+        assert not (root / first.removeprefix("# ")).exists(), "the recipe's names are taken"
         (root / first.removeprefix("# ")).write_text(rest, encoding="utf-8")
     registry, laws = root / "src/s2t/config/methods.py", root / "tests/decode/test_loop.py"
     places = ((registry, "TRIGGERS = {"), (registry, "METHODS = {"), (laws, "RUNS = {"))
@@ -64,3 +66,8 @@ def test_a_new_trigger_and_a_new_selector_are_a_file_and_a_line_each(followed, s
 def test_the_new_ones_keep_the_laws_by_a_line_in_the_laws_own_table(followed):
     out = run(followed, "pytest", "-q", "-p", "no:cacheprovider", "tests/decode/test_loop.py", "-k", "product-margin")
     assert int(re.findall(r"(\d+) passed", out)[0]) >= 3
+
+
+def test_a_new_trigger_has_a_test_of_its_own(followed):
+    out = run(followed, "pytest", "-q", "-p", "no:cacheprovider", "tests/decode/test_margin.py")
+    assert "1 passed" in out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,25 @@ from s2t.decode.rows import Generated
 from s2t.methods.strategies import Strategy, build_strategy
 from s2t.model.adapter import AdapterConfig, SelectorAdapter
 from s2t.model.load import LoadedModel, wrap_model
+
+
+@pytest.fixture
+def round_of() -> Callable[..., Any]:
+    """What a method sees of some places: these logits [n, V], and whatever else a test gives it."""
+
+    def make(logits: torch.Tensor, **fields: Any) -> Any:
+        greedy = logits.argmax(-1).tolist()
+        own = {
+            "logits": logits,
+            "num_written": [0] * len(logits),
+            "greedy": greedy,
+            "tokens": greedy,
+            "num_listed": None,
+        }
+        return SimpleNamespace(**own | fields)
+
+    return make
+
 
 torch.set_num_threads(1)  # models this small only lose by sharing cores
 

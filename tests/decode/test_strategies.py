@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from s2t.cli.options import field_docs
-from s2t.config import NEEDS_LLM, TRIGGERS, WRITERS, DecodeConfig
+from s2t.config import NEEDS_LLM, OVER_ANSWERS, TRIGGERS, WRITERS, DecodeConfig, EvalConfig, GenerateConfig
 from s2t.config.methods import TRIGGER_NEEDS
 from s2t.errors import ConfigError
 from s2t.methods.base import find
@@ -73,7 +73,7 @@ def test_k_is_the_given_one_else_the_adapters_else_8():
 
 
 def test_only_methods_that_say_so_read_the_llm_beside_the_slm():
-    thresholds = {"divergence": 1.0, "criticality": 0.5}
+    thresholds = dict.fromkeys(TRIGGERS, 0.5)
     names = [name for name in WRITERS if name != "r2r"]  # which needs a router to be built
     needs = {name for name in names if build_strategy(name, DecodeConfig(), thresholds).needs_llm}
     ours, others = (
@@ -88,8 +88,17 @@ def test_what_a_trigger_needs_is_what_its_class_says():
     assert {name: find(where).needs for name, where in TRIGGERS.items() if find(where).needs} == TRIGGER_NEEDS
 
 
-def test_the_help_names_every_trigger():
-    assert set(TRIGGERS) <= set(re.split(r"[ ,:]+", field_docs(DecodeConfig)["trigger"]))
+@pytest.mark.parametrize(
+    ("names", "config", "field"),
+    [
+        (TRIGGERS, DecodeConfig, "trigger"),
+        (WRITERS, GenerateConfig, "strategy"),
+        (OVER_ANSWERS, EvalConfig, "strategies"),
+    ],
+    ids=["triggers", "strategies of generate", "strategies of eval alone"],
+)
+def test_the_help_names_them_all(names, config, field):
+    assert set(names) <= set(re.split(r"[ ,:.]+", field_docs(config)[field]))
 
 
 @pytest.mark.parametrize("where", TRIGGERS.values())

@@ -38,6 +38,11 @@ class GenerateConfig(DecodeConfig, ServedConfig, ChatConfig, EngineConfig, Model
         self.check_decode()
         check_at_least(0, seed=self.seed)
         if self.strategy is not None:
+            base, mark, trigger = self.strategy.partition("@")
+            require(
+                not mark or base not in TRIGGERED,
+                f"one strategy has its trigger apart; pass --strategy {base} --trigger {trigger}, got {self.strategy!r}.",
+            )
             check_choice("strategy", self.strategy, WRITERS)
 
     def check_given(self, names: Collection[str]) -> None:

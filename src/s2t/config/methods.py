@@ -31,7 +31,7 @@ class Method:
     """Of a method that only chooses among answers of finished runs: whose answers."""
     answers: str | None = None
     """How it chooses among them, as module:class."""
-    is_served: bool = True
+    is_served: bool = False
     """Whether `s2t serve` offers it."""
 
     @property
@@ -60,35 +60,31 @@ CALIBRATED = ("divergence", "entropy", "random")
 _ALWAYS, _TAKEOVER = "s2t.methods.triggers:Always", "s2t.methods.select:Takeover"
 _BOTH = ("confidence", "llm")
 METHODS = {
-    "greedy": Method(),
-    "sample": Method(sampling=True),
-    "self-consistency": Method(sampling=True, samples=True),
-    "self-certainty": Method(sampling=True, samples=True, reads="s2t.methods.sample:SelfCertainty"),
-    "llm": Method(needs=("llm",)),
-    "takeover": Method("divergence", "s2t.methods.select:Takeover", needs=("llm",)),
-    "s2t": Method("divergence", "s2t.methods.select:S2T", needs=("llm",)),
-    "s2t-local": Method("criticality", "s2t.methods.select:S2TLocal", needs=("adapter",)),
-    "speculative": Method(
-        "s2t.methods.speculative:Rejected", "s2t.methods.speculative:Residual", True, needs=("llm",), is_served=False
-    ),
-    "r2r": Method("s2t.methods.router:Routed", _TAKEOVER, needs=("llm",), is_served=False),
-    "specreason": Method("s2t.methods.steps:StepScore", _TAKEOVER, needs=("llm",), is_served=False),
-    "smart": Method("s2t.methods.steps:StepConfidence", _TAKEOVER, needs=("llm",), is_served=False),
-    "glimprouter": Method("s2t.methods.steps:StepEntropy", _TAKEOVER, needs=("llm",), is_served=False),
-    "relay": Method("s2t.methods.relay:Call", _TAKEOVER, needs=("llm",), is_served=False),
-    "contrastive": Method(_ALWAYS, "s2t.methods.contrast:Contrastive", needs=("llm",), is_served=False),
-    "context-aware": Method(_ALWAYS, "s2t.methods.contrast:ContextAware", needs=("bare",), is_served=False),
-    "dola": Method(_ALWAYS, "s2t.methods.contrast:DoLa", is_served=False),
-    "released": Method(
-        "s2t.methods.triggers:Divergence", "s2t.methods.select:S2TLocal", needs=("llm", "adapter"), is_served=False
-    ),
-    "multiplex": Method(sampling=True, mixes=True, is_served=False),
-    "confidence": Method(reads="s2t.methods.answers:Confidence", is_served=False),
-    "cascade": Method(over=_BOTH, answers="s2t.methods.answers:Cascade", is_served=False),
-    "frugalgpt": Method(over=_BOTH, answers="s2t.methods.answers:FrugalGPT", is_served=False),
-    "knn-routing": Method(over=_BOTH, answers="s2t.methods.answers:NearestNeighbours", is_served=False),
-    "borda": Method(over=("self-certainty",), answers="s2t.methods.votes:Borda", is_served=False),
-    "deepconf": Method(over=("self-certainty",), answers="s2t.methods.votes:DeepConf", is_served=False),
+    "greedy": Method(is_served=True),
+    "sample": Method(sampling=True, is_served=True),
+    "self-consistency": Method(sampling=True, samples=True, is_served=True),
+    "self-certainty": Method(sampling=True, samples=True, reads="s2t.methods.sample:SelfCertainty", is_served=True),
+    "llm": Method(needs=("llm",), is_served=True),
+    "takeover": Method("divergence", "s2t.methods.select:Takeover", needs=("llm",), is_served=True),
+    "s2t": Method("divergence", "s2t.methods.select:S2T", needs=("llm",), is_served=True),
+    "s2t-local": Method("criticality", "s2t.methods.select:S2TLocal", needs=("adapter",), is_served=True),
+    "speculative": Method("s2t.methods.speculative:Rejected", "s2t.methods.speculative:Residual", True, needs=("llm",)),
+    "r2r": Method("s2t.methods.router:Routed", _TAKEOVER, needs=("llm",)),
+    "specreason": Method("s2t.methods.steps:StepScore", _TAKEOVER, needs=("llm",)),
+    "smart": Method("s2t.methods.steps:StepConfidence", _TAKEOVER, needs=("llm",)),
+    "glimprouter": Method("s2t.methods.steps:StepEntropy", _TAKEOVER, needs=("llm",)),
+    "relay": Method("s2t.methods.relay:Call", _TAKEOVER, needs=("llm",)),
+    "contrastive": Method(_ALWAYS, "s2t.methods.contrast:Contrastive", needs=("llm",)),
+    "context-aware": Method(_ALWAYS, "s2t.methods.contrast:ContextAware", needs=("bare",)),
+    "dola": Method(_ALWAYS, "s2t.methods.contrast:DoLa"),
+    "released": Method("s2t.methods.triggers:Divergence", "s2t.methods.select:S2TLocal", needs=("llm", "adapter")),
+    "multiplex": Method(sampling=True, mixes=True),
+    "confidence": Method(reads="s2t.methods.answers:Confidence"),
+    "cascade": Method(over=_BOTH, answers="s2t.methods.answers:Cascade"),
+    "frugalgpt": Method(over=_BOTH, answers="s2t.methods.answers:FrugalGPT"),
+    "knn-routing": Method(over=_BOTH, answers="s2t.methods.answers:NearestNeighbours"),
+    "borda": Method(over=("self-certainty",), answers="s2t.methods.votes:Borda"),
+    "deepconf": Method(over=("self-certainty",), answers="s2t.methods.votes:DeepConf"),
 }
 
 STRATEGIES = tuple(METHODS)

@@ -264,7 +264,7 @@ class EngineRound(Round):
             return
         if states is not None and hidden is not None:
             index = self._chosen[place][1]
-            engine.keep_branch([row.slot], torch.tensor([index - 1]))
+            engine.keep_branch([row.slot], torch.tensor([index - 1]))  # it holds candidates 1 to K - 1, see _read
             hidden[row.slot] = states[index]
         else:
             engine.crop([row.slot], [engine.lengths[row.slot] - 1])
