@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from s2t.model.chat import stop_ids
 from s2t.model.flops import FlopCount
 from s2t.model.gguf.file import Header, find_gguf
 from s2t.model.gguf.flops import GgufFlops
 from s2t.model.gguf.tokenizer import load_tokenizer, stop_ids_of
-from s2t.model.load import check_is_no_file, count_params, one_line, quiet
+from s2t.model.load import check_is_no_file, load_without_weights, one_line, quiet
 from s2t.model.reserved import choose_reserved_ids
 from s2t.model.tiny import embedded_path, is_embedded
 
@@ -43,26 +42,13 @@ def load_outline(name: str, revision: str | None = None, trust_remote_code: bool
     with quiet(), one_line(name, revision):
         if (header := find_gguf(source, revision)) is not None:
             return _of_gguf(name, header)
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
         try:
-            config = AutoConfig.from_pretrained(source, **options)
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            known = load_without_weights(name, revision, trust_remote_code)
         except Exception:  # whatever a config raises: a tokenizer alone is enough
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
             return Outline(name, tokenizer, max(tokenizer.get_vocab().values()) + 1, stop_ids(tokenizer, None))
-        try:
-            eos = GenerationConfig.from_pretrained(source, revision=revision or "main").eos_token_id
-        except OSError:  # it has none
-            eos = getattr(config, "eos_token_id", None)
-        rows = model.get_input_embeddings().weight.shape[0]
-        return Outline(
-            name,
-            tokenizer,
-            min(max(tokenizer.get_vocab().values()) + 1, rows),
-            stop_ids(tokenizer, eos),
-            count_params(model),
-            FlopCount(model, model.config.get_text_config(decoder=True)),
-        )
+    flops = FlopCount(known.model, known.model.config.get_text_config(decoder=True))
+    return Outline(name, known.tokenizer, known.vocab_size, known.stop_ids, known.num_params, flops)
 
 
 def _of_gguf(name: str, header: Header) -> Outline:
