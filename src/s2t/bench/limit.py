@@ -96,8 +96,9 @@ class Products:
 
 def _layers(model: nn.Module) -> Iterator[nn.Module]:
     """Linear layers, those with a LoRA as a whole."""
+    parts = {"base_layer", "lora_A", "lora_B"}
     for name, layer in model.named_modules():
-        if hasattr(layer, "base_layer") or (isinstance(layer, nn.Linear) and not {"base_layer", "lora_A", "lora_B"} & set(name.split("."))):
+        if hasattr(layer, "base_layer") or (isinstance(layer, nn.Linear) and not parts & set(name.split("."))):
             yield layer
 
 

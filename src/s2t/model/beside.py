@@ -1,4 +1,4 @@
-"""Attention of training: a few tokens of every group, each beside a prefix and itself, with the prefix's keys and values as they lie.
+"""Attention of training: a few tokens of every group, each beside a prefix, whose keys and values stay as they lie, and itself.
 
 Nothing is joined or copied for groups of one prefix, and no gradient is computed for a frozen prefix. Plain products: what SDPA
 does for so few queries is slower on a CPU, ten times in half precision when gradients go back.
@@ -21,7 +21,7 @@ NAME = "s2t_beside"
 
 @dataclass(slots=True)
 class Beside:
-    """Keys and values of the prefixes in each layer, [X, kv_heads, D], and where those of each row lie, [N, T] or of all [1, T]."""
+    """Keys and values of prefixes in each layer, [X, kv_heads, D], and where those of each row lie, [N, T], or of all, [1, T]."""
 
     layers: Sequence[tuple[Tensor, Tensor]]
     index: Tensor
@@ -43,14 +43,16 @@ def attend_beside(
     beside: Beside | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """query [N, heads, K, D], key and value [N, kv_heads, K, D] of the tokens, mask [N, 1, K, T] of the prefix; [N, K, heads, D]."""
+    """query [N, heads, K, D], key and value [N, kv_heads, K, D] of tokens, mask [N, 1, K, T] of prefixes; [N, K, heads, D]."""
     if beside is None or attention_mask is None or kwargs.get("s_aux") is not None:
         raise ModelError(
             f"the attention of {type(module).__name__} cannot read beside a prefix; use a plain-attention model."
         )
     keys, values = beside.of(module.layer_idx)  # type: ignore[arg-type]
     width = keys.shape[2]
-    queries = query.mul(scaling or query.shape[-1] ** -0.5).unflatten(1, (key.shape[1], -1))  # [N, kv_heads, shared, K, D]
+    queries = query.mul(scaling or query.shape[-1] ** -0.5).unflatten(
+        1, (key.shape[1], -1)
+    )  # [N, kv_heads, shared, K, D]
     before = _times(queries, keys.transpose(-1, -2))  # [N, kv_heads, shared, K, T]
     own = (queries.float() * key.unsqueeze(2).float()).sum(-1, keepdim=True)  # a token sees no other of its group
     scores = torch.cat([before, own.to(before.dtype)], dim=-1)

@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 
-
 def causal_mask(positions: Tensor, extent: int) -> Tensor:
     """Token at position p sees columns [0, p]; positions [n, T] -> bool [n, 1, T, extent]."""
     columns = torch.arange(extent, device=positions.device)

@@ -26,7 +26,15 @@ from s2t.errors import ConfigError
 from s2t.files import RunFolder, read_json, versions, write_json
 from s2t.model.head import Head
 from s2t.model.load import LoadedModel, load_model
-from s2t.model.lora import DISTILL_CONFIG, find_lora, lora_parameters, new_lora, save_lora, trained_in_half, tuner_layers
+from s2t.model.lora import (
+    DISTILL_CONFIG,
+    find_lora,
+    lora_parameters,
+    new_lora,
+    save_lora,
+    trained_in_half,
+    tuner_layers,
+)
 from s2t.model.merged import PROBLEMS_FILE, base_model
 from s2t.model.tiny import is_embedded
 from s2t.tasks.problems import heldout_templates
