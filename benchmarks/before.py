@@ -60,7 +60,7 @@ def main() -> None:
     after = Side(Path(__file__).resolve().parents[1], given)
     before = Side(args.checkout.resolve(), given)
     stages = [name for name in before.names if name in after.names]
-    rounds = [{name: _turn(name, before, after) for name in stages} for _ in range(args.repeats + 1)][1:]
+    rounds = [{name: _turn(i, name, before, after) for name in stages} for i in range(args.repeats + 1)][1:]
     rows = {name: [statistics.median(one[name][i] for one in rounds) for i in range(3)] for name in stages}
     for name, (old, new, floor) in rows.items():
         of_floor = f"{old / floor:5.2f} -> {new / floor:5.2f} times its products"
@@ -69,9 +69,13 @@ def main() -> None:
     print(json.dumps({name: dict(zip(keys, values, strict=True)) for name, values in rows.items()}))
 
 
-def _turn(name: str, before: Side, after: Side) -> tuple[float, float, float]:
-    new = after.seconds(name)  # first: what it runs is noted for its products
-    return before.seconds(name), new, after.seconds(name + PRODUCTS)
+def _turn(number: int, name: str, before: Side, after: Side) -> tuple[float, float, float]:
+    """Seconds before, after, and of the products; who goes first changes from round to round."""
+    if number % 2:
+        old, new = before.seconds(name), after.seconds(name)
+    else:  # the first round, too: what it runs is noted for its products
+        new, old = after.seconds(name), before.seconds(name)
+    return old, new, after.seconds(name + PRODUCTS)
 
 
 def _parser() -> argparse.ArgumentParser:
