@@ -76,7 +76,7 @@ def read(adapter: SelectorAdapter, data: GroupData, t: Trajectory, k: int) -> di
         part = slice(at, at + AT_ONCE)
         own = make_batch([t], data.threshold, warmup, device, has_ids=False)
         own.group_row, own.prefix_lengths = rows[part], columns[part] + 1
-        beside = _read_beside(adapter, batch.step_ids[part, None], columns[part], prefixes.groups(own))
+        beside = _read_beside(adapter, batch.step_ids[part, None], columns[part], prefixes.beside(own))
         readings.append(adapter.readings(beside, ids[part]))
     adapter.act(False)
     choice = np.zeros(len(states), dtype=np.int64)  # place of the LLM's token; the SLM's own where they agree

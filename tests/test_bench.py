@@ -156,7 +156,10 @@ def test_the_products_of_a_rollout_are_those_of_its_layers_at_its_rows():
     [_] = runs["training step"]()
     noted = work.products["training step"].noted
     assert {one.is_trained_through for one in noted} == {True, False}  # the prefix is read without gradients
-    assert all(one.weight.shape[0] != 16 and one.weight.shape[1] != 16 for one in noted)  # no LoRA
+    lora = [one for one in noted if 16 in one.weight.shape]  # what is trained, on the groups' own tokens alone
+    assert len(lora) == 2 * len(work.train.trainer.adapter.layers)
+    assert all(one.is_trained and one.rows == work.config.groups for one in lora)
+    assert sum(one.is_trained for one in noted) == len(lora)
 
 
 def test_the_script_for_a_gpu_runs_on_a_cpu(capsys):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from s2t.core.candidates import best_ids, mask_forbidden, propose
+from s2t.core.candidates import best_ids, logprobs_at, mask_forbidden, propose
 from s2t.errors import ConfigError
 
 logit_rows = st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=30)
@@ -35,8 +35,8 @@ def test_candidates_of_equal_logits_begin_with_the_lowest_id():
 def test_the_best_id_is_the_lowest_of_equals_and_a_nan_where_there_is_one(dtype):
     nan, inf = float("nan"), float("inf")
     rows = torch.tensor([[0.0, 2.0, 2.0], [1.0, nan, 5.0], [-inf, -inf, -inf], [-inf, inf, inf]], dtype=dtype)
-    assert best_ids(rows).tolist() == [[1], [1], [0], [1]]
-    assert best_ids(rows[:0]).shape == (0, 1)
+    assert best_ids(rows).tolist() == [1, 1, 0, 1]
+    assert best_ids(rows[:0]).shape == (0,)
 
 
 def test_rows_are_proposed_independently():
@@ -75,3 +75,26 @@ def test_reserved_ids_are_never_proposed_whatever_the_logits(row, data):
     ids, logprobs = propose(logits, 12 - len(forbidden))
     assert not forbidden & set(ids[0].tolist())
     assert logprobs.exp().sum() == pytest.approx(1, abs=1e-4)
+
+
+@given(row=logit_rows | tied_rows)
+def test_the_best_of_half_precision_is_the_argmax_of_the_same_numbers(row):
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        logits = torch.tensor([row, row[::-1]]).to(dtype)
+        assert torch.equal(best_ids(logits), logits.float().argmax(-1))
+
+
+def test_the_best_of_a_row_with_nan_is_the_nan():
+    logits = torch.tensor([[1.0, float("nan"), 2.0]])
+    assert best_ids(logits).tolist() == best_ids(logits.bfloat16()).tolist() == [1]
+
+
+def test_half_precision_is_summed_in_float32():
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(9, 5000)).bfloat16()
+    ids, logprobs = propose(logits, 5)
+    same, wanted = propose(logits.float(), 5)
+    assert logprobs.dtype == torch.float32
+    torch.testing.assert_close(logprobs, wanted)
+    torch.testing.assert_close(logprobs_at(logits, same), wanted)
+    assert torch.equal(ids[:, 0], same[:, 0])

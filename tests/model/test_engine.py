@@ -7,6 +7,7 @@ import torch
 from transformers import Qwen2Config
 
 from s2t.errors import ModelError
+from s2t.model import engine as engines
 from s2t.model.cache import GROWTH, check_cacheable
 from s2t.model.engine import Engine
 from s2t.model.load import wrap_model
@@ -394,3 +395,51 @@ def test_rows_may_come_in_any_order_and_with_gaps(random_model):
         close(engine.head(state), plain(loaded, [*PROMPTS[place], token]))
     assert engine.work[7].forwards == 2
     assert engine.work[3].forwards == 0
+
+
+# Prompts in parts
+
+
+@every_family
+def test_prompts_that_run_in_parts_give_what_they_give_at_once(loaded, monkeypatch):
+    whole, wanted = prefilled(loaded, max_rows=5)
+    monkeypatch.setitem(engines._PROMPT_TOKENS, "cpu", 14)
+    engine, hidden = prefilled(loaded, max_rows=5)
+    close(hidden, wanted)
+    assert engine.lengths == whole.lengths and engine.work == whole.work
+    rows, tokens = [0, 1, 2, 3, 4], [[11], [12], [13], PROMPTS[1], PROMPTS[0]]  # 19 tokens: steps and two prompts
+    ids = candidates(2)
+    for one, other in zip(engine.step(rows, tokens, [0, 2], ids), whole.step(rows, tokens, [0, 2], ids), strict=True):
+        close(one, other)
+    assert engine.lengths == whole.lengths == [6, 12, 9, 11, 5]
+    for row in rows:
+        close(engine.head(engine.extend([row], [[17]])), whole.head(whole.extend([row], [[17]])))
+
+
+@every_family
+def test_states_that_are_read_in_parts_are_the_same(loaded, monkeypatch):
+    last = [3, 5, 1]
+    wanted = Engine(loaded, 3).read(ROWS, PROMPTS, last)
+    monkeypatch.setitem(engines._PROMPT_TOKENS, "cpu", 9)
+    found = Engine(loaded, 3).read(ROWS, PROMPTS, last)
+    assert [len(states) for states in found] == last
+    for one, other in zip(found, wanted, strict=True):
+        close(one, other)
+
+
+def test_no_part_holds_more_than_the_limit_but_for_a_prompt_that_does_alone(models, monkeypatch):
+    engine = Engine(models["qwen2"], 6)
+    monkeypatch.setitem(engines._PROMPT_TOKENS, "cpu", 10)
+    assert engine._parts([[1] * 4, [1], [1] * 6, [1] * 30, [1] * 2, [1]]) == [[0, 2], [3], [4], [1, 5]]
+    assert engine._parts([[1]] * 10) == [list(range(10))]
+
+
+def test_logits_in_the_models_own_dtype_are_those_that_are_cast(random_model):
+    for family in ("qwen2", "gemma2-eager"):  # one caps its logits, in float32
+        loaded = random_model(family)
+        loaded.model.to(torch.bfloat16)
+        engine = Engine(loaded, 1)
+        hidden = engine.extend([0], [PROMPTS[0]])
+        own = engine.own_logits(hidden)
+        assert own.dtype == (torch.bfloat16 if family == "qwen2" else torch.float32)
+        assert torch.equal(own.float(), engine.logits(hidden)) and engine.logits(hidden).dtype == torch.float32

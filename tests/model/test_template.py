@@ -208,6 +208,15 @@ def test_a_slow_start_is_waited_for_longer_than_a_rendering(monkeypatch):
         renderer._started()
 
 
+def test_the_packages_own_template_needs_no_process_and_is_written_the_same(tokenizer):
+    template._RENDERER.close()
+    turns = [{"role": "user", "content": "1 + 1 = {{ 2 }}"}, {"role": "assistant", "content": "2"}, USER]
+    text = chat_text(tokenizer, turns)
+    assert template._RENDERER._process is None
+    assert written(tokenizer, tokenizer.chat_template + "{# of somebody else #}", turns) == text
+    assert template._RENDERER._process is not None
+
+
 def test_any_text_survives_the_way_there_and_back(tokenizer):
     text = 'a"\\\n\u2028\u0000é🙂' + chr(0xD800)
     assert written(tokenizer, TEXTS, [{"role": "user", "content": text}]) == f"<user>{text}"

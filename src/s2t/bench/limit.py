@@ -21,17 +21,24 @@ from s2t.bench.timing import Contestant
 from s2t.bench.train import TrainBench
 from s2t.config import BenchConfig
 from s2t.decode.label import label
+from s2t.model.half_lora import is_acting
 
 ALONE = " (products)"
 
 
 @dataclass(slots=True)
 class Product:
-    """One weight [out, in] that met so many rows; with `is_trained_through` gradients went back through it."""
+    """One weight [out, in] that met so many rows; gradients went back through it, or to it as well."""
 
     weight: Tensor
     rows: int
     is_trained_through: bool
+    is_trained: bool = False
+
+    @property
+    def flops(self) -> float:
+        """Multiplications and additions."""
+        return 2.0 * self.rows * self.weight.numel() * (1 + self.is_trained_through + self.is_trained)
 
 
 class Products:
@@ -44,24 +51,24 @@ class Products:
 
     @contextmanager
     def noting(self) -> Iterator[None]:
-        """Note what the linear layers of the models do inside the block; a LoRA's own are no weights of the model."""
+        """Note what the linear layers of the models do inside the block, and what a LoRA does that is being trained."""
         self.noted = []
-        layers = [
-            layer
-            for model in self.models
-            for name, layer in model.named_modules()
-            if isinstance(layer, nn.Linear) and "lora_" not in name
-        ]
-        hooks = [layer.register_forward_hook(self._note) for layer in layers]
+        hooks = [layer.register_forward_hook(self._note) for model in self.models for layer in _layers(model)]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _note(self, layer: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
-        rows = args[0].numel() // layer.in_features
-        self.noted.append(Product(layer.weight, rows, torch.is_grad_enabled() and args[0].requires_grad))
+    def _note(self, layer: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+        weight = getattr(layer, "base_layer", layer).weight
+        rows, is_trained_through = args[0].numel() // weight.shape[1], torch.is_grad_enabled() and args[0].requires_grad
+        self.noted.append(Product(weight, rows, is_trained_through))
+        if not hasattr(layer, "base_layer") or not output.requires_grad or not is_acting(layer):
+            return
+        for name in layer.active_adapters:
+            down, up = (part[name].weight.detach().to(weight.dtype) for part in (layer.lora_A, layer.lora_B))
+            self.noted += [Product(down, rows, is_trained_through, True), Product(up, rows, True, True)]
 
     @torch.inference_mode()
     def run(self) -> Iterator[object]:
@@ -71,6 +78,8 @@ class Products:
         for product in reversed(self.noted):
             if product.is_trained_through:
                 torch.mm(self._rows(product.rows, product.weight, 0), product.weight)
+            if product.is_trained:
+                torch.mm(self._rows(product.rows, product.weight, 0).T, self._rows(product.rows, product.weight, 1))
         yield
 
     def _rows(self, rows: int, weight: Tensor, side: int) -> Tensor:
@@ -82,7 +91,15 @@ class Products:
     @property
     def flops(self) -> float:
         """Multiplications and additions of one run."""
-        return sum(2.0 * one.rows * one.weight.numel() * (1 + one.is_trained_through) for one in self.noted)
+        return sum(one.flops for one in self.noted)
+
+
+def _layers(model: nn.Module) -> Iterator[nn.Module]:
+    """Linear layers, those with a LoRA as a whole."""
+    parts = {"base_layer", "lora_A", "lora_B"}
+    for name, layer in model.named_modules():
+        if hasattr(layer, "base_layer") or (isinstance(layer, nn.Linear) and not parts & set(name.split("."))):
+            yield layer
 
 
 class LimitBench:

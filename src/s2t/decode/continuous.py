@@ -113,7 +113,7 @@ class ContinuousDecoder(Decoder):
         tokens = list(greedy)
         for how, places in groups.items():
             draws = self.batch.draws([rows[place] for place in places], [depth] * len(places))
-            sampled = how.draw(logits[places], draws)
+            sampled = how.draw(logits[places].float(), draws)
             for place, token in zip(places, sampled, strict=True):
                 tokens[place] = token
         return tokens
@@ -133,7 +133,7 @@ class ContinuousDecoder(Decoder):
             return {}
         wanted = list(asked)
         width = min(max(*asked.values(), 1), self.engine.vocab_size)
-        ids, logprobs = (found.tolist() for found in propose(round.logits[wanted], width))
+        ids, logprobs = (found.tolist() for found in propose(round.own_logits[wanted], width))
         criticality: Sequence[float | None] = [None] * len(wanted)
         if self.reader is not None:
             criticality = self.reader.criticality(round.hidden[wanted]).tolist()
@@ -149,6 +149,6 @@ def _reading(
     if token in likeliest.ids:
         logprob = likeliest.logprobs[likeliest.ids.index(token)]
     else:
-        logits = round.logits[place : place + 1]
+        logits = round.own_logits[place : place + 1]
         logprob = float(logprobs_at(logits, torch.tensor([[token]], device=logits.device)))
     return StepReading(logprob, likeliest, criticality)

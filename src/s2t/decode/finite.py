@@ -18,7 +18,7 @@ from s2t.model.checkpoint import not_finite
 
 def best_tokens(logits: Tensor, name: str) -> list[int]:
     """The likeliest token of each row; [n, V] -> n. Raises ModelError where a row holds NaN or infinity, or nothing but -inf."""
-    best = best_ids(logits)  # of a NaN, where there is one
+    best = best_ids(logits)[:, None]  # of a NaN, where there is one
     tokens = torch.where(logits.gather(-1, best).isfinite(), best, -1)[:, 0].tolist()
     if min(tokens, default=0) < 0:
         raise not_finite(name)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from s2t.core.candidates import argmax_first, mask_forbidden
+from s2t.core.candidates import argmax_first
 from s2t.core.support import (
     Distribution,
     align_vocabulary,
@@ -159,8 +159,8 @@ def llm_targets(
         hidden = _states(engine, [prompts[i] for i in batch], [generated[i] for i in batch])
         parts = []
         for chunk in hidden.split(_steps_at_once(llm)):
-            logits = mask_forbidden(align_vocabulary(engine.head(chunk), slm.vocab_size), forbidden, slm.vocab_size)
-            for rows in logits.split(rows_at_once(logits.shape[-1], logits.device)):
+            logits = align_vocabulary(engine.head.own(chunk), slm.vocab_size).index_fill_(-1, forbidden, float("-inf"))
+            for rows in map(Tensor.float, logits.split(rows_at_once(logits.shape[-1], logits.device))):
                 ids = rows.topk(size, dim=-1).indices
                 parts.append((ids.int().cpu().numpy(), bucket_probs(rows / temperature, ids).cpu().numpy()))
         ends = np.cumsum([len(generated[i]) for i in batch])[:-1]
@@ -251,7 +251,7 @@ class _PairReader:
         parts = [
             part
             for i in range(0, len(slm_hidden), size)
-            for part in self._compare(self.slm.logits(slm_hidden[i : i + size]), llm_logits(slice(i, i + size)))
+            for part in self._compare(self.slm.own_logits(slm_hidden[i : i + size]), llm_logits(slice(i, i + size)))
         ]
         columns = [np.concatenate([part[c] for part in parts]) for c in range(6)]
         self._check(columns)
@@ -298,7 +298,7 @@ class _PairReader:
         llm, size, forbidden = self.llm, self.slm.vocab_size, self.slm.forbidden_ids
         assert llm is not None
         hidden = _states(llm, prompts, generated)
-        return lambda part: mask_forbidden(align_vocabulary(llm.head(hidden[part]), size), forbidden, size)
+        return lambda part: align_vocabulary(llm.head.own(hidden[part]), size).index_fill_(-1, forbidden, float("-inf"))
 
     def _listed_logits(self, listed: Sequence[Listed]) -> Callable[[slice], Tensor]:
         whole, size, forbidden = Listed.joined(listed), self.slm.vocab_size, self.slm.forbidden_ids
@@ -308,7 +308,7 @@ class _PairReader:
         """The columns of `Labels` for all steps, in parts of as many as a CPU's caches hold; [n, V] each."""
         size = rows_at_once(slm_logits.shape[-1], slm_logits.device)
         pairs = zip(slm_logits.split(size), llm_logits.split(size), strict=True)
-        return [tuple(value.cpu().numpy() for value in self._labels(*pair)) for pair in pairs]
+        return [tuple(value.cpu().numpy() for value in self._labels(*map(Tensor.float, pair))) for pair in pairs]
 
     def _labels(self, slm_logits: Tensor, llm_logits: Tensor) -> tuple[Tensor, ...]:
         """The columns of `Labels`, each distribution read in one pass."""

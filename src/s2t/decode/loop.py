@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from s2t.core.candidates import propose
+from s2t.core.candidates import best_ids, propose
 from s2t.core.sampling import uniforms
 from s2t.decode.batch import Batch
 from s2t.decode.draft import DraftLength
@@ -101,7 +101,7 @@ class Decoder:
         round = self._propose()
         fired = self._fired(round)
         if fired and strategy.selector is not None:
-            logits = round.logits if len(fired) == len(round.rows) else round.logits[fired]
+            logits = round.own_logits if len(fired) == len(round.rows) else round.own_logits[fired]
             candidates = Proposal(*propose(logits, strategy.num_candidates))
             selection = strategy.selector.choose(round, fired, candidates)
             round.note_choice(fired, candidates, selection, self.batch.name_of(strategy.needs_llm))
@@ -146,7 +146,7 @@ class Decoder:
 
     def _logits(self, rows: Sequence[Row], states: Tensor) -> Tensor:
         if self.adjust is None:
-            return self.engine.logits(states)
+            return self.engine.own_logits(states)
         adjusted = self.adjust([row.request.index for row in rows], self.engine.head(states))
         return self.engine.mask(adjusted.clone())  # whoever adjusts may keep what it returned
 
@@ -180,7 +180,7 @@ class Decoder:
     def _tokens(self, rows: Sequence[Row], logits: Tensor, greedy: list[int], depth: int = 0) -> list[int]:
         """The rows' next tokens, at one depth of their drafts: the greedy ones, or samples."""
         how = self.strategy.sampling
-        return greedy if how is None else how.draw(logits, self.batch.draws(rows, [depth] * len(rows)))
+        return greedy if how is None else how.draw(logits.float(), self.batch.draws(rows, [depth] * len(rows)))
 
     def _mix(self, round: EngineRound) -> None:
         """Draw the other samples of a mixture; the written token is the first of them."""
@@ -219,10 +219,10 @@ class Decoder:
 
     def _trace(self, round: EngineRound) -> None:
         """Note the candidates of every place and, where the trigger reads the LLM, what it says of them."""
-        proposal = Proposal(*propose(round.logits, self.strategy.num_candidates))
+        proposal = Proposal(*propose(round.own_logits, self.strategy.num_candidates))
         details: list[dict] = [{"candidates": own} for own in candidates_of(proposal)]
         if "llm" in self.strategy.trigger.needs:
-            top = round.llm_logits().argmax(-1).tolist()
+            top = best_ids(round.own_llm_logits()).tolist()
             probs = known(round.llm_logprobs(range(len(top)), proposal.ids).exp())
             for place, detail in enumerate(details):
                 detail.update(llm_probs=probs[place], llm_top_id=top[place])

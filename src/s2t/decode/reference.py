@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from s2t.core.candidates import mask_forbidden
 from s2t.core.support import align_vocabulary
 from s2t.model.engine import Engine
 from s2t.model.flops import Work
@@ -56,7 +55,7 @@ class Reference(ABC):
         slm_logits: Tensor,
         forbidden_ids: Tensor,
     ) -> Tensor:
-        """Masked next-token logits at some places, on the SLM's vocabulary; slm_logits [n, V] -> [n, V]."""
+        """Masked next-token logits at some places, on the SLM's vocabulary, of any dtype; slm_logits [n, V] -> [n, V]."""
 
     def look_up(
         self,
@@ -138,8 +137,8 @@ class ModelReference(EngineReference):
         states = self.states(drafts)
         hidden = torch.stack([states[row][offset] for row, offset in wanted])  # [n, H']
         size = slm_logits.shape[-1]
-        logits = align_vocabulary(self.engine.head(hidden).to(slm_logits.device), size)
-        return mask_forbidden(logits, forbidden_ids, size)
+        logits = align_vocabulary(self.engine.head.own(hidden).to(slm_logits.device), size)
+        return logits.index_fill_(-1, forbidden_ids, float("-inf"))  # fresh: masked in place
 
     @torch.inference_mode()
     def ask(self, drafts: Mapping[int, Sequence[int]], suffix_ids: Sequence[int], answer_ids: Sequence[int]) -> Tensor:

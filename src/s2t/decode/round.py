@@ -41,7 +41,7 @@ class EngineRound(Round):
     ) -> None:
         self.texts = texts
         self.batch, self.rows, self.offsets = batch, rows, offsets
-        self.hidden, self.logits, self.greedy, self.tokens = hidden, logits, greedy, tokens
+        self.hidden, self.own_logits, self.greedy, self.tokens = hidden, logits, greedy, tokens
         self.num_written = [row.steps + offset for row, offset in zip(rows, offsets, strict=True)]
         self.places: dict[Row, list[int]] = {}  # a row's, in order
         for place, row in enumerate(rows):
@@ -55,11 +55,18 @@ class EngineRound(Round):
         self._waiting: dict[int, Tensor | None] = {}
         """Places whose rows feed their greedy tokens until they have chosen -> states [K, H] of a branch that may be kept."""
         self.num_listed = batch.reference.num_listed if batch.reference is not None else None
+        self._logits: Tensor | None = None
         self._llm_logits: Tensor | None = None
         self._has_run = False
         self._ends_with_steps = False
 
     # What methods may ask for
+
+    @property
+    def logits(self) -> Tensor:
+        if self._logits is None:
+            self._logits = self.own_logits.float()
+        return self._logits
 
     @property
     def draws(self) -> Tensor:
@@ -107,12 +114,15 @@ class EngineRound(Round):
         return self.batch.engine.adapter
 
     def llm_logits(self, places: Sequence[int] | None = None) -> Tensor:
+        return self.own_llm_logits(places).float()
+
+    def own_llm_logits(self, places: Sequence[int] | None = None) -> Tensor:
         if self._llm_logits is not None:
             return self._llm_logits if places is None else self._llm_logits[list(places)]
         reference, every = self.batch.reference, places is None or len(places) == len(self.rows)
         assert reference is not None, "the method needs the LLM"
         wanted = range(len(self.rows)) if places is None else places
-        own = self.logits if every else self.logits[list(wanted)]
+        own = self.own_logits if every else self.own_logits[list(wanted)]
         logits = reference.logits(*self._asked(wanted), own, self.batch.engine.forbidden_ids)
         if places is None:
             self._llm_logits = logits
@@ -120,7 +130,7 @@ class EngineRound(Round):
 
     def llm_logprobs(self, places: Sequence[int], ids: Tensor, must_order: bool = False) -> Tensor:
         assert self.batch.reference is not None
-        logprobs = logprobs_at(self.llm_logits(places), ids)
+        logprobs = logprobs_at(self.own_llm_logits(places), ids)
         return self.batch.reference.look_up(*self._asked(places), ids, logprobs, must_order)
 
     def _asked(self, places: Sequence[int]) -> tuple[list[tuple[int, int]], dict[int, list[int]]]:

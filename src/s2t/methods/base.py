@@ -32,10 +32,15 @@ class Round(ABC):
     """What each place takes unless a selector chooses: the greedy token, or a sample."""
     hidden: Tensor
     """[n, H], the states that the logits come from."""
-    logits: Tensor
-    """[n, V] of the SLM, reserved ids at -inf."""
+    own_logits: Tensor
+    """As `logits`, in the model's own dtype: for what compares them, or casts a few rows at a time."""
     num_listed: int | None
     """Likeliest tokens that the LLM's logits are true of; None for all."""
+
+    @property
+    @abstractmethod
+    def logits(self) -> Tensor:
+        """[n, V] of the SLM, float32, reserved ids at -inf."""
 
     @property
     @abstractmethod
@@ -92,7 +97,11 @@ class Round(ABC):
 
     @abstractmethod
     def llm_logits(self, places: Sequence[int] | None = None) -> Tensor:
-        """The LLM's next-token logits on the SLM's vocabulary, at some places or at all; [len(places), V] or [n, V]."""
+        """The LLM's next-token logits on the SLM's vocabulary, float32, at some places or at all; [len(places), V] or [n, V]."""
+
+    @abstractmethod
+    def own_llm_logits(self, places: Sequence[int] | None = None) -> Tensor:
+        """The same in the LLM's own dtype."""
 
     @abstractmethod
     def llm_logprobs(self, places: Sequence[int], ids: Tensor, must_order: bool = False) -> Tensor:

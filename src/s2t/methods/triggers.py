@@ -46,7 +46,7 @@ class Entropy(Trigger):
     name = "entropy"
 
     def read(self, round: Round) -> Tensor:
-        return in_parts(entropy, round.logits)
+        return in_parts(entropy, round.own_logits)
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Divergence(Trigger):
     def read(self, round: Round) -> Tensor:
         support, size = resolve_support(self.support, self.support_size, self.kind, round.num_listed)
         between = partial(divergence, support_size=size, kind=self.kind, support=support)
-        return in_parts(between, round.llm_logits(), round.logits)
+        return in_parts(between, round.own_llm_logits(), round.own_logits)
 
 
 class Criticality(Trigger):

@@ -27,7 +27,7 @@ from s2t.model.adapter_config import AdapterConfig, adapter_config, check_weight
 from s2t.model.card import EVAL_FILE, adapter_card
 from s2t.model.head import Head
 from s2t.model.load import LoadedModel
-from s2t.model.lora import import_peft, lora_parameters, new_lora, quiet_peft
+from s2t.model.lora import import_peft, lora_parameters, new_lora, quiet_peft, tuner_layers
 from s2t.model.merged import (
     ADAPTER_FOLDER,
     CONFIG_FILE,
@@ -107,7 +107,7 @@ class SelectorAdapter(SelectorReader):
     def __init__(self, loaded: LoadedModel, config: AdapterConfig, peft_model: Any = None) -> None:
         self.peft_model = peft_model if peft_model is not None else _new_peft_model(loaded, config)
         super().__init__(loaded, config, self.peft_model.get_base_model(), reserved_of(config, loaded))
-        self._layers = _tuner_layers(self.base_model)
+        self.layers = tuner_layers(self.base_model)
         self._acting: bool | None = None
         self.base_model.__dict__[_ATTACHED] = self
         self.act(False)
@@ -116,7 +116,7 @@ class SelectorAdapter(SelectorReader):
         """Switch the LoRA weights on or off for the forwards that follow."""
         if on == self._acting:
             return
-        for layer in self._layers:  # not by PEFT's own switch, which also changes what is trained
+        for layer in self.layers:  # not by PEFT's own switch, which also changes what is trained
             if on:
                 layer.__dict__.pop("forward", None)
             else:
@@ -129,7 +129,7 @@ class SelectorAdapter(SelectorReader):
     def acting_from(self, first: int, num_tokens: int) -> Iterator[None]:
         """Let the LoRA act on the tokens from place `first` of a flat forward of N on, and on no others."""
         assert not self._acting
-        hooks = [layer.register_forward_hook(partial(_add_lora, first, num_tokens)) for layer in self._layers]
+        hooks = [layer.register_forward_hook(partial(_add_lora, first, num_tokens)) for layer in self.layers]
         try:
             yield
         finally:
@@ -308,11 +308,6 @@ def reserved_of(config: AdapterConfig, loaded: LoadedModel) -> ReservedIds:
 
 def _new_peft_model(loaded: LoadedModel, config: AdapterConfig) -> Any:
     return new_lora(loaded.model, config.lora_rank, config.lora_alpha, config.lora_dropout)
-
-
-def _tuner_layers(model: nn.Module) -> list[Any]:
-    """The layers with a LoRA, ours or PEFT's."""
-    return [module for module in model.modules() if hasattr(module, "lora_A") and hasattr(module, "base_layer")]
 
 
 def _add_lora(first: int, num_tokens: int, layer: Any, args: tuple[Tensor, ...], output: Tensor) -> None:

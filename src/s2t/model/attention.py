@@ -151,10 +151,10 @@ def _softcapped(
 
 
 @contextmanager
-def slot_attention(config: Any) -> Iterator[None]:
-    """Let a model's attention run on slots inside the block; its own implementation is back afterwards."""
+def slot_attention(config: Any, name: str = NAME) -> Iterator[None]:
+    """Let a model's attention run on slots, or as another of ours, inside the block; its own is back afterwards."""
     own = config._attn_implementation_internal
-    config._attn_implementation_internal = NAME
+    config._attn_implementation_internal = name
     try:
         yield
     finally:

@@ -6,6 +6,7 @@ states, which `logits` turns into a distribution and the adapter into scores; no
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
@@ -14,16 +15,17 @@ import torch
 from torch import Tensor
 
 from s2t.model.adapter import BRANCH_SCOPES, SelectorReader, attached_adapter
-from s2t.model.attention import Segment, slot_attention
+from s2t.model.attention import slot_attention
 from s2t.model.cache import SlotCache
 from s2t.model.flops import FlopCount, Work
 from s2t.model.head import Head
+from s2t.model.layout import Layout
 from s2t.model.load import LoadedModel
 from s2t.model.mixtures import mixed_embeddings
 from s2t.model.static import StaticSteps
-from s2t.model.tree import causal_mask, tree_mask
 
-_FILLED_GAP = 4  # rows
+_PROMPT_TOKENS = {"cpu": 512}
+"""Of one forward, by device type: larger activations lie in memory that the system clears anew each time."""
 
 
 class Engine:
@@ -83,8 +85,13 @@ class Engine:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits with reserved ids and padding rows masked; [..., H] -> [..., vocab_size], float32."""
+        return self.own_logits(hidden).float()
+
+    @torch.inference_mode()
+    def own_logits(self, hidden: Tensor) -> Tensor:
+        """The same in the model's own dtype, for what compares them, or casts a few rows at a time."""
         own = hidden if not self.layers else hidden[..., : hidden.shape[-1] // (1 + len(self.layers))]
-        return self.mask(self.head(own))  # fresh: masked in place
+        return self.mask(self.head.own(own))  # fresh: masked in place
 
     def mask(self, logits: Tensor) -> Tensor:
         """Mask reserved ids in place and leave padding rows out; [..., V] -> [..., vocab_size]."""
@@ -100,7 +107,14 @@ class Engine:
     @torch.inference_mode()
     def read(self, rows: Sequence[int], tokens: Sequence[Sequence[int]], last: Sequence[int]) -> list[Tensor]:
         """As `extend`, but returns the hidden states of the last[i] tokens that were appended last, row by row, [last[i], H]."""
-        layout = _Layout(self.device)
+        parts = self._parts(tokens)
+        if len(parts) > 1:
+            found: dict[int, Tensor] = {}
+            for part in parts:
+                own = self.read([rows[i] for i in part], [tokens[i] for i in part], [last[i] for i in part])
+                found |= dict(zip(part, own, strict=True))
+            return [found[i] for i in range(len(rows))]
+        layout = Layout(self.device)
         starts = layout.add_tokens(rows, tokens, self.lengths)
         hidden = self._run(layout)
         self._advance(rows, tokens)
@@ -132,7 +146,14 @@ class Engine:
             and all(len(ids) == 1 for ids in tokens)
         ):
             return self._static_step(self._static, rows, [ids[0] for ids in tokens], branch_rows, candidate_ids, back)
-        layout = _Layout(self.device)
+        *before, last_part = self._parts(tokens)
+        if before:
+            states = [self.step([rows[i] for i in part], [tokens[i] for i in part])[0] for part in before]
+            own_rows, own_tokens = [rows[i] for i in last_part], [tokens[i] for i in last_part]
+            own, branch = self.step(own_rows, own_tokens, branch_rows, candidate_ids, back, mixtures)
+            order = torch.tensor([i for part in (*before, last_part) for i in part], device=self.device)
+            return torch.cat([*states, own])[order.argsort()], branch
+        layout = Layout(self.device)
         starts = layout.add_tokens(rows, tokens, self.lengths)
         count = layout.num_tokens
         if candidate_ids is not None:
@@ -210,7 +231,7 @@ class Engine:
         self.work[row] = Work()
 
     def _run(
-        self, layout: _Layout, branches_from: int | None = None, mixed: Mapping[int, Sequence[int]] | None = None
+        self, layout: Layout, branches_from: int | None = None, mixed: Mapping[int, Sequence[int]] | None = None
     ) -> Tensor:
         """One forward over all segments; hidden states [N, H] in the layout's order, earlier layers' behind the last one's."""
         ids, positions = layout.tensors()  # [1, N] each
@@ -251,6 +272,24 @@ class Engine:
             return nullcontext()
         return self.adapter.acting_from(first, num_tokens) if first < num_tokens else nullcontext()
 
+    def _parts(self, tokens: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Places of `tokens` that had better run in a forward each: whole prompts, and last those of single tokens."""
+        limit = _PROMPT_TOKENS.get(self.device.type, sys.maxsize)
+        if sum(map(len, tokens)) <= limit:
+            return [list(range(len(tokens)))]
+        parts: list[list[int]] = []
+        held = limit
+        for i, ids in enumerate(tokens):
+            if len(ids) == 1:
+                continue
+            if not parts or held + len(ids) > limit:
+                parts.append([])
+                held = 0
+            parts[-1].append(i)
+            held += len(ids)
+        single = [i for i, ids in enumerate(tokens) if len(ids) == 1]
+        return [*parts, single] if single else parts
+
     def _advance(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> None:
         widths = [len(ids) for ids in tokens]
         self._count(rows, widths, [self.lengths[row] + n / 2 for row, n in zip(rows, widths, strict=True)])
@@ -271,130 +310,3 @@ class Engine:
             work.forwards += 1
             work.processed += width
             work.flops += self._flops(width, context)
-
-
-class _Layout:
-    """The tokens of one forward in one flat line, and the segments that say where in the cache they belong."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.segments: list[Segment] = []
-        self.num_tokens = 0
-        self._ids: list[Tensor] = []
-
-    def add_tokens(self, rows: Sequence[int], tokens: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[int]:
-        """Lay out tokens[i] behind row rows[i]; returns the flat place of each row's first token.
-
-        Rows that add one token come first, then prompts and drafts, all as runs of neighbouring rows, so that the cache
-        is read in place.
-        """
-        starts = [0] * len(rows)
-        for run in _runs([(i, rows[i]) for i, ids in enumerate(tokens) if len(ids) == 1], max_gap=_FILLED_GAP):
-            self._add_single(run, rows, tokens, lengths, starts)
-        wide = [(i, rows[i]) for i, ids in enumerate(tokens) if len(ids) > 1]
-        for run in _runs(wide, max_gap=0):
-            for group in _similar(run, [len(ids) for ids in tokens], [lengths[row] for row in rows]):
-                self._add_group(group, rows, tokens, lengths, starts)
-        return starts
-
-    def _add_single(
-        self,
-        run: Sequence[int],
-        rows: Sequence[int],
-        tokens: Sequence[Sequence[int]],
-        lengths: Sequence[int],
-        starts: list[int],
-    ) -> None:
-        """One token per row; a row in between that adds none runs a token whose place is written again later."""
-        first, last = rows[run[0]], rows[run[-1]]
-        ids = [0] * (last + 1 - first)
-        for i in run:
-            ids[rows[i] - first] = tokens[i][0]
-            starts[i] = self.num_tokens + rows[i] - first
-        held = lengths[first : last + 1]
-        positions = torch.tensor(held, device=self.device)[:, None]  # [n, 1]
-        extent = max(held) + 1
-        is_even = min(held) + 1 == extent
-        visible = None if is_even else causal_mask(positions, extent)
-        self._add(
-            torch.tensor(ids, device=self.device),
-            Segment(first, positions, positions, held[0] if is_even else None, extent, visible),
-        )
-
-    def _add_group(
-        self,
-        group: Sequence[int],
-        rows: Sequence[int],
-        tokens: Sequence[Sequence[int]],
-        lengths: Sequence[int],
-        starts: list[int],
-    ) -> None:
-        """Several tokens per row, right-padded to one width; what padding writes is never seen and written again later."""
-        width = max(len(tokens[i]) for i in group)
-        held = [lengths[rows[i]] for i in group]
-        for place, i in enumerate(group):
-            starts[i] = self.num_tokens + place * width
-        ids = torch.tensor(
-            [[*tokens[i], *([tokens[i][-1]] * (width - len(tokens[i])))] for i in group], device=self.device
-        )
-        positions = torch.tensor(held, device=self.device)[:, None] + torch.arange(width, device=self.device)  # [n, T]
-        extent = max(held) + width
-        is_new = extent == width
-        visible = None if is_new else causal_mask(positions, extent)
-        start = held[0] if min(held) == max(held) else None
-        self._add(ids.flatten(), Segment(rows[group[0]], positions, positions, start, extent, visible, is_new))
-
-    def add_branches(self, rows: Sequence[int], candidate_ids: Tensor, lengths: Sequence[int], back: int) -> None:
-        """Candidates [n, K] of rows: `back` before the next position, in the columns behind the one an ordinary token takes."""
-        width = candidate_ids.shape[1]
-        held = [lengths[row] for row in rows]
-        end = torch.tensor(held, device=self.device)
-        prefix = end - back
-        columns = end[:, None] + 1 + torch.arange(width, device=self.device)  # [n, K]
-        extent = max(held) + 1 + width
-        positions = prefix[:, None].expand(-1, width)
-        visible = tree_mask(prefix, columns, extent)
-        segment = Segment(rows[0], positions, columns, None, extent, visible, prefix_lengths=prefix)
-        if list(rows) != list(range(rows[0], rows[0] + len(rows))):
-            segment.rows = torch.tensor(list(rows), device=self.device)
-        elif min(held) == max(held):
-            segment.start = held[0] + 1
-        self._add(candidate_ids.flatten(), segment)
-
-    def _add(self, ids: Tensor, segment: Segment) -> None:
-        self.segments.append(segment)
-        self._ids.append(ids)
-        self.num_tokens += ids.numel()
-
-    def tensors(self) -> tuple[Tensor, Tensor]:
-        """Token ids and positions, [1, N] each."""
-        positions = [segment.positions.flatten() for segment in self.segments]
-        if len(positions) == 1:
-            return self._ids[0][None], positions[0][None]
-        return torch.cat(self._ids)[None], torch.cat(positions)[None]
-
-
-def _runs(items: Sequence[tuple[int, int]], max_gap: int) -> list[list[int]]:
-    """Cut (index, row) pairs where the rows are no neighbours; up to `max_gap` rows may be left out in between."""
-    runs: list[list[int]] = []
-    previous = None
-    for index, row in items:
-        if previous is None or not previous < row <= previous + 1 + max_gap:
-            runs.append([])
-        runs[-1].append(index)
-        previous = row
-    return runs
-
-
-def _similar(run: Sequence[int], widths: Sequence[int], held: Sequence[int]) -> list[list[int]]:
-    """Cut a run of rows where padding to one width would cost more than a quarter, or an empty row meets a filled one."""
-    groups: list[list[int]] = []
-    for i in run:
-        if groups:
-            group = [*groups[-1], i]
-            padded = max(widths[k] for k in group) * len(group)
-            if 4 * padded <= 5 * sum(widths[k] for k in group) and (held[i] == 0) == (held[group[0]] == 0):
-                groups[-1].append(i)
-                continue
-        groups.append([i])
-    return groups

@@ -20,6 +20,11 @@ class Head:
         """[..., H] -> [..., V], float32."""
         return self._scaled(self.linear(hidden).float())
 
+    def own(self, hidden: Tensor) -> Tensor:
+        """As a call, but in the model's own dtype where that says the same; casting takes longer than most of what is read."""
+        logits = self.linear(hidden)
+        return logits if self.scale == self.divisor and not self.softcap else self._scaled(logits.float())
+
     def at(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """Logits of a few tokens of each state, without those of the others; [n, H], [n, K] -> [n, K], float32."""
         weight, bias = self.linear.weight, getattr(self.linear, "bias", None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from s2t.errors import ModelError, S2TError, missing_extra
 from s2t.files import read_json, write_bytes, write_json, write_text
 from s2t.hub import offline_unless_it_answers
 from s2t.model.checkpoint import kind_faults, tensor_kinds
+from s2t.model.half_lora import are_plain, at_once
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -141,19 +142,31 @@ def new_lora(model: Any, rank: int, alpha: float, dropout: float) -> Any:
 
 
 @contextmanager
-def trained_in_half(model: Any) -> Iterator[None]:
+def trained_in_half(model: Any, layers: Sequence[Any] | None = None) -> Iterator[None]:
     """Forwards inside the block that have gradients run a LoRA's products in the model's own half precision, as everybody trains.
 
-    Its weights, their gradients and the optimizer stay float32. PEFT alone would cast whole activations to float32.
+    Its weights, their gradients and the optimizer stay float32. PEFT alone would cast whole activations to float32. `layers` are
+    the model's `tuner_layers`, which take a while to find.
     """
     dtype = model.dtype
     if dtype not in (torch.bfloat16, torch.float16) or not torch.is_grad_enabled():
         yield
         return
+    if layers is None:
+        layers = tuner_layers(model)
+    if are_plain(layers):
+        with at_once(layers):
+            yield
+        return
     from peft.helpers import disable_input_dtype_casting
 
     with disable_input_dtype_casting(model), torch.autocast(model.device.type, dtype=dtype):
         yield
+
+
+def tuner_layers(model: Any) -> list[Any]:
+    """The layers with a LoRA, ours or PEFT's."""
+    return [module for module in model.modules() if hasattr(module, "lora_A") and hasattr(module, "base_layer")]
 
 
 def lora_parameters(model: Any) -> dict[str, Any]:

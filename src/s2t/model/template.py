@@ -1,7 +1,8 @@
 """Chat templates: what they are told, how they want messages given, and the text they write, within bounded time and memory.
 
-Templates run in a process of their own (`_render.py`), one per process of ours. How a template wants messages is found out
-with texts of our own and remembered, so it never depends on what a user wrote. Knows no token.
+Templates run in a process of their own (`_render.py`), one per process of ours; only that of the embedded models, which is the
+package's own, does not. How a template wants messages is found out with texts of our own and remembered, so it never depends on
+what a user wrote. Knows no token.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from s2t.errors import ModelError
+from s2t.model.tiny import embedded_template
 
 SECONDS = 5.0
 """Processor time of one rendering."""
@@ -81,8 +84,13 @@ class _Template:
         return cls(str(source), json.dumps(variables, default=str, sort_keys=True))
 
     def render(self, turns: Turns) -> str:
-        size = sum(len(str(turn["content"])) for turn in turns) + 256 * len(turns)
         options = {**json.loads(self.variables), "conversations": [list(turns)], "chat_template": self.source}
+        if (
+            self.source == embedded_template()
+        ):  # the package's own code: a process of its own would take half a second to start
+            [text], _ = render_jinja_template(**options)
+            return text
+        size = sum(len(str(turn["content"])) for turn in turns) + 256 * len(turns)
         job = {
             "options": options,
             "seconds": SECONDS,

@@ -35,6 +35,12 @@ def embedded_path(name: str) -> Path:
         return _whole(model)
 
 
+@cache
+def embedded_template() -> str:
+    """The chat template of all embedded models."""
+    return (_ASSETS / _SHARED / "chat_template.jinja").read_text(encoding="utf-8")
+
+
 def model_card_note(name: str) -> str:
     """The first paragraph of the checkpoint's model card: in plain words, how it was made."""
     text = (_ASSETS / _model(name) / "README.md").read_text(encoding="utf-8")

@@ -1,6 +1,6 @@
 """Attention masks: who sees whom in a forward over slot rows, for ordinary tokens and for a tree of candidates.
 
-Masks are boolean for SDPA and additive for eager attention; sliding-window layers get their own.
+Masks are boolean; sliding-window layers get their own.
 """
 
 from __future__ import annotations
@@ -8,8 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-
-from s2t.errors import ModelError
 
 
 def causal_mask(positions: Tensor, extent: int) -> Tensor:
@@ -34,29 +32,17 @@ def key_positions(extent: int, lengths: Tensor | None, like: Tensor) -> Tensor:
     return columns if lengths is None else columns.minimum(lengths[:, None])
 
 
-def layer_masks(config: PreTrainedConfig, mask: Tensor, query_positions: Tensor, keys: Tensor, dtype: torch.dtype):
-    """The mask as this model takes it: one tensor, or one per layer type where some layers slide.
+def layer_masks(config: PreTrainedConfig, mask: Tensor, query_positions: Tensor, keys: Tensor):
+    """A boolean mask as a model hands it to its attention: one tensor, or one per layer type where some layers slide.
 
     `keys` [n, extent] are key positions; a sliding layer sees keys less than `sliding_window` behind. A model
     that has a window and lists no layer types slides in every layer, as in transformers.
     """
-    if config._attn_implementation not in ("sdpa", "eager"):
-        raise ModelError(
-            f"attention {config._attn_implementation!r} takes no tree mask; load the model with sdpa or eager to train on it."
-        )
     window = getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
-    full = _as_attention_mask(config, mask, dtype)
     if "sliding_attention" not in kinds or window is None:
-        return full
-    near = (query_positions.unsqueeze(-1) - keys.unsqueeze(1) < window).unsqueeze(1)  # [n, 1, T, extent]
-    sliding = _as_attention_mask(config, mask & near, dtype)
-    if not getattr(config, "layer_types", None):
-        return sliding
-    return {"full_attention": full, "sliding_attention": sliding}
-
-
-def _as_attention_mask(config: PreTrainedConfig, mask: Tensor, dtype: torch.dtype) -> Tensor:
-    if config._attn_implementation == "sdpa":
         return mask
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+    near = (query_positions.unsqueeze(-1) - keys.unsqueeze(1) < window).unsqueeze(1)  # [n, 1, T, extent]
+    if not getattr(config, "layer_types", None):
+        return mask & near
+    return {"full_attention": mask, "sliding_attention": mask & near}

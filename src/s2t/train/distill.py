@@ -26,7 +26,15 @@ from s2t.errors import ConfigError
 from s2t.files import RunFolder, read_json, versions, write_json
 from s2t.model.head import Head
 from s2t.model.load import LoadedModel, load_model
-from s2t.model.lora import DISTILL_CONFIG, find_lora, lora_parameters, new_lora, save_lora, trained_in_half
+from s2t.model.lora import (
+    DISTILL_CONFIG,
+    find_lora,
+    lora_parameters,
+    new_lora,
+    save_lora,
+    trained_in_half,
+    tuner_layers,
+)
 from s2t.model.merged import PROBLEMS_FILE, base_model
 from s2t.model.tiny import is_embedded
 from s2t.tasks.problems import heldout_templates
@@ -93,6 +101,7 @@ class Distiller(Fit):
     ) -> None:
         self.peft_model = new_lora(loaded.model, config.lora_rank, config.lora_alpha, config.lora_dropout)
         self.base_model: Any = self.peft_model.get_base_model()
+        self.layers = tuner_layers(self.base_model)
         super().__init__(
             config,
             config.seed,
@@ -134,7 +143,7 @@ class Distiller(Fit):
             padded = pad_ids([batch[i] for i in group]).to(
                 self.device
             )  # on the right, where no token of an answer looks
-            with trained_in_half(self.base_model):
+            with trained_in_half(self.base_model, self.layers):
                 hidden = self.base_model.get_decoder()(input_ids=padded, use_cache=False).last_hidden_state
             for row, i in enumerate(group):
                 found[i] = hidden[row, len(batch[i].prompt_ids) - 1 : len(batch[i].ids)]

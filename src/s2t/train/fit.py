@@ -59,7 +59,7 @@ class Fit(ABC):
         self.parameters = dict(parameters())
         self.sizes, self.lengths, self.batch_size = sizes, lengths, batch_size
         self.optimizer = torch.optim.AdamW(
-            list(self.parameters.values()), lr=config.learning_rate, weight_decay=config.weight_decay
+            list(self.parameters.values()), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
         self.steps_per_epoch = len(plan_batches(sizes, batch_size, seed, 0))
         self.num_steps = config.max_steps or max(1, math.ceil(config.epochs * self.steps_per_epoch))

@@ -22,9 +22,12 @@ from transformers import DynamicCache
 from s2t.core.candidates import propose
 from s2t.core.losses import lm_preserving_kl
 from s2t.model.adapter import SelectorAdapter
+from s2t.model.attention import slot_attention
+from s2t.model.beside import NAME as BESIDE
+from s2t.model.beside import Beside
 from s2t.model.head import Head
 from s2t.model.lora import trained_in_half
-from s2t.model.tree import causal_mask, layer_masks
+from s2t.model.tree import layer_masks
 from s2t.progress import count, progress
 from s2t.train.dataset import Batch, Trajectory, pad_ids
 from s2t.train.processes import Processes
@@ -48,13 +51,10 @@ class Prefixes:
         """The state of every group's last prefix token, [N, H]."""
         return self._hidden[self._index[batch.group_row, batch.prefix_lengths - 1]]
 
-    def groups(self, batch: Batch) -> DynamicCache:
-        """Cache of N rows; columns past a group's prefix hold whatever (of scope `step` its last token), and must be masked."""
-        index = self._index[batch.group_row, : int(batch.prefix_lengths.max())]
-        cache = DynamicCache()
-        for number, (keys, values) in enumerate(self._layers):
-            cache.update(keys[index].transpose(1, 2), values[index].transpose(1, 2), number)
-        return cache
+    def beside(self, batch: Batch) -> Beside:
+        """Keys and values of every group's prefix, and of tokens past its end; those must be masked."""
+        rows = batch.group_row if (batch.group_row != batch.group_row[0]).any() else batch.group_row[:1]
+        return Beside(self._layers, self._index[rows, : int(batch.prefix_lengths.max())])
 
 
 @dataclass(slots=True)
@@ -173,11 +173,11 @@ def forward(
         prefixes = _read_prefixes(adapter, batch.ids)
     steps = prefixes.steps(batch) if is_always else base_steps
     if not adapter.ranks:
-        candidates = _read_beside(adapter, batch.candidate_ids, batch.prefix_lengths, prefixes.groups(batch))
+        candidates = _read_beside(adapter, batch.candidate_ids, batch.prefix_lengths, prefixes.beside(batch))
     elif reads_itself:
         candidates = prefixes.last(batch)[:, None]
     else:
-        candidates = _read_beside(adapter, batch.last_ids[:, None], batch.prefix_lengths - 1, prefixes.groups(batch))
+        candidates = _read_beside(adapter, batch.last_ids[:, None], batch.prefix_lengths - 1, prefixes.beside(batch))
     return States(candidates, steps, base_steps if is_always else None)
 
 
@@ -214,38 +214,31 @@ def _read_prefixes(adapter: SelectorAdapter, ids: Tensor) -> Prefixes:
 
 
 def _run_prefixes(adapter: SelectorAdapter, ids: Tensor) -> tuple[Tensor, DynamicCache]:
-    """Hidden states [b, T, H] and the cache of right-padded trajectories `ids` [b, T]."""
+    """Hidden states [b, T, H] and the cache of right-padded trajectories `ids` [b, T]; what padding reads is never looked at."""
     cache = DynamicCache()
-    width = ids.shape[1]
-    positions = torch.arange(width, device=ids.device).expand_as(ids)
-    return _run(adapter, ids, positions, causal_mask(positions, width), positions, cache), cache
+    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    return _run(adapter, ids, positions, None, past_key_values=cache, use_cache=True), cache
 
 
-def _read_beside(adapter: SelectorAdapter, ids: Tensor, lengths: Tensor, cache: DynamicCache) -> Tensor:
+def _read_beside(adapter: SelectorAdapter, ids: Tensor, lengths: Tensor, beside: Beside) -> Tensor:
     """K tokens of every group at the position behind its prefix, each seeing the prefix and itself; [N, K] -> [N, K, H].
 
-    `lengths` [N] are the tokens of the cache that belong to each prefix.
+    `lengths` [N] are the tokens that belong to each prefix.
     """
-    width, count = cache.get_seq_length(), ids.shape[1]
-    columns = torch.arange(width, device=ids.device)
-    prefix = columns < lengths[:, None]  # [N, width]
-    own = torch.eye(count, dtype=torch.bool, device=ids.device).expand(len(prefix), -1, -1)
-    mask = torch.cat([prefix[:, None].expand(-1, count, -1), own], dim=-1).unsqueeze(1)  # [N, 1, K, width + K]
-    positions = lengths[:, None].expand(-1, count)
-    keys = torch.cat([columns.expand(len(prefix), -1), positions], dim=1)
-    return _run(adapter, ids, positions, mask, keys, cache)
+    positions = lengths[:, None].expand_as(ids)
+    columns = torch.arange(beside.index.shape[1], device=ids.device).expand(len(ids), -1)
+    seen = (columns < lengths[:, None])[:, None, None].expand(-1, 1, ids.shape[1], -1)  # [N, 1, K, T]
+    config = adapter.base_model.get_decoder().config.get_text_config(decoder=True)
+    with slot_attention(config, BESIDE):
+        masks = layer_masks(config, seen, positions, columns)
+        return _run(adapter, ids, positions, masks, beside=beside, use_cache=False)
 
 
-def _run(
-    adapter: SelectorAdapter, ids: Tensor, positions: Tensor, mask: Tensor, keys: Tensor, cache: DynamicCache
-) -> Tensor:
+def _run(adapter: SelectorAdapter, ids: Tensor, positions: Tensor, masks: Any, **others: Any) -> Tensor:
+    """Last hidden states of one forward; without masks it is causal."""
     model = adapter.base_model
-    config = model.config.get_text_config(decoder=True)
-    masks = layer_masks(config, mask, positions, keys, model.dtype)
-    with trained_in_half(model):
-        output = model.get_decoder()(
-            input_ids=ids, attention_mask=masks, position_ids=positions, past_key_values=cache, use_cache=True
-        )
+    with trained_in_half(model, adapter.layers):
+        output = model.get_decoder()(input_ids=ids, attention_mask=masks, position_ids=positions, **others)
     return output.last_hidden_state
 
 

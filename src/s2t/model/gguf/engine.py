@@ -169,3 +169,5 @@ class _Head:
     def __call__(self, states: Tensor) -> Tensor:
         """[..., H + V] -> [..., V], float32, fresh."""
         return states[..., self.width :].clone()
+
+    own = __call__
