@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,11 @@ class Side:
         self.process.stdin.flush()
         return float(self._answer())
 
+    def close(self) -> None:
+        """End the process."""
+        with self.process:  # its pipes are closed, and it is waited for
+            pass
+
     def _answer(self) -> Any:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
@@ -50,17 +56,19 @@ class Side:
         return json.loads(line)
 
 
-def main() -> None:
-    args = _parser().parse_args()
+def main(argv: list[str] | None = None) -> None:
+    given = list(sys.argv[1:] if argv is None else argv)
+    args = _parser().parse_args(given)
     if args.worker:
         _work(args)
         return
-    given = sys.argv[1:]
     given.remove(str(args.checkout))
-    after = Side(Path(__file__).resolve().parents[1], given)
-    before = Side(args.checkout.resolve(), given)
-    stages = [name for name in before.names if name in after.names]
-    rounds = [{name: _turn(i, name, before, after) for name in stages} for i in range(args.repeats + 1)][1:]
+    with (
+        closing(Side(Path(__file__).resolve().parents[1], given)) as after,
+        closing(Side(args.checkout.resolve(), given)) as before,
+    ):
+        stages = [name for name in after.names if not name.endswith(PRODUCTS)]
+        rounds = [{name: _turn(i, name, before, after) for name in stages} for i in range(args.repeats + 1)][1:]
     rows = {name: [statistics.median(one[name][i] for one in rounds) for i in range(3)] for name in stages}
     for name, (old, new, floor) in rows.items():
         of_floor = f"{old / floor:5.2f} -> {new / floor:5.2f} times its products"

@@ -138,6 +138,18 @@ def test_every_stage_is_timed_against_its_own_weight_products():
     assert json.loads(json.dumps(result)) == result
 
 
+def test_two_checkouts_are_measured_in_turns(capfd):
+    here = str(Path(__file__).parents[1])
+    sizes = ["--batch-sizes", "2", "--prompt-tokens", "12", "--max-new-tokens", "10", "--rate", "0.1", "--groups", "2"]
+    models = ["--slm", "tiny:slm-small", "--llm", "tiny:llm", "--dtype", "float32"]
+    script("before").main([here, *models, *sizes, "--repeats", "1", "--only", "rollout,s2t drafted,labelling,training"])
+    *lines, last = capfd.readouterr().out.splitlines()
+    found = json.loads(last)
+    names = {"rollout, batch 2", "s2t drafted, batch 2", "s2t drafted, with traces, batch 2", "labelling"}
+    assert set(found) == names | {"training step, 2 groups"} and len(lines) == len(found)
+    assert all(value > 0 for one in found.values() for value in one.values())
+
+
 def test_the_products_of_a_rollout_are_those_of_its_layers_at_its_rows():
     config = BenchConfig(
         slm="tiny:slm-small", batch_sizes="2", prompt_tokens=12, max_new_tokens=10, trigger_rates="0.1"
