@@ -80,13 +80,16 @@ METHODS = {
     "released": Method(
         "s2t.methods.triggers:Divergence", "s2t.methods.select:S2TLocal", needs=("llm", "adapter"), is_served=False
     ),
+    "local-branch": Method("criticality", "s2t.methods.branch:LocalBranch", needs=("adapter",), is_served=False),
     "multiplex": Method(sampling=True, mixes=True, is_served=False),
     "confidence": Method(reads="s2t.methods.answers:Confidence", is_served=False),
+    "forecast": Method(sampling=True, samples=True, reads="s2t.methods.forecast:Forecast", is_served=False),
     "cascade": Method(over=_BOTH, answers="s2t.methods.answers:Cascade", is_served=False),
     "frugalgpt": Method(over=_BOTH, answers="s2t.methods.answers:FrugalGPT", is_served=False),
     "knn-routing": Method(over=_BOTH, answers="s2t.methods.answers:NearestNeighbours", is_served=False),
     "borda": Method(over=("self-certainty",), answers="s2t.methods.votes:Borda", is_served=False),
     "deepconf": Method(over=("self-certainty",), answers="s2t.methods.votes:DeepConf", is_served=False),
+    "zip-rc": Method(over=("forecast",), answers="s2t.methods.forecast:ZipRC", is_served=False),
 }
 
 STRATEGIES = tuple(METHODS)

@@ -117,6 +117,10 @@ class Lab:
             self._run("train", place, models | own | self.training | settings)
         return place / "adapter"
 
+    def adapted(self) -> Path:
+        """The adapter that was given, else one that is trained."""
+        return Path(self.config.adapter) if self.config.adapter is not None else self.trained()
+
     def distilled(self, name: str, **settings: Any) -> Path:
         """A distilled SLM's folder."""
         own = {"limit": self.config.train_limit}
@@ -125,7 +129,7 @@ class Lab:
     def routed(self) -> Path:
         """A trained router's run."""
         own = {"limit": self.config.train_limit, "calibration_limit": self.config.calibration_limit}
-        return self._run("train_router", self.folder / "router", self._settings(own))
+        return self._run("train-router", self.folder / "router", self._settings(own))
 
     @property
     def training(self) -> dict[str, Any]:
