@@ -20,6 +20,10 @@ from s2t.studies.base import check_base
 from s2t.workflows import Stage
 
 
+FORETOLD = 1500
+"""Training problems of forecasts, at most."""
+
+
 @dataclass(frozen=True, slots=True)
 class Series:
     """One line of a chart: points with 95 % intervals where they are known."""
@@ -130,6 +134,11 @@ class Lab:
         """A trained router's run."""
         own = {"limit": self.config.train_limit, "calibration_limit": self.config.calibration_limit}
         return self._run("train-router", self.folder / "router", self._settings(own))
+
+    def foretold(self) -> Path:
+        """A run of forecasts for zip-rc; of fewer problems, since each is written several times."""
+        own = {"method": "zip-rc", "limit": min(self.config.train_limit, FORETOLD)}
+        return self._run("train-router", self.folder / "forecast", self._settings(own))
 
     @property
     def training(self) -> dict[str, Any]:

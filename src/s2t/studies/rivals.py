@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from s2t.methods.strategies import build_strategy
 from s2t.records import Problem
 from s2t.studies.lab import Findings, Lab
 from s2t.studies.rivals_table import Arm, findings
+from s2t.tasks.problems import Task
 
 SHARES = (0.02, 0.05, 0.1, 0.2)
 NUM_SAMPLES = 8
@@ -35,7 +37,10 @@ BY_TOKEN = tuple(f"{name}@{kind}" for name in ("takeover", "s2t") for kind in ("
 BY_STEP = ("specreason", "smart", "glimprouter")
 TRAINED = ("takeover@criticality", "s2t@criticality")
 OVER_ANSWERS = ("cascade", "frugalgpt", "knn-routing")
-EVERY = (*PLAIN, "speculative", *BY_TOKEN, "r2r", *BY_STEP, *TRAINED, *OVER_ANSWERS)
+EVERY = (*PLAIN, "speculative", "zip-rc", "local-branch", *BY_TOKEN, "r2r", *BY_STEP, *TRAINED, *OVER_ANSWERS)
+TOKEN_COSTS = (1e-4, 3e-4, 1e-3, 3e-3)
+"""Of zip-rc: what a token costs, in right answers."""
+LOOKAHEADS = (1, 2, 3)
 READERS = {
     "divergence": ("takeover@divergence", "s2t@divergence"),
     "entropy": ("takeover@entropy", "s2t@entropy"),
@@ -61,6 +66,8 @@ def rivals(lab: Lab) -> Findings:
     arms = _of(lab, "plain", _among(PLAIN, wanted), None, **drawn)
     arms += _of(lab, "speculative", _among(("speculative",), wanted), None, top_k=1)
     plain = {arm.method: arm for arm in arms}
+    arms += _foretold(lab) if "zip-rc" in wanted else []
+    arms += _branches(lab) if "local-branch" in wanted else []
     over = _among(OVER_ANSWERS, wanted)
     if over:
         lab.evaluated("known", "confidence,llm", split="calibration", limit=lab.config.calibration_limit)
@@ -120,12 +127,41 @@ def results_by_name(folder: Path) -> dict[str, list[list[dict[str, Any]]]]:
     return {name: list(seeds.values()) for name, seeds in found.items()}
 
 
+def _foretold(lab: Lab) -> list[Arm]:
+    """zip-rc at several costs of a token, over the same samples."""
+    forecast = str(lab.foretold() / "forecast")
+    settings = {"forecast": forecast, "num_samples": NUM_SAMPLES}
+    [samples] = _of(lab, "zip-rc", ("forecast",), None, **settings, num_seeds=lab.config.num_seeds)
+    problems, task = _problems(lab)
+    arms = []
+    for cost in TOKEN_COSTS:
+        own = build_config(EvalConfig, flags=lab.settings(settings | {"threshold": cost}))
+        runs = combine("zip-rc", own, task, problems, {"forecast": [(rows, 0.0) for rows in samples.rows]})
+        arms.append(Arm("zip-rc", None, [run[0] for run in runs], label=f"zip-rc, {cost:g} a token"))
+    return arms
+
+
+def _branches(lab: Lab) -> list[Arm]:
+    """local-branch at several depths, under an adapter of readout bins: the first is the tree step of s2t-local."""
+    adapter = str(lab.trained("train-bins", readout="bins"))
+    arms = []
+    for depth in LOOKAHEADS:
+        [arm] = _of(lab, f"branch-{depth}", ("local-branch",), None, adapter=adapter, lookahead=depth)
+        arms.append(replace(arm, label=f"local-branch, {depth} ahead"))
+    return arms
+
+
+def _problems(lab: Lab) -> tuple[list[Problem], Task]:
+    config = build_config(EvalConfig, flags=lab.settings({"limit": lab.config.limit}))
+    task = open_task(config, config.slm, config.revision)
+    return task.problems(lab.config.split, lab.config.limit, lab.config.seed), task
+
+
 def _over_answers(lab: Lab, names: Sequence[str], share: float, plain: Mapping[str, Arm]) -> list[Arm]:
     """Cascades and routing over the answers that are there, at thresholds from the calibration split."""
     known = str(lab.folder / "known")
     config = build_config(EvalConfig, flags=lab.settings({"known": known, "limit": lab.config.limit}))
-    task = open_task(config, config.slm, config.revision)
-    problems = task.problems(lab.config.split, lab.config.limit, lab.config.seed)
+    problems, task = _problems(lab)
     results = {name: [(rows, 0.0) for rows in plain[name].rows] for name in ("confidence", "llm")}
     values = _known_values(config, problems)
     arms = []

@@ -12,7 +12,17 @@ from s2t.config import OVER_ANSWERS, needs_of
 from s2t.core.stats import bootstrap_interval, holm_p_values, paired_comparison
 from s2t.studies.lab import Chart, Findings, Lab, Series
 
-SHOWN_BY_FLOPS = ("greedy", "s2t-local", "llm", "speculative", "deepconf", "s2t@criticality", "smart", "cascade")
+SHOWN_BY_FLOPS = (
+    "greedy",
+    "s2t-local",
+    "llm",
+    "speculative",
+    "deepconf",
+    "zip-rc",
+    "s2t@criticality",
+    "smart",
+    "cascade",
+)
 SHOWN_BY_SHARE = (
     ("s2t@divergence", "takeover@entropy", "s2t@criticality", "r2r", "takeover@random"),
     ("specreason", "smart", "glimprouter", "cascade", "frugalgpt", "knn-routing"),
@@ -31,6 +41,8 @@ class Arm:
     share: float | None
     rows: Rows
     seconds: float | None = None
+    label: str | None = None
+    """What it is called in the table, where that is not the method."""
 
 
 def findings(lab: Lab, arms: Sequence[Arm], shares: Sequence[float]) -> Findings:
@@ -49,7 +61,7 @@ def findings(lab: Lab, arms: Sequence[Arm], shares: Sequence[float]) -> Findings
         per_forward = cost["generated"] / cost["llm_forwards"] if cost["llm_forwards"] else None
         rows.append(
             (
-                *(arm.method, arm.share, len(arm.rows), cost["share"], accuracy, interval, *compared),
+                *(arm.label or arm.method, arm.share, len(arm.rows), cost["share"], accuracy, interval, *compared),
                 *(cost["slm_flops"] / 1e9, cost["llm_flops"] / 1e9, per_forward, arm.seconds),
             )
         )
