@@ -49,4 +49,6 @@ def test_dola_is_that_of_the_last_release_that_had_it(name, part, slm, strategy,
         decoder = Decoder(engine, strategy("dola"), max_new_tokens=max(len(row["high"]), len(row["low"]), 24))
         found = [step.token_id for step in decoder.run([Request(0, row["prompt_ids"])])]
         assert found[: len(row[part])] == row[part]
-    assert len(engine.layers) == (3 if name == "random" else 1), "of the random one's layers there are some to choose among"
+    assert len(engine.layers) == (3 if name == "random" else 1), (
+        "of the random one's layers there are some to choose among"
+    )

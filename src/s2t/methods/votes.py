@@ -50,9 +50,9 @@ class DeepConf(Chooser):
         return answered(whole, samples[0], 1.0)
 
     def _vote(self, samples: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], Mapping[str, Any]]:
-        order = sorted(range(len(samples)), key=lambda i: -samples[i]["certainty"])
-        kept = set(order[: max(1, round(self.kept * len(samples)))])
-        weights = [samples[i]["certainty"] if i in kept else 0.0 for i in range(len(samples))]
+        ranked = sorted((sample["certainty"] for sample in samples), reverse=True)
+        least = ranked[max(1, round(self.kept * len(samples))) - 1]  # as sure as that is sure enough
+        weights = [sample["certainty"] if sample["certainty"] >= least else 0.0 for sample in samples]
         return tally(samples, weights), heaviest(samples, weights)
 
 

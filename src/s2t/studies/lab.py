@@ -19,7 +19,6 @@ from s2t.model.tiny import is_embedded
 from s2t.studies.base import check_base
 from s2t.workflows import Stage
 
-
 FORETOLD = 1500
 """Training problems of forecasts, at most."""
 

@@ -20,7 +20,7 @@ from s2t.decode.opening import open_pair
 from s2t.decode.workload import open_task, requests_for
 from s2t.errors import ConfigError
 from s2t.files import iter_jsonl, read_json, write_json
-from s2t.methods.answers import FrugalGPT, NearestNeighbours
+from s2t.methods.learned import FrugalGPT, NearestNeighbours
 from s2t.methods.strategies import build_strategy
 from s2t.records import Problem
 from s2t.studies.lab import Findings, Lab
