@@ -19,8 +19,8 @@ from s2t.model.tiny import is_embedded
 from s2t.studies.base import check_base
 from s2t.workflows import Stage
 
-FORETOLD = 1500
-"""Training problems of forecasts, at most."""
+NETWORK_PROBLEMS = 2304
+"""Training problems of routers and forecasts at most, of which each is written several times."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,12 +131,13 @@ class Lab:
 
     def routed(self) -> Path:
         """A trained router's run."""
-        own = {"limit": self.config.train_limit, "calibration_limit": self.config.calibration_limit}
+        limit = min(self.config.train_limit, NETWORK_PROBLEMS)
+        own = {"limit": limit, "calibration_limit": self.config.calibration_limit}
         return self._run("train-router", self.folder / "router", self._settings(own))
 
     def foretold(self) -> Path:
-        """A run of forecasts for zip-rc; of fewer problems, since each is written several times."""
-        own = {"method": "zip-rc", "limit": min(self.config.train_limit, FORETOLD)}
+        """A run of forecasts for zip-rc."""
+        own = {"method": "zip-rc", "limit": min(self.config.train_limit, NETWORK_PROBLEMS)}
         return self._run("train-router", self.folder / "forecast", self._settings(own))
 
     @property

@@ -27,6 +27,7 @@ from s2t.methods.forecast import EVERY
 from s2t.methods.strategies import build_strategy
 from s2t.model.forecast import EDGES, ForecastConfig, ForecastHead, length_bin, save_forecast
 from s2t.model.load import LoadedModel, load_model
+from s2t.progress import counted_as
 from s2t.records import Problem
 from s2t.scale import Shard, to_files, write_missing
 from s2t.tasks.problems import Task
@@ -76,7 +77,8 @@ class _Sampler:
         """Per problem: prompt, and the tokens of each sample with whether it is right."""
         count = self.config.num_samples
         requests = requests_for(self.pair, self.task, shard.items, count)
-        done = self.pair.write(self.writer, requests, self.config.max_new_tokens)
+        with counted_as(1 / count):
+            done = self.pair.write(self.writer, requests, self.config.max_new_tokens)
         found = []
         for place, problem in enumerate(shard.items):
             own = [one.token_ids for one in done[place * count : (place + 1) * count]]

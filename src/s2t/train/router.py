@@ -29,6 +29,7 @@ from s2t.model.engine import Engine
 from s2t.model.load import LoadedModel, load_model
 from s2t.model.router import Router, features, save_router
 from s2t.model.router import RouterConfig as RouterShape
+from s2t.progress import counted_as
 from s2t.records import Problem
 from s2t.scale import Shard, to_files, write_missing
 from s2t.tasks.problems import Task
@@ -81,13 +82,15 @@ class _Parter:
         """Per problem: prompt, the LLM's answer, and the places where the SLM differs with whether it parted there."""
         pair, limit = self.pair, self.config.max_new_tokens
         requests = requests_for(pair, self.task, shard.items)
-        prompts = [list(request.prompt_ids) for request in requests]
         answers = [done.token_ids for done in pair.write(self.writer, requests, limit)]
-        labels = pair.label(requests, answers, 1)
+        prompts = [list(request.prompt_ids) for request in requests]
+        with counted_as(0):  # a problem is done once, whatever is tried on it
+            labels = pair.label(requests, answers, 1)
         places = [_spread(np.flatnonzero(own.rank > 0), self.config.max_partings) for own in labels]
         asked = [(i, step) for i, own in enumerate(places) for step in own]
         prefixes = [[*answers[i][:step], int(labels[i].candidate_ids[step, 0])] for i, step in asked]
-        ended = continued(pair, self.writer, [prompts[i] for i, _ in asked], prefixes, limit)
+        with counted_as(0):
+            ended = continued(pair, self.writer, [prompts[i] for i, _ in asked], prefixes, limit)
         finals = [self._final(shard.items[i], ids) for i, ids in enumerate(answers)]
         marks = [self._final(shard.items[i], ids) != finals[i] for (i, _), ids in zip(asked, ended, strict=True)]
         found = [{"prompt_ids": p, "token_ids": a, "places": []} for p, a in zip(prompts, answers, strict=True)]
@@ -101,9 +104,7 @@ class _Parter:
 
 def _spread(places: np.ndarray, most: int) -> list[int]:
     """At most so many places, evenly spread, the first one among them."""
-    if len(places) <= most:
-        return [int(place) for place in places]
-    return [int(places[i]) for i in np.linspace(0, len(places) - 1, most).round().astype(int)]
+    return [int(places[i]) for i in np.linspace(0, len(places) - 1, min(most, len(places))).round().astype(int)]
 
 
 def _fit(config: RouterConfig, slm: LoadedModel, paths: Sequence[dict[str, Any]]) -> Router:
