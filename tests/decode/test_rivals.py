@@ -308,7 +308,7 @@ def test_on_a_real_vocabulary_samples_are_the_llms_too(problem, tiny_slm, tiny_l
     words = "Liam has 12 apples and", "Mia reads 7 pages. Then she", "There are 30"
     prompt = [*pair.prompt(f"{words[problem]} how many?"), *tiny_slm.tokenizer(words[problem])["input_ids"]]
     how = build_strategy("speculative", DecodeConfig(temperature=temperature, top_p=1.0), {}, seed=problem)
-    done = pair.write(how, [Request(i, prompt, f"draw-{i}") for i in range(count)], 2)
+    done = pair.write(how, [Request(i, prompt, f"draw-{i}") for i in range(count)], 1)
     observed = Counter(sequence.token_ids[0] for sequence in done)
     truth, other = (next_token(model, prompt, temperature) for model in (tiny_llm, tiny_slm))
     assert len(truth) == 1024 and sum(p * count >= 5 for p in truth.values()) >= 8
