@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 
 from s2t.files import read_json
@@ -52,3 +53,55 @@ def test_what_packing_costs_stands_on_the_laptop_page_as_in_its_file():
         rates = f"{percent(local['trigger_rate'])}, {percent(local['flip_rate'])}"
         row = " | ".join((name, percent(greedy["accuracy"]), percent(local["accuracy"]), gain, rates))
         assert f"| {row} |" in page, row
+
+
+RIVALS = runpy.run_path(str(DOCS / "make_rivals.py"))
+
+
+def row(method, share, accuracy, over, p):
+    return {
+        "method": method,
+        "asked for %": share,
+        "LLM's tokens %": 0.051,
+        "accuracy %": accuracy,
+        "95 %": [accuracy - 0.02, accuracy + 0.02],
+        "compared with": "s2t@criticality",
+        "over ours, points %": over,
+        "95 % of that": None if over is None else [over - 0.01, over + 0.01],
+        "p (Holm) of ours": p,
+        "SLM GFLOPs": 0.09,
+        "LLM GFLOPs": 0.16,
+        "tokens per LLM forward": 23.0,
+        "seconds": 40.0,
+    }
+
+
+RESULT = {
+    "rows": [
+        row("s2t@criticality", 0.05, 0.85, None, None),
+        row("r2r", 0.02, 0.83, 0.16, 0.001),
+        row("r2r", 0.05, 0.86, 0.01, 0.4),
+        row("smart", 0.05, 0.5, -0.35, 0.001),
+        row("zip-rc, 0.001 a token", None, 0.4, None, None),
+    ],
+    "notes": ["26 problems."],
+}
+
+
+def test_the_page_of_other_methods_says_what_its_file_of_results_says():
+    page = (DOCS / "rivals.md").read_text(encoding="utf-8")
+    assert RIVALS["page"](page, read_json(DOCS / "results" / "rivals.json")) == page, "run python docs/make_rivals.py"
+    for name in ("table:embedded", "wins:embedded", "table:real", "wins:real"):
+        assert f"<!-- {name} -->" in page
+
+
+def test_where_a_rival_wins_that_is_the_headline_of_its_row():
+    lines = "<!-- r2r --><!-- / -->|<!-- smart --><!-- / -->|<!-- zip-rc --><!-- / -->"
+    r2r, smart, foretold = RIVALS["page"](lines, {"embedded": RESULT}).split("|")
+    wins = "**It wins here: `r2r` at 2 % by 16.0 points (15.0 to 17.0) over `s2t@criticality`.** *Found:* 83.0 % (81.0"
+    assert r2r.removeprefix("<!-- r2r --> ").startswith(wins)
+    assert smart == "<!-- smart --> *Found:* 50.0 % (48.0 to 52.0) at 5 %, the LLM's tokens 5.1 %. <!-- / -->"
+    assert "*Found:* 40.0 % (38.0 to 42.0) with 0.001 a token." in foretold
+    told = RIVALS["wins"](RESULT)
+    assert "Ahead of ours: `r2r` at 2 % by 16.0" in told and "Behind ours: `smart` at 5 % by -35.0" in told
+    assert RIVALS["table"](RESULT).count("\n| ") == 7 and "- 26 problems." in RIVALS["table"](RESULT)

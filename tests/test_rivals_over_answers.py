@@ -9,18 +9,32 @@ from pathlib import Path
 import pytest
 
 from s2t.combine import combine
-from s2t.config import EvalConfig
+from s2t.config import OVER_ANSWERS, EvalConfig
 from s2t.decode.workload import open_task
 from s2t.errors import ConfigError
 from s2t.evaluate import evaluate
 from s2t.files import iter_jsonl
-from s2t.methods.answers import Known, NearestNeighbours
+from s2t.methods.answers import Known
+from s2t.methods.forecast import ZipRC, gain, stops
+from s2t.methods.learned import FrugalGPT, NearestNeighbours
 from s2t.methods.sample import vote
 from s2t.methods.votes import Borda, DeepConf
+from s2t.model.forecast import ForecastConfig, ForecastHead, save_forecast
 from s2t.tasks import canonical_answer
 
 SMALL = {"llm": "tiny:llm", "limit": 4, "max_new_tokens": 24, "num_traces": 0, "num_samples": 3}
 OVER_TWO = ("cascade", "frugalgpt", "knn-routing")
+ENDS = {
+    "cascade, never": ("cascade", -math.inf, "confidence"),
+    "cascade, always": ("cascade", math.inf, "llm"),
+    "frugalgpt, never": ("frugalgpt", -math.inf, "confidence"),
+    "frugalgpt, always": ("frugalgpt", math.inf, "llm"),
+    "knn-routing, never": ("knn-routing", math.inf, "confidence"),
+    "knn-routing, always": ("knn-routing", -math.inf, "llm"),
+    "borda of equal weights": ("borda", 0.0, "self-consistency"),
+    "zip-rc, tokens for nothing": ("zip-rc", 0.0, "self-consistency"),
+    "zip-rc, tokens past all price": ("zip-rc", math.inf, "sample"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +45,21 @@ def known(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(known, tmp_path_factory):
+def forecast(tmp_path_factory, tiny_slm):
+    """Forecasts that were never trained: every sample ends right with the same probability."""
+    folder = tmp_path_factory.mktemp("forecast")
+    width = tiny_slm.model.config.hidden_size
+    save_forecast(ForecastHead(ForecastConfig(tiny_slm.name, width, (4.0, 12.0, 24.0))), folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def whole(known, forecast, tmp_path_factory):
     """One run of all of them, with the settings that made it and the results by strategy."""
-    strategies = ",".join((*OVER_TWO, "borda", "deepconf", "greedy", "self-consistency"))
-    config = EvalConfig(strategies=strategies, known=known, out=str(tmp_path_factory.mktemp("run")), **SMALL)
+    strategies = ",".join((*OVER_TWO, "borda", "deepconf", "zip-rc", "greedy", "sample", "self-consistency"))
+    config = EvalConfig(
+        strategies=strategies, known=known, forecast=forecast, out=str(tmp_path_factory.mktemp("run")), **SMALL
+    )
     summary, found = evaluate(config), {}
     assert evaluate(config) == summary, "resumed = whole"
     for _, result in iter_jsonl(Path(config.out) / "results.jsonl"):
@@ -63,6 +88,58 @@ def what(results):
 
 def costs(results):
     return [r["cost"] for r in results]
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_at_each_end_of_its_threshold_a_method_is_one_of_those_that_it_chooses_among(end, run, whole):
+    name, threshold, plain = ENDS[end]
+    found, wanted = run(threshold, name), whole[1][plain]
+    facts = [
+        [(r["problem_id"], r["is_correct"], canonical_answer(r["extracted"])) for r in rows] for rows in (found, wanted)
+    ]
+    assert facts[0] == facts[1]
+
+
+def test_every_method_over_answers_stands_in_the_table_of_ends():
+    assert {*OVER_ANSWERS} - {"deepconf"} == {name for name, _, _ in ENDS.values()}, "deepconf's are below, by hand"
+
+
+def test_samples_that_are_not_stopped_cost_what_all_samples_cost_and_stopped_ones_less(run, whole):
+    assert costs(run(0.0, "zip-rc")) == costs(whole[1]["forecast"]) == costs(whole[1]["self-consistency"])
+    for one, all_ in zip(run(5e-2, "zip-rc"), whole[1]["forecast"], strict=True):
+        assert one["cost"]["generated"] < all_["cost"]["generated"]
+
+
+def foretold(*rows):
+    """Samples with 16 tokens and two decisions: (answer, P(right) at each), all to end within 8 tokens from there."""
+    return [
+        {"answer": a, "is_correct": a == "4", "tokens": 16, "expected": p[-1], "forecasts": [[1 - q, q] for q in p]}
+        for a, p in rows
+    ]
+
+
+def test_a_sample_is_stopped_when_it_adds_less_than_its_tokens_cost():
+    samples = foretold(("4", (0.5, 0.9)), ("3", (0.5, 0.1)), ("3", (0.5, 0.1)))
+    assert stops(samples, [8.0], 0.0) == [16, 16, 16]
+    assert stops(samples, [8.0], 0.012) == [16, 8, 8], (
+        "0.096 for 8 tokens: 0.125 at first, then 0.1 and less of one in ten"
+    )
+    assert stops(samples, [8.0], 0.02) == [16, 8, 0], "0.16 for 8 tokens: of three that are as good the last one goes"
+    whole = {"forecast": {"samples": samples, "cost": {"generated": 48, "slm_flops": 6.0}}}
+    chooser = ZipRC.__new__(ZipRC)
+    chooser.lengths, chooser.threshold = [8.0], 0.012
+    found = chooser.choose("", whole)
+    assert (found["extracted"], found["cost"]) == ("4", {"generated": 32, "slm_flops": 4.0})
+
+
+def test_the_gain_of_going_on_is_that_of_the_best_limit_by_enumeration():
+    joint, lengths, others, cost = [0.1, 0.2, 0.1, 0.05, 0.15, 0.4], [4.0, 12.0, 24.0], 0.7, 0.02
+    pairs = [(length, right, joint[3 * right + i]) for right in (0, 1) for i, length in enumerate(lengths)]
+    wanted = max(
+        sum(p * (others * right * (length <= limit) - cost * min(length, limit)) for length, right, p in pairs)
+        for limit in lengths
+    )
+    assert gain(joint, lengths, cost, others) == pytest.approx(wanted)
 
 
 def test_at_minus_infinity_they_are_the_slm_and_at_infinity_the_llm_and_costs_add_up(run, whole):
@@ -123,6 +200,8 @@ def test_weighted_votes_by_hand():
     assert Borda(replace(config, threshold=0.0), {}, Known()).choose("", given)["extracted"] == "3"
     sure = DeepConf(replace(config, threshold=9.0), {}, Known()).choose("", given)
     assert (sure["extracted"], sure["is_correct"], sure["cost"]["generated"]) == ("4", True, 40)
+    equal = samples(("3", 1.0), ("3", 1.0), ("4", 1.0), ("4", 1.0), ("4", 1.0))
+    assert DeepConf(replace(config, threshold=9.0), {}, Known()).choose("", equal)["extracted"] == "4", "the majority"
     stopped = DeepConf(replace(config, threshold=0.9), {}, Known()).choose("", given)
     assert (stopped["extracted"], stopped["cost"]["generated"]) == ("3", 20), "the first two agree"
 
@@ -134,6 +213,13 @@ def test_with_k_of_all_neighbours_every_question_goes_to_the_model_that_is_bette
     assert [one.gain(q) for q in ("two apples", "rain today", "nothing alike")] == pytest.approx([1 / 3] * 3)
     one.num_neighbours = 1
     assert (one.gain("two pears now"), one.gain("no rain")) == (1.0, -1.0)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_score_learned_where_all_are_alike_is_their_share(right):
+    answer = {"value": -0.1, "cost": {"generated": 9}, "extracted": "4", "is_correct": right}
+    chooser = FrugalGPT(EvalConfig(), {}, Known(["one"], [{"confidence": answer}]))
+    assert chooser.score(answer) == float(right)
 
 
 def test_what_learns_needs_a_run_to_learn_from(tmp_path):

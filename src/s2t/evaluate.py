@@ -151,7 +151,7 @@ def _run_missing(
     parts = shards_of(problems, config.shard_size)
     for one in contestants:
         check_shards(run, one.shards, "json", parts)
-    judged_twice = set(MANY_SAMPLES) <= set(config.strategy_names)
+    judged_twice = {"self-consistency", "self-certainty"} <= set(config.strategy_names)
     with shard_workers(partial(_Evaluator, config, task_for_workers(task, config)), config) as workers:
         for one in contestants:
             if judged_twice and one.name == "self-consistency":
@@ -233,12 +233,18 @@ class _Evaluator:
         winner = choose_sample(one.strategy.name, answers, certainties)
         cost = sum((sample.cost for sample in samples), Cost())
         votes = None
-        if len(samples) > 1:
+        if METHODS[one.strategy.name].samples:
             sure = certainties if one.strategy.name == "self-certainty" else [None] * len(samples)
             votes = [
                 {"answer": answer, "is_correct": grade.is_correct, "certainty": certainty, "tokens": len(own.token_ids)}
                 for answer, grade, certainty, own in zip(answers, grades, sure, samples, strict=True)
             ]
+            if samples[0].notes:
+                votes = [
+                    vote
+                    | {"expected": own.last_value, "forecasts": [[round(p, 5) for p in note] for note in own.notes]}
+                    for vote, own in zip(votes, samples, strict=True)
+                ]
         return Result(
             problem_id=problem.problem_id,
             template=problem.template,

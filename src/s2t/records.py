@@ -65,6 +65,7 @@ class Step:
     scores: tuple[float | None, ...] | None = None
     llm_probs: tuple[float | None, ...] | None = None
     llm_top_id: int | None = None
+    notes: tuple[float, ...] | None = None  # what the trigger read beside its value, if it keeps anything
     finish_reason: str | None = None
 
     @property
@@ -148,6 +149,6 @@ class Result:
     num_correct_samples: int | None = None  # self-consistency: right answers among the N, for pass@N
     seed: int = 0
     samples: list[dict[str, Any]] | None = (
-        None  # self-consistency: answer, is_correct, certainty, tokens of each of the N
+        None  # self-consistency: answer, is_correct, certainty, tokens of each of the N; for zip-rc its forecasts
     )
     value: float | None = None  # mean of what a method reads at every step, such as confidence

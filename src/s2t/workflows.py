@@ -79,8 +79,8 @@ WORKFLOWS = {
     ),
     "train-router": Workflow(
         RouterConfig,
-        "s2t.train.router:train_router",
-        "Train the router of strategy r2r: where would the SLM's token part from the LLM for good; rerunning resumes.",
+        "s2t.train.small:train",
+        "Train the router of strategy r2r, or the forecasts of zip-rc, on outcomes of answers; rerunning resumes.",
         is_stage=True,
     ),
     "distill": Workflow(
@@ -170,7 +170,7 @@ def train(**settings: Any) -> dict[str, Any]:
 
 
 def train_router(**settings: Any) -> dict[str, Any]:
-    """Where the SLM's tokens part answers from the LLM's becomes the router of r2r, in the run folder's `router`."""
+    """Outcomes of answers become the router of r2r, in the run folder's `router`, or the forecasts of zip-rc, in `forecast`."""
     return WORKFLOWS["train-router"](**settings)
 
 

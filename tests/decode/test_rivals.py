@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from s2t.config import WRITERS, DecodeConfig, needs_of
 from s2t.core.support import kl_divergence
 from s2t.decode.loop import Decoder, Request
 from s2t.decode.pair import Pair
 from s2t.decode.steps import StepTexts
 from s2t.errors import ConfigError
+from s2t.files import write_json
 from s2t.methods import relay, steps
+from s2t.methods.strategies import build_strategy
 from s2t.model.engine import Engine
+from s2t.model.forecast import ForecastConfig, ForecastHead, save_forecast
 from s2t.model.router import Router, RouterConfig, save_router
 
 TOP_1 = {"top_k": 1}
+CRITICALITY = {"trigger": "criticality", "scope": "step"}
+AT_RANDOM = {"trigger": "random", "threshold": 0.5}
 NEVER_OR_ALWAYS = {
     "speculative (1 keeps all)": ("speculative", {"threshold": 1.0}, "sample", {}),
     "speculative (greedy)": ("speculative", TOP_1, "llm", {}),
@@ -32,11 +40,43 @@ NEVER_OR_ALWAYS = {
     "glimprouter never": ("glimprouter", {"threshold": 1e9}, "greedy", {}),
     "glimprouter always": ("glimprouter", {"threshold": -1.0}, "llm", {}),
     "relay, no call": ("relay", {}, "greedy", {}),
+    "relay, a call without end": ("relay", {"calls_for": 99}, "llm", {"behind": 1}),
     "contrastive 1": ("contrastive", {"threshold": 1.0}, "llm", {}),
     "context-aware 0": ("context-aware", {"threshold": 0.0}, "greedy", {}),
     "dola 1": ("dola", {"threshold": 1.0}, "greedy", {}),
     "multiplex 1": ("multiplex", {"num_candidates": 1}, "sample", {}),
     "confidence": ("confidence", {}, "greedy", {}),
+    "forecast": ("forecast", {}, "sample", {}),
+    "takeover@criticality never": ("takeover", CRITICALITY | {"threshold": 1.0}, "greedy", {}),
+    "takeover@criticality always": ("takeover", CRITICALITY | {"threshold": -1.0, "warmup_steps": 0}, "llm", {}),
+    "s2t@criticality never": ("s2t", CRITICALITY | {"threshold": 1.0}, "greedy", {}),
+    "s2t@criticality always, K = V": (
+        "s2t",
+        CRITICALITY | {"threshold": -1.0, "warmup_steps": 0, "num_candidates": 40},
+        "llm",
+        {},
+    ),
+    "released never, the SLM under its adapter": (
+        "released",
+        {"scope": "always", "threshold": 1e9},
+        "s2t-local",
+        {"scope": "always", "threshold": 1.0},
+    ),
+    "local-branch never": ("local-branch", {"scope": "candidates", "threshold": 1.0, "lookahead": 3}, "greedy", {}),
+    "local-branch 0": (
+        "local-branch",
+        AT_RANDOM | {"scope": "step", "lookahead": 0},
+        "s2t-local",
+        AT_RANDOM | {"scope": "step"},
+    ),
+    "local-branch 1": (
+        "local-branch",
+        AT_RANDOM | {"scope": "candidates", "lookahead": 1},
+        "s2t-local",
+        AT_RANDOM | {"scope": "candidates"},
+    ),
+    "critical, none": ("takeover", {"trigger": "critical", "places": ()}, "greedy", {}),
+    "critical, all": ("takeover", {"trigger": "critical", "places": range(99)}, "llm", {}),
     "takeover, a span to the end": (
         "takeover",
         {"trigger": "entropy", "threshold": -1.0, "span_tokens": 99, "warmup_steps": 0},
@@ -57,6 +97,15 @@ MIDDLE = {
     "multiplex": {"temperature": 1.5},
     "takeover span": {"trigger": "entropy", "threshold": 1.2, "span_tokens": 4},
     "s2t span": {"trigger": "random", "threshold": 0.1, "span_tokens": 3},
+    "relay": {"call": r"w(\d)$"},
+    "takeover@criticality": CRITICALITY | {"threshold": 0.5},
+    "s2t@criticality": CRITICALITY | {"threshold": 0.5},
+    "released": {"scope": "always", "threshold": 1.0, "divergence": "released-code"},
+    "local-branch, bins 2": AT_RANDOM | {"scope": "candidates", "lookahead": 2},
+    "local-branch, bins always 3": AT_RANDOM | {"scope": "always", "lookahead": 3},
+    "local-branch, rank 4": AT_RANDOM | {"scope": "step", "lookahead": 4},
+    "takeover, critical": {"trigger": "critical", "places": (2, 3, 9)},
+    "forecast": {"temperature": 1.5},
 }
 
 
@@ -80,24 +129,81 @@ def router(tmp_path_factory, slm):
 
 
 @pytest.fixture(scope="module")
-def rival(slm, llm, strategy, router, prompts):
-    """Write the prompts with one of the methods; steps end at w7, and bare prompts are the second half."""
+def forecast(tmp_path_factory, slm):
+    """Untrained forecasts with large weights."""
+    folder = tmp_path_factory.mktemp("forecast")
+    torch.manual_seed(5)
+    made = ForecastHead(ForecastConfig(slm.name, 32, (4.0, 12.0, 24.0)))
+    with torch.no_grad():
+        made.layers[-1].weight.normal_()
+    save_forecast(made, folder)
+    return str(folder)
 
-    def write(name, batch_size=8, seed=0, max_new_tokens=24, models=None, **settings):
-        how = strategy(name, seed=seed, **{"router": router, "step_end": "w7", **settings})
+
+@pytest.fixture
+def rival(slm, llm, adapters, strategy, router, forecast, prompts, monkeypatch, tmp_path):
+    """Write the prompts with one of the methods; steps end at w7, and bare prompts are the second half.
+
+    `scope` names an adapter; `call` is the tag of relay, `calls_for` what any text calls for; `places` are the critical ones;
+    `behind` has the SLM write so many tokens first.
+    """
+
+    def write(
+        name,
+        batch_size=8,
+        seed=0,
+        max_new_tokens=24,
+        models=None,
+        scope=None,
+        call=None,
+        calls_for=None,
+        places=None,
+        behind=0,
+        **settings,
+    ):
+        if call is not None:
+            monkeypatch.setattr(relay, "TAG", re.compile(call))
+        if calls_for is not None:
+            any_text = SimpleNamespace(search=lambda tail: {1: calls_for} if tail else None)
+            monkeypatch.setattr(relay, "TAG", any_text)
+        if places is not None:
+            settings["critical"] = str(tmp_path / "critical.json")
+            write_json(tmp_path / "critical.json", {f"problem-{i}": list(places) for i in range(len(prompts))})
+        how = strategy(name, seed=seed, **{"router": router, "forecast": forecast, "step_end": "w7", **settings})
         slm_, llm_ = models or (slm, llm)
-        pair = Pair(slm_, llm_, batch_size=batch_size)
+        adapter = adapters[scope] if scope is not None else None
+        pair = Pair(slm_ if adapter is None else adapter.loaded, llm_, adapter, batch_size=batch_size)
+        begun = rival_tokens(pair, strategy("greedy"), prompts, behind) if behind else [[] for _ in prompts]
         requests = [
-            Request(i, prompt, f"problem-{i}", bare_prompt_ids=prompt[len(prompt) // 2 :])
+            Request(i, [*prompt, *begun[i]], f"problem-{i}/0", bare_prompt_ids=prompt[len(prompt) // 2 :])
             for i, prompt in enumerate(prompts)
         ]
-        return pair.write(how, requests, max_new_tokens, keep_steps=True, trace=False)
+        done = pair.write(how, requests, max_new_tokens - behind, keep_steps=True, trace=False)
+        for sequence, first in zip(done, begun, strict=True):
+            sequence.token_ids[:0] = first
+        return done
 
     return write
 
 
+def rival_tokens(pair, how, prompts, count):
+    return tokens(pair.write(how, [Request(i, prompt) for i, prompt in enumerate(prompts)], count))
+
+
 def tokens(done):
     return [s.token_ids for s in done]
+
+
+def method_of(name):
+    """The strategy of an entry above."""
+    return re.split("[@ ,]", name)[0]
+
+
+def test_every_method_that_writes_is_held_to_both_laws():
+    plain = {"greedy", "sample", "llm", "self-consistency", "self-certainty", "s2t-local"}
+    for table in (NEVER_OR_ALWAYS, MIDDLE):
+        missing = {*WRITERS} - plain - {method_of(name) for name in table}
+        assert missing == ({"confidence"} if table is MIDDLE else set()), "confidence writes what greedy writes"
 
 
 @pytest.mark.parametrize("extreme", NEVER_OR_ALWAYS)
@@ -110,7 +216,7 @@ def test_at_the_ends_of_its_threshold_a_method_is_one_of_the_plain_ones(extreme,
 
 @pytest.mark.parametrize("name", MIDDLE)
 def test_a_batch_writes_what_single_sequences_write_and_costs_the_same(name, rival):
-    base = name.split()[0]
+    base = method_of(name)
     alone, together, few = (rival(base, batch_size=n, **MIDDLE[name]) for n in (1, 8, 3))
     facts = [[(s.token_ids, s.finish_reason, s.num_triggered, s.cost) for s in done] for done in (alone, together, few)]
     assert facts[0] == facts[1] == facts[2]
@@ -118,17 +224,17 @@ def test_a_batch_writes_what_single_sequences_write_and_costs_the_same(name, riv
 
 @pytest.mark.parametrize("name", MIDDLE)
 def test_in_the_middle_a_method_is_neither_of_the_plain_ones(name, rival):
-    found = tokens(rival(name.split()[0], **MIDDLE[name]))
+    found = tokens(rival(method_of(name), **MIDDLE[name]))
     assert found not in [tokens(rival(plain)) for plain in ("greedy", "sample", "llm")]
 
 
 @pytest.mark.parametrize("name", MIDDLE)
 def test_costs_add_up(name, rival, prompts):
-    for sequence, prompt in zip(rival(name.split()[0], **MIDDLE[name]), prompts, strict=True):
+    for sequence, prompt in zip(rival(method_of(name), **MIDDLE[name]), prompts, strict=True):
         cost = sequence.cost
         assert cost.generated == len(sequence.token_ids)
         assert cost.slm_processed >= len(prompt) + cost.generated - 1
-        reads_llm = name.split()[0] not in ("context-aware", "dola", "multiplex")
+        reads_llm = "llm" in needs_of(method_of(name), MIDDLE[name].get("trigger", "auto"))
         assert bool(cost.llm_flops) == bool(cost.llm_forwards) == bool(cost.llm_processed)
         assert reads_llm or not cost.llm_forwards
         if name == "context-aware":
@@ -190,6 +296,31 @@ def test_what_is_written_is_distributed_as_the_llms_own_samples(slm, llm, strate
     seconds = [s.token_ids[1] for s in done if s.token_ids[0] == first and len(s.token_ids) > 1]
     behind = {ids[0]: p for ids, p in exact(llm, [*prompt, first], 1, temperature).items()}
     assert statistic_is_small({t: seconds.count(t) for t in set(seconds)}, behind, len(seconds), chi2)
+
+
+@pytest.mark.parametrize("problem", [0, 1, 2])
+def test_on_a_real_vocabulary_samples_are_the_llms_too(problem, tiny_slm, tiny_llm):
+    """Of the embedded pair, in contexts where both are undecided: the first token of 4,000 drafts, at temperature 1.5."""
+    from scipy.stats import chi2
+
+    count, temperature = 4000, 1.5
+    pair = Pair(tiny_slm, tiny_llm, batch_size=1000)
+    words = "Liam has 12 apples and", "Mia reads 7 pages. Then she", "There are 30"
+    prompt = [*pair.prompt(f"{words[problem]} how many?"), *tiny_slm.tokenizer(words[problem])["input_ids"]]
+    how = build_strategy("speculative", DecodeConfig(temperature=temperature, top_p=1.0), {}, seed=problem)
+    done = pair.write(how, [Request(i, prompt, f"draw-{i}") for i in range(count)], 1)
+    observed = Counter(sequence.token_ids[0] for sequence in done)
+    truth, other = (next_token(model, prompt, temperature) for model in (tiny_llm, tiny_slm))
+    assert len(truth) == 1024 and sum(p * count >= 5 for p in truth.values()) >= 8
+    assert statistic_is_small(observed, truth, count, chi2)
+    drafted = {token: round(p * count) for token, p in other.items()}
+    assert not statistic_is_small(drafted, truth, count, chi2), "the SLM's own would pass as well"
+
+
+def next_token(loaded, prompt, temperature):
+    """p of every token that may come next, uncached."""
+    logits = masked(loaded, uncached(loaded, prompt).logits[0, -1]).double()
+    return dict(enumerate((logits / temperature).softmax(-1).tolist()))
 
 
 def statistic_is_small(observed, truth, count, chi2):
@@ -314,21 +445,68 @@ def test_multiplex_feeds_the_mean_embedding_of_its_samples(slm, prompts):
 
 
 @pytest.mark.parametrize("name", ["takeover", "s2t"])
-def test_takeover_and_s2t_fire_on_criticality(name, adapters, llm, strategy, prompts):
-    adapter = adapters["step"]
-    requests = [Request(i, prompt) for i, prompt in enumerate(prompts)]
-
-    def run(strategy_, batch_size=8):
-        return Pair(adapter.loaded, llm, adapter, batch_size).write(strategy_, requests, 24)
-
-    how = strategy(name, trigger="criticality", threshold=0.5)
-    found = run(how)
+def test_takeover_and_s2t_fire_on_criticality(name, rival):
+    found = rival(name, **CRITICALITY, threshold=0.5)
     assert 0 < sum(s.num_triggered for s in found) < sum(s.cost.generated for s in found)
-    assert tokens(found) == tokens(run(how, 1))
-    assert tokens(run(strategy(name, trigger="criticality", threshold=1.0))) == tokens(run(strategy("greedy")))
-    if name == "takeover":
-        always = strategy(name, trigger="criticality", threshold=-1.0, warmup_steps=0)
-        assert tokens(run(always)) == tokens(run(strategy("llm")))
+
+
+# Branches
+
+
+def ended(adapter, ids, depth, stop=1):
+    """The greedy branch of a candidate, uncached: its tokens, and the sum of log p behind the first one."""
+    adapter.act(adapter.scope == "always")
+    branch, total = list(ids), 0.0
+    for _ in range(depth - 1):
+        if branch[-1] == stop:
+            break
+        with torch.inference_mode():
+            logits = adapter.base_model(torch.tensor([branch])).logits[0, -1]
+        best = masked(adapter.loaded, logits).log_softmax(-1).max(-1)
+        branch.append(int(best.indices))
+        total += float(best.values)
+    return branch, total
+
+
+@pytest.mark.parametrize(("scope", "depth"), [("always", 2), ("always", 4), ("candidates", 3), ("step", 3)])
+def test_branches_are_scored_at_their_ends_as_one_uncached_forward_each_would(scope, depth, rival, adapters, prompts):
+    adapter, checked = adapters[scope], 0
+    for sequence, prompt in zip(rival("local-branch", **AT_RANDOM, scope=scope, lookahead=depth), prompts, strict=True):
+        for step in sequence.steps:
+            if not step.fired:
+                continue
+            prefix = [*prompt, *sequence.token_ids[: step.index]]
+            pairs = zip(step.candidates.ids, step.candidates.logprobs, step.scores, strict=True)
+            for candidate, logprob, found in pairs:
+                branch, total = ended(adapter, [*prefix, candidate], depth)
+                count = len(branch) - len(prefix)
+                wanted = (logprob + total) / count if scope == "step" else bins(adapter, branch, logprob)
+                assert found == pytest.approx(wanted, abs=1e-3)
+                checked += count == depth
+            assert step.token_id == step.candidates.ids[max(range(4), key=lambda i: step.scores[i])]
+    assert checked > 20
+
+
+def bins(adapter, ids, logprob):
+    """The score of the last token, with the LoRA on it alone under scope candidates."""
+    tokens_, first = torch.tensor([ids]), len(ids) - 1
+    adapter.act(adapter.scope == "always")
+    with torch.inference_mode(), nullcontext() if adapter.scope == "always" else adapter.acting_from(first, len(ids)):
+        hidden = adapter.base_model.get_decoder()(tokens_).last_hidden_state[:, -1:]
+    return float(adapter.scores(hidden, tokens_[:, -1:], torch.tensor([[logprob]])))
+
+
+@pytest.mark.parametrize(
+    ("scope", "depth", "line"),
+    [
+        ("step", 1, "readout rank must be 0, or 2 and more; got 1"),
+        ("candidates", 0, "readout bins must be 1, or 2 and more; got 0"),
+        ("stream", 2, "another scope than stream"),
+    ],
+)
+def test_an_adapter_that_cannot_read_so_far_ahead_is_refused_before_anything_is_written(scope, depth, line, rival):
+    with pytest.raises(ConfigError, match=line):
+        rival("local-branch", scope=scope, lookahead=depth, threshold=0.5)
 
 
 def test_the_released_code_scores_by_expected_bins_alone_and_reads_the_llm_at_every_token(

@@ -26,7 +26,7 @@ class GenerateConfig(DecodeConfig, ServedConfig, ChatConfig, EngineConfig, Model
     strategy: str | None = None
     """greedy, sample, self-consistency, self-certainty, llm, takeover, s2t or s2t-local; None is s2t-local with an adapter or a
     merged model, else greedy. Or another method: speculative, r2r, specreason, smart, glimprouter, relay, contrastive,
-    context-aware, dola, multiplex, confidence or released."""
+    context-aware, dola, multiplex, confidence, forecast, local-branch or released."""
     seed: int = 0
     """Seed of sampling and of the random trigger."""
 
@@ -116,7 +116,7 @@ class EvalConfig(DecodeConfig, TaskConfig, ServedConfig, ShardConfig, ChatConfig
     strategies: str = "greedy,s2t-local"
     """Comma-separated: greedy, sample, self-consistency, self-certainty, llm, takeover, s2t, s2t-local; the last three also
     with a trigger of their own, such as s2t@entropy. Other methods: those of generate, and over finished answers cascade,
-    frugalgpt, knn-routing, borda and deepconf."""
+    frugalgpt, knn-routing, borda, deepconf and zip-rc."""
     out: str = "runs/eval"
     """Folder of this run; rerunning resumes it."""
     split: str = "test"

@@ -78,13 +78,16 @@ METHODS = {
     "context-aware": Method(_ALWAYS, "s2t.methods.contrast:ContextAware", needs=("bare",)),
     "dola": Method(_ALWAYS, "s2t.methods.contrast:DoLa"),
     "released": Method("s2t.methods.triggers:Divergence", "s2t.methods.select:S2TLocal", needs=("llm", "adapter")),
+    "local-branch": Method("criticality", "s2t.methods.branch:LocalBranch", needs=("adapter",)),
     "multiplex": Method(sampling=True, mixes=True),
     "confidence": Method(reads="s2t.methods.answers:Confidence"),
+    "forecast": Method(sampling=True, samples=True, reads="s2t.methods.forecast:Forecast"),
     "cascade": Method(over=_BOTH, answers="s2t.methods.answers:Cascade"),
-    "frugalgpt": Method(over=_BOTH, answers="s2t.methods.answers:FrugalGPT"),
-    "knn-routing": Method(over=_BOTH, answers="s2t.methods.answers:NearestNeighbours"),
+    "frugalgpt": Method(over=_BOTH, answers="s2t.methods.learned:FrugalGPT"),
+    "knn-routing": Method(over=_BOTH, answers="s2t.methods.learned:NearestNeighbours"),
     "borda": Method(over=("self-certainty",), answers="s2t.methods.votes:Borda"),
     "deepconf": Method(over=("self-certainty",), answers="s2t.methods.votes:DeepConf"),
+    "zip-rc": Method(over=("forecast",), answers="s2t.methods.forecast:ZipRC"),
 }
 
 STRATEGIES = tuple(METHODS)

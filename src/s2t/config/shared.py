@@ -320,6 +320,11 @@ class DecodeConfig(StepConfig):
     """Text that ends a step; None is a line break for the embedded models, else a blank line."""
     router: str | None = None
     """Router written by `s2t train-router`, a folder; r2r and the trigger router need it."""
+    forecast: str | None = None
+    """Head written by `s2t train-router --method zip-rc`, a folder; zip-rc needs it."""
+    lookahead: int | None = None
+    """Tokens of each candidate that local-branch reads before it scores it: 0 none (readout rank), 1 the candidate itself (bins),
+    more with the SLM's greedy continuation; None is the adapter's own, 0 or 1."""
     critical: str | None = None
     """critical.json written by `s2t study critical`; the oracle trigger critical fires at its places."""
     draft_tokens: int = 0
@@ -340,6 +345,8 @@ class DecodeConfig(StepConfig):
         require(0 < self.top_p <= 1, f"top_p must be within (0, 1]; got {self.top_p}.")
         check_at_least(0, top_k=self.top_k, draft_tokens=self.draft_tokens)
         check_range("min_p", self.min_p, 0, 1)
+        if self.lookahead is not None:
+            check_at_least(0, lookahead=self.lookahead)
         if self.span_tokens is not None:
             check_at_least(1, span_tokens=self.span_tokens)
         require(self.step_end != "", "step_end must be text; an empty one would end every step at once.")

@@ -48,6 +48,12 @@ class StudyConfig(TaskConfig, ChatConfig, ModelConfig):
     arms: str | None = None
     """Arms of distillation beside greedy and s2t-local, comma-separated: methods of `s2t distill`, and METHOD+s2t-local, a
     selector trained on that SLM; s2t-local alone adds none. None takes sft, kd, on-policy-kd and sft+s2t-local."""
+    methods: str | None = None
+    """Methods of rivals, comma-separated names as of `s2t eval` (greedy is always among them); None takes all."""
+    shares: str | None = None
+    """Shares of LLM tokens that rivals asks for, comma-separated, within 0..1; None takes 0.02,0.05,0.1,0.2."""
+    adapter: str | None = None
+    """Adapter of rivals, a folder written by `s2t train`; None trains one on this study's groups."""
     num_seeds: int = 3
     """Seeds of what draws at random in baselines and triggers, and of the arms of distillation but METHOD+s2t-local."""
     max_new_tokens: int = 256
@@ -64,6 +70,8 @@ class StudyConfig(TaskConfig, ChatConfig, ModelConfig):
             1, calibration_limit=self.calibration_limit, train_limit=self.train_limit, num_seeds=self.num_seeds
         )
         check_at_least(1, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size)
+        for share in self.token_shares:
+            check_range("shares", share, 0, 1)
         require(self.llm is not None, "a study needs the LLM; pass --llm MODEL.")
         require(self.split in ("calibration", "test"), f"split must be calibration or test; got {self.split!r}.")
         self._check_training()
@@ -80,6 +88,16 @@ class StudyConfig(TaskConfig, ChatConfig, ModelConfig):
             build_config(TrainConfig, flags=given)
         except ConfigError as error:
             raise ConfigError(f"training: {error}") from error
+
+    @property
+    def method_names(self) -> tuple[str, ...]:
+        """The methods of rivals; () for all."""
+        return tuple(name.strip() for name in (self.methods or "").split(",") if name.strip())
+
+    @property
+    def token_shares(self) -> tuple[float, ...]:
+        """The shares of LLM tokens that rivals asks for; () for its own."""
+        return _listed(float, self.shares, "shares must be numbers within 0..1") if self.shares is not None else ()
 
     @property
     def arm_names(self) -> tuple[str, ...]:

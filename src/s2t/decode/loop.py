@@ -81,7 +81,8 @@ class Decoder:
         """Yield every request's steps, interleaved, each request's in order, until its stop id or the length limit."""
         batch, waiting = self.batch, deque(requests)
         longest = max((len(request.prompt_ids) for request in waiting), default=0) + self.max_new_tokens
-        batch.reserve(longest + self.strategy.num_candidates + 1)
+        ahead = (self.strategy.selector.lookahead or 0) if self.strategy.selector is not None else 0
+        batch.reserve(longest + self.strategy.num_candidates + ahead + 1)
         batch.waiting = waiting
         assert self.adjust is None or len(waiting) <= self.engine.max_rows
         while batch.waiting or batch.rows:
@@ -226,7 +227,8 @@ class Decoder:
             probs = known(round.llm_logprobs(range(len(top)), proposal.ids).exp())
             for place, detail in enumerate(details):
                 detail.update(llm_probs=probs[place], llm_top_id=top[place])
-        round.details = dict(enumerate(details))
+        for place, detail in enumerate(details):
+            round.details.setdefault(place, {}).update(detail)
 
 
 def stream_key(request: Request, stream: int) -> str:
@@ -263,5 +265,7 @@ def _check(engine: Engine, strategy: Strategy, reference: Reference | None) -> N
     lacking = strategy.selector.lacks(listed) if strategy.selector is not None and listed is not None else None
     if lacking is not None:
         raise ConfigError(lacking)
+    if strategy.selector is not None:
+        strategy.selector.check(engine.adapter)
     if "adapter" in strategy.needs and engine.adapter is None:
         raise ConfigError(f"strategy {strategy.name} needs --adapter, a folder written by `s2t train`.")

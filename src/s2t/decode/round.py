@@ -16,9 +16,10 @@ from torch import Tensor
 from s2t.core.candidates import logprobs_at
 from s2t.core.rule import finish_reason
 from s2t.decode.batch import Batch
+from s2t.decode.branch import branch
 from s2t.decode.rows import Row
 from s2t.decode.steps import StepTexts
-from s2t.methods.base import Proposal, Round, Selection
+from s2t.methods.base import Ahead, Proposal, Round, Selection
 from s2t.methods.strategies import Strategy
 from s2t.model.adapter import SelectorReader
 from s2t.model.checkpoint import not_finite
@@ -94,6 +95,9 @@ class EngineRound(Round):
     def tail(self, place: int) -> str:
         return self._texts_before[place][1]
 
+    def note(self, place: int, numbers: Sequence[float]) -> None:
+        self.details.setdefault(place, {})["notes"] = tuple(numbers)
+
     def ask(self, rows: Sequence[int], question: str, answers: Sequence[str]) -> Tensor:
         reference, texts = self.batch.reference, self.texts
         assert reference is not None and texts is not None
@@ -138,6 +142,15 @@ class EngineRound(Round):
         rows = dict.fromkeys(self.rows[place] for place in places)
         drafts = {row.slot: [self.tokens[place] for place in self.places[row]] for row in rows}
         return [(self.rows[place].slot, self.offsets[place]) for place in places], drafts
+
+    def ahead(self, places: Sequence[int], ids: Tensor, depth: int, reads_end: bool) -> Ahead:
+        engine = self.batch.engine
+        slots = [self.rows[place].slot for place in places]
+        order = sorted(range(len(slots)), key=slots.__getitem__)  # the engine takes rows in order
+        branches = [branch(engine, [slots[i] for i in order], one, depth, reads_end) for one in ids[order].unbind(-1)]
+        back = torch.tensor(order, device=ids.device).argsort()
+        states = torch.stack([one.states for one in branches], 1)[back] if reads_end else None  # type: ignore[arg-type]
+        return Ahead(states, *(torch.stack(parts, 1)[back] for parts in list(zip(*branches, strict=True))[1:]))
 
     def states(self, places: Sequence[int], ids: Tensor | None = None) -> Tensor:
         self._waiting = dict.fromkeys(places)

@@ -59,6 +59,10 @@ class Generated:
     finish_reason: str = ""
     num_triggered: int = 0
     num_flips: int = 0
+    notes: list[tuple[float, ...]] = field(default_factory=list)
+    """What the trigger noted, in order."""
+    last_value: float | None = None
+    """Its reading at the last token."""
     value: float = 0.0
     """Sum of the trigger's readings over the steps."""
 
@@ -73,6 +77,9 @@ class Generated:
         self.num_triggered += step.fired
         self.num_flips += step.flip and step.fired
         self.value += step.value or 0.0
+        self.last_value = step.value
+        if step.notes is not None:
+            self.notes.append(step.notes)
         if keep:
             self.steps.append(step)
         if step.finish_reason is not None:

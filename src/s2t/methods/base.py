@@ -19,6 +19,17 @@ from s2t.core.rule import fires, winner
 from s2t.model.adapter import SelectorReader
 
 
+class Ahead(NamedTuple):
+    """What stands at the ends of branches, K for each of f places: greedy continuations of candidates by the SLM."""
+
+    states: Tensor | None
+    """[f, K, H] under the adapter, of the last token; None where they were not asked for."""
+    logprobs: Tensor
+    """[f, K], the sum of log p_S of the tokens behind each candidate."""
+    counts: Tensor
+    """[f, K], tokens of each branch, its candidate among them."""
+
+
 class Round(ABC):
     """One round over n places, each the next token of a row or of its draft: what a trigger or a selector may look at.
 
@@ -81,6 +92,10 @@ class Round(ABC):
         """The last characters of the answer before a place; only for triggers that work on text."""
 
     @abstractmethod
+    def note(self, place: int, numbers: Sequence[float]) -> None:
+        """Keep some numbers with the token of a place; a trigger's, beside the one that it reads."""
+
+    @abstractmethod
     def ask(self, rows: Sequence[int], question: str, answers: Sequence[str]) -> Tensor:
         """What the LLM says to a question behind some rows' whole drafts (places in `drafts`), which it then forgets.
 
@@ -109,6 +124,10 @@ class Round(ABC):
 
         `must_order` says that the best of each row has to be known.
         """
+
+    @abstractmethod
+    def ahead(self, places: Sequence[int], ids: Tensor, depth: int, reads_end: bool) -> Ahead:
+        """Branches of `depth` tokens that begin with candidates [f, K] and are then forgotten; of rows that draft nothing."""
 
     @abstractmethod
     def states(self, places: Sequence[int], ids: Tensor | None = None) -> Tensor:
@@ -197,6 +216,8 @@ class Selector(ABC):
 
     layers: ClassVar[str] = ""
     """Which earlier layers' logits it reads, low or high; none where it is empty."""
+    lookahead: int | None = None
+    """Tokens that it reads behind a place before it chooses, where they are more than candidates."""
     reads_states: ClassVar[bool] = False
     """Whether it asks for states under the adapter, which there are of a row's next token alone."""
 
@@ -204,6 +225,10 @@ class Selector(ABC):
     def of(cls, config: DecodeConfig) -> Selector:
         """The selector with its settings."""
         return cls()
+
+    def check(self, adapter: SelectorReader | None) -> None:
+        """Raise ConfigError where it cannot choose beside this adapter."""
+        return None
 
     def lacks(self, num_listed: int) -> str | None:
         """In one line, why an LLM on servers does not suffice, which tells its likeliest tokens alone; None where it does."""

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from s2t.config import DecodeConfig
-from s2t.core.support import kl_divergence
 from s2t.methods.base import Proposal, Round, Selection, Selector
 
 
@@ -62,9 +61,10 @@ class ContextAware(_Contrast):
 
 
 class DoLa(_Contrast):
-    """The last layer against that earlier layer of which it differs most (JS), among tokens of p >= alpha max.
+    """The last layer against that earlier layer of which it differs most, among tokens of p >= alpha max. alpha = 1 is greedy.
 
-    Source: Chuang et al. 2024 (arXiv 2309.03883), upper half of the layers. alpha = 1 is greedy.
+    Source: Chuang et al. 2024 (arXiv 2309.03883), upper half of the layers, each row for itself. How two layers differ is what
+    their release and transformers 4.55 compute, which is not quite the paper's JS: KL from the mean of both to each of them.
     """
 
     default = 0.1
@@ -74,9 +74,15 @@ class DoLa(_Contrast):
         last = round.logits[places].log_softmax(-1)  # [f, V]
         earlier = round.layer_logits(places).log_softmax(-1)  # [L, f, V]
         middle = 0.5 * (last.exp() + earlier.exp())
-        js = kl_divergence(last.exp().expand_as(middle), middle) + kl_divergence(earlier.exp(), middle)  # [L, f]
-        chosen = earlier[js.argmax(0), torch.arange(len(places), device=last.device)]  # [f, V]
+        apart = _divergence_from(middle, last) + _divergence_from(middle, earlier)  # [L, f]
+        chosen = earlier[apart.argmax(0), torch.arange(len(places), device=last.device)]  # [f, V]
         return among_likely(last - chosen, last, self.strength)
+
+
+def _divergence_from(probs: Tensor, logprobs: Tensor) -> Tensor:
+    """KL of probabilities from log-probabilities, of whatever size; [L, f, V], [..., V] -> [L, f]."""
+    terms = probs * (probs.clamp_min(1e-38).log() - logprobs)
+    return torch.where(probs > 0, terms, torch.zeros_like(terms)).sum(-1)
 
 
 def among_likely(values: Tensor, logprobs: Tensor, alpha: float) -> Tensor:

@@ -70,7 +70,7 @@ def build_strategy(
     method = METHODS[name]
     k = config.num_candidates or num_candidates or DEFAULT_CANDIDATES
     if method.selector is None:
-        trigger = find(method.reads)() if method.reads is not None else Never()
+        trigger = find(method.reads).of(config) if method.reads is not None else Never()
         mixture = (config.num_candidates or DEFAULT_MIXTURE) if method.mixes else 0
         return Strategy(name, trigger, num_candidates=k, sampling=_sampling(method, config), mixture=mixture, seed=seed)
     trigger = _trigger(name, method, config)

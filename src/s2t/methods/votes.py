@@ -25,7 +25,7 @@ class Borda(Chooser):
         samples = whole["samples"]
         order = sorted(range(len(samples)), key=lambda i: -samples[i]["certainty"])
         weights = {i: (len(samples) - rank) ** self.threshold for rank, i in enumerate(order)}
-        return _answered(whole, heaviest(samples, [weights[i] for i in range(len(samples))]), 1.0)
+        return answered(whole, heaviest(samples, [weights[i] for i in range(len(samples))]), 1.0)
 
 
 class DeepConf(Chooser):
@@ -46,13 +46,13 @@ class DeepConf(Chooser):
             share = sum(found[0].values()) and max(found[0].values()) / sum(found[0].values())
             if share >= self.threshold or count == len(samples):
                 tokens = sum(sample["tokens"] for sample in samples[:count])
-                return _answered(whole, found[1], tokens / max(sum(sample["tokens"] for sample in samples), 1))
-        return _answered(whole, samples[0], 1.0)
+                return answered(whole, found[1], tokens / max(sum(sample["tokens"] for sample in samples), 1))
+        return answered(whole, samples[0], 1.0)
 
     def _vote(self, samples: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], Mapping[str, Any]]:
-        order = sorted(range(len(samples)), key=lambda i: -samples[i]["certainty"])
-        kept = set(order[: max(1, round(self.kept * len(samples)))])
-        weights = [samples[i]["certainty"] if i in kept else 0.0 for i in range(len(samples))]
+        ranked = sorted((sample["certainty"] for sample in samples), reverse=True)
+        least = ranked[max(1, round(self.kept * len(samples))) - 1]  # as sure as that is sure enough
+        weights = [sample["certainty"] if sample["certainty"] >= least else 0.0 for sample in samples]
         return tally(samples, weights), heaviest(samples, weights)
 
 
@@ -72,7 +72,8 @@ def heaviest(samples: Sequence[Mapping[str, Any]], weights: Sequence[float]) -> 
     return next((one for one in samples if one["answer"] is not None and votes[one["answer"]] == best), samples[0])
 
 
-def _answered(whole: Mapping[str, Any], sample: Mapping[str, Any], share: float) -> dict[str, Any]:
+def answered(whole: Mapping[str, Any], sample: Mapping[str, Any], share: float) -> dict[str, Any]:
+    """One sample's answer as the result of all, with a share of their cost."""
     cost = {name: type(value)(value * share) for name, value in whole["cost"].items()}
     own = {"is_correct": sample["is_correct"], "extracted": sample["answer"], "samples": None, "text": ""}
     return {**whole, **own, "cost": cost}

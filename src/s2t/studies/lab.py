@@ -19,6 +19,9 @@ from s2t.model.tiny import is_embedded
 from s2t.studies.base import check_base
 from s2t.workflows import Stage
 
+NETWORK_PROBLEMS = 2304
+"""Training problems of routers and forecasts at most, of which each is written several times."""
+
 
 @dataclass(frozen=True, slots=True)
 class Series:
@@ -117,6 +120,10 @@ class Lab:
             self._run("train", place, models | own | self.training | settings)
         return place / "adapter"
 
+    def adapted(self) -> Path:
+        """The adapter that was given, else one that is trained."""
+        return Path(self.config.adapter) if self.config.adapter is not None else self.trained()
+
     def distilled(self, name: str, **settings: Any) -> Path:
         """A distilled SLM's folder."""
         own = {"limit": self.config.train_limit}
@@ -124,8 +131,14 @@ class Lab:
 
     def routed(self) -> Path:
         """A trained router's run."""
-        own = {"limit": self.config.train_limit, "calibration_limit": self.config.calibration_limit}
-        return self._run("train_router", self.folder / "router", self._settings(own))
+        limit = min(self.config.train_limit, NETWORK_PROBLEMS)
+        own = {"limit": limit, "calibration_limit": self.config.calibration_limit}
+        return self._run("train-router", self.folder / "router", self._settings(own))
+
+    def foretold(self) -> Path:
+        """A run of forecasts for zip-rc."""
+        own = {"method": "zip-rc", "limit": min(self.config.train_limit, NETWORK_PROBLEMS)}
+        return self._run("train-router", self.folder / "forecast", self._settings(own))
 
     @property
     def training(self) -> dict[str, Any]:

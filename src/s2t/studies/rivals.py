@@ -1,4 +1,4 @@
-"""Every method in one table: accuracy against cost, at matched shares of LLM tokens, on the same problems and prompts.
+"""Every method on the same problems and prompts, at matched shares of LLM tokens: what runs, and at which thresholds.
 
 Thresholds come from the calibration split alone: there each method's readings along the SLM's own answers say where it would hand
 a given share of the tokens to the LLM. The share that came of it on the test problems stands beside the one that was asked for.
@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from s2t.combine import combine, known_answers
-from s2t.config import EvalConfig, build_config, needs_of
-from s2t.core.stats import bootstrap_interval, holm_p_values, paired_comparison
+from s2t.config import EvalConfig, build_config
 from s2t.decode.opening import open_pair
 from s2t.decode.workload import open_task, requests_for
+from s2t.errors import ConfigError
 from s2t.files import iter_jsonl, read_json, write_json
-from s2t.methods.answers import FrugalGPT, NearestNeighbours
+from s2t.methods.learned import FrugalGPT, NearestNeighbours
 from s2t.methods.strategies import build_strategy
 from s2t.records import Problem
-from s2t.studies.lab import Chart, Findings, Lab, Series
+from s2t.studies.lab import Findings, Lab
+from s2t.studies.rivals_table import Arm, findings
+from s2t.tasks.problems import Task
 
 SHARES = (0.02, 0.05, 0.1, 0.2)
 NUM_SAMPLES = 8
@@ -33,50 +35,67 @@ PLAIN = (
 )
 BY_TOKEN = tuple(f"{name}@{kind}" for name in ("takeover", "s2t") for kind in ("divergence", "entropy", "random"))
 BY_STEP = ("specreason", "smart", "glimprouter")
+TRAINED = ("takeover@criticality", "s2t@criticality")
 OVER_ANSWERS = ("cascade", "frugalgpt", "knn-routing")
-READINGS = ("divergence", "entropy", "criticality", "router", "step-score", "step-confidence", "step-entropy")
-SHOWN_BY_FLOPS = ("greedy", "s2t-local", "llm", "speculative", "deepconf", "s2t@criticality", "smart", "cascade")
-SHOWN_BY_SHARE = (
-    ("s2t@divergence", "takeover@entropy", "s2t@criticality", "r2r", "takeover@random"),
-    ("specreason", "smart", "glimprouter", "cascade", "frugalgpt", "knn-routing"),
-)
+EVERY = (*PLAIN, "speculative", "zip-rc", "local-branch", *BY_TOKEN, "r2r", *BY_STEP, *TRAINED, *OVER_ANSWERS)
+TOKEN_COSTS = (1e-4, 3e-4, 1e-3, 3e-3)
+"""Of zip-rc: what a token costs, in right answers."""
+LOOKAHEADS = (1, 2, 3)
+READERS = {
+    "divergence": ("takeover@divergence", "s2t@divergence"),
+    "entropy": ("takeover@entropy", "s2t@entropy"),
+    "criticality": TRAINED,
+    "router": ("r2r",),
+    "step-score": ("specreason",),
+    "step-confidence": ("smart",),
+    "step-entropy": ("glimprouter",),
+}
+"""Triggers whose readings give thresholds, and the methods that these are for."""
 _BELOW = ("step-score", "step-confidence", "confidence", "frugalgpt")  # these fire below their threshold
-_COSTS = ("slm_flops", "llm_flops", "slm_forwards", "llm_forwards", "generated")
-
-Rows = list[list[dict[str, Any]]]
-"""Results of one method: seed by seed, problem by problem."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Arm:
-    """A method at one asked-for share (None where it has none)."""
-
-    method: str
-    share: float | None
-    rows: Rows
-    seconds: float | None = None
+_VOTES = ("borda", "deepconf")
+_ADAPTED = ("s2t-local", *TRAINED)
 
 
 def rivals(lab: Lab) -> Findings:
-    """Every method beside ours on the same problems: accuracy against FLOPs and LLM tokens, at shares of 2, 5, 10 and 20 %."""
-    adapter, router = str(lab.trained()), str(lab.routed() / "router")
+    """Every method beside ours on the same problems: accuracy against FLOPs and LLM tokens, at matched shares of the tokens."""
+    wanted = _wanted(lab.config.method_names)
+    shares = lab.config.token_shares or SHARES
+    adapter = str(lab.adapted()) if wanted & {*_ADAPTED} else None
+    router = str(lab.routed() / "router") if "r2r" in wanted else None
     drawn = {"num_seeds": lab.config.num_seeds, "num_samples": NUM_SAMPLES, "adapter": adapter, "router": router}
-    arms = _of(lab, "plain", PLAIN, None, **drawn)
-    arms += _of(lab, "speculative", ("speculative",), None, top_k=1)
-    known = lab.folder / "known"
-    lab.evaluated("known", "confidence,llm", split="calibration", limit=lab.config.calibration_limit)
-    readings = _readings(lab, adapter, router)
+    arms = _of(lab, "plain", _among(PLAIN, wanted), None, **drawn)
+    arms += _of(lab, "speculative", _among(("speculative",), wanted), None, top_k=1)
     plain = {arm.method: arm for arm in arms}
-    for share in SHARES:
+    arms += _foretold(lab) if "zip-rc" in wanted else []
+    arms += _branches(lab) if "local-branch" in wanted else []
+    over = _among(OVER_ANSWERS, wanted)
+    if over:
+        lab.evaluated("known", "confidence,llm", split="calibration", limit=lab.config.calibration_limit)
+    readings = _readings(lab, [name for name, users in READERS.items() if wanted & {*users}], adapter, router)
+    for share in shares:
         thresholds = {name: threshold_for(name, values, share) for name, values in readings.items()} | {"random": share}
         name = f"share-{share:g}"
         calibration = str(lab.thresholds_file(name, thresholds))
-        names = (*BY_TOKEN, "r2r", *BY_STEP)
+        names = _among((*BY_TOKEN, "r2r", *BY_STEP), wanted)
         arms += _of(lab, name, names, share, **drawn, calibration=calibration)
-        trained = ("takeover@criticality", "s2t@criticality")
-        arms += _of(lab, f"{name}-trained", trained, share, adapter=adapter, threshold=thresholds["criticality"])
-        arms += _over_answers(lab, share, plain, known)
-    return _findings(lab, arms)
+        own = thresholds.get("criticality")
+        arms += _of(lab, f"{name}-trained", _among(TRAINED, wanted), share, adapter=adapter, threshold=own)
+        arms += _over_answers(lab, over, share, plain) if over else []
+    return findings(lab, [arm for arm in arms if arm.method in wanted], shares)
+
+
+def _wanted(names: Sequence[str]) -> set[str]:
+    """The methods that run, with those that others need."""
+    unknown = [name for name in names if name not in EVERY]
+    if unknown:
+        raise ConfigError(f"methods must be of {', '.join(EVERY)}; got {', '.join(unknown)}.")
+    wanted = {"greedy", *names} if names else {*EVERY}
+    wanted |= {"confidence", "llm"} if wanted & {*OVER_ANSWERS} else set()
+    return wanted | ({"self-certainty"} if wanted & {*_VOTES} else set())
+
+
+def _among(names: Sequence[str], wanted: set[str]) -> tuple[str, ...]:
+    return tuple(name for name in names if name in wanted)
 
 
 def threshold_for(name: str, values: Sequence[float], share: float) -> float:
@@ -91,30 +110,65 @@ def threshold_for(name: str, values: Sequence[float], share: float) -> float:
     return float(cuts[np.abs(rates - share).argmin()])
 
 
-def _of(lab: Lab, folder: str, names: Sequence[str], share: float | None, **settings: Any) -> list[_Arm]:
-    """Arms of one evaluation, in a folder of its own."""
+def _of(lab: Lab, folder: str, names: Sequence[str], share: float | None, **settings: Any) -> list[Arm]:
+    """Arms of one evaluation, in a folder of its own; none of no methods."""
+    if not names:
+        return []
     found = lab.evaluated(folder, ",".join(names), **settings)["strategies"]
-    by_name: dict[str, dict[int, list[dict[str, Any]]]] = {}
-    for _, result in iter_jsonl(lab.folder / folder / "results.jsonl"):
-        by_name.setdefault(result["strategy"], {}).setdefault(result["seed"], []).append(result)
+    by_name = results_by_name(lab.folder / folder)
+    return [Arm(name, share, by_name[name], found[name]["seconds"]) for name in names]
+
+
+def results_by_name(folder: Path) -> dict[str, list[list[dict[str, Any]]]]:
+    """The results of an evaluation, strategy by strategy, seed by seed."""
+    found: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    for _, result in iter_jsonl(folder / "results.jsonl"):
+        found.setdefault(result["strategy"], {}).setdefault(result["seed"], []).append(result)
+    return {name: list(seeds.values()) for name, seeds in found.items()}
+
+
+def _foretold(lab: Lab) -> list[Arm]:
+    """zip-rc at several costs of a token, over the same samples."""
+    forecast = str(lab.foretold() / "forecast")
+    settings = {"forecast": forecast, "num_samples": NUM_SAMPLES}
+    [samples] = _of(lab, "zip-rc", ("forecast",), None, **settings, num_seeds=lab.config.num_seeds)
+    problems, task = _problems(lab)
     arms = []
-    for name in names:
-        arms.append(_Arm(name, share, list(by_name[name].values()), found[name]["seconds"]))
+    for cost in TOKEN_COSTS:
+        own = build_config(EvalConfig, flags=lab.settings(settings | {"threshold": cost}))
+        runs = combine("zip-rc", own, task, problems, {"forecast": [(rows, 0.0) for rows in samples.rows]})
+        arms.append(Arm("zip-rc", None, [run[0] for run in runs], label=f"zip-rc, {cost:g} a token"))
     return arms
 
 
-def _over_answers(lab: Lab, share: float, plain: Mapping[str, _Arm], known: Path) -> list[_Arm]:
-    """Cascades and routing over the answers that are there, at thresholds from the calibration split."""
-    config = build_config(EvalConfig, flags=lab.settings({"known": str(known), "limit": lab.config.limit}))
+def _branches(lab: Lab) -> list[Arm]:
+    """local-branch at several depths, under an adapter of readout bins: the first is the tree step of s2t-local."""
+    adapter = str(lab.trained("train-bins", readout="bins"))
+    arms = []
+    for depth in LOOKAHEADS:
+        [arm] = _of(lab, f"branch-{depth}", ("local-branch",), None, adapter=adapter, lookahead=depth)
+        arms.append(replace(arm, label=f"local-branch, {depth} ahead"))
+    return arms
+
+
+def _problems(lab: Lab) -> tuple[list[Problem], Task]:
+    config = build_config(EvalConfig, flags=lab.settings({"limit": lab.config.limit}))
     task = open_task(config, config.slm, config.revision)
-    problems = task.problems(lab.config.split, lab.config.limit, lab.config.seed)
+    return task.problems(lab.config.split, lab.config.limit, lab.config.seed), task
+
+
+def _over_answers(lab: Lab, names: Sequence[str], share: float, plain: Mapping[str, Arm]) -> list[Arm]:
+    """Cascades and routing over the answers that are there, at thresholds from the calibration split."""
+    known = str(lab.folder / "known")
+    config = build_config(EvalConfig, flags=lab.settings({"known": known, "limit": lab.config.limit}))
+    problems, task = _problems(lab)
     results = {name: [(rows, 0.0) for rows in plain[name].rows] for name in ("confidence", "llm")}
     values = _known_values(config, problems)
     arms = []
-    for name in OVER_ANSWERS:
+    for name in names:
         at = threshold_for("confidence" if name == "cascade" else name, values[name], share)
-        own = build_config(EvalConfig, flags=lab.settings({"known": str(known), "threshold": at}))
-        arms.append(_Arm(name, share, [run[0] for run in combine(name, own, task, problems, results)]))
+        own = build_config(EvalConfig, flags=lab.settings({"known": known, "threshold": at}))
+        arms.append(Arm(name, share, [run[0] for run in combine(name, own, task, problems, results)]))
     return arms
 
 
@@ -129,22 +183,24 @@ def _known_values(config: EvalConfig, problems: Sequence[Problem]) -> dict[str, 
     }
 
 
-def _readings(lab: Lab, adapter: str, router: str) -> dict[str, list[float]]:
-    """What every trigger reads at each token past its warm-up of the SLM's calibration answers; read once and kept."""
+def _readings(lab: Lab, names: Sequence[str], adapter: str | None, router: str | None) -> dict[str, list[float]]:
+    """What triggers read at each token past their warm-up of the SLM's calibration answers; read once and kept."""
+    if not names:
+        return {}
     path = lab.folder / "readings.json"
     if not path.is_file():
-        write_json(path, _read(lab, adapter, router))
+        write_json(path, _read(lab, names, adapter, router))
     return read_json(path)
 
 
-def _read(lab: Lab, adapter: str, router: str) -> dict[str, list[float]]:
+def _read(lab: Lab, names: Sequence[str], adapter: str | None, router: str | None) -> dict[str, list[float]]:
     flags = lab.settings({"adapter": adapter, "router": router, "strategies": "takeover", "split": "calibration"})
     config = build_config(EvalConfig, flags=flags)
-    pair = open_pair(config, ["takeover@divergence", "takeover@criticality"])
+    pair = open_pair(config, [f"takeover@{name}" for name in names])
     task = open_task(config, config.slm, config.revision)
     requests = requests_for(pair, task, task.problems("calibration", lab.config.calibration_limit, config.seed))
     found = {}
-    for name in READINGS:
+    for name in names:
         never = -math.inf if name in _BELOW else math.inf
         own = build_config(EvalConfig, flags=flags | {"trigger": name, "threshold": never})
         strategy = build_strategy("takeover", own, {})
@@ -161,75 +217,3 @@ def _filled(values: Sequence[float]) -> list[float]:
     for value in values:
         filled.append(filled[-1] if value == -1.0 and filled else value)
     return filled
-
-
-def _findings(lab: Lab, arms: Sequence[_Arm]) -> Findings:
-    correct = [np.array([[r["is_correct"] for r in seed] for seed in arm.rows]) for arm in arms]
-    greedy = next(right for arm, right in zip(arms, correct, strict=True) if arm.method == "greedy")
-    tests = [paired_comparison(right, greedy) for right in correct]
-    adjusted = holm_p_values([test["p_value"] for arm, test in zip(arms, tests, strict=True) if arm.method != "greedy"])
-    left = iter(adjusted)
-    rows, series = [], {}
-    for arm, right, test in zip(arms, correct, tests, strict=True):
-        is_greedy = arm.method == "greedy"
-        compared = (None, None, None) if is_greedy else (test["difference"], test["ci95"], next(left))
-        cost, accuracy, interval = _cost(arm), float(right.mean()), list(bootstrap_interval(right))
-        flops = (cost["slm_flops"] + cost["llm_flops"]) / 1e9
-        per_forward = cost["generated"] / cost["llm_forwards"] if cost["llm_forwards"] else None
-        rows.append(
-            (
-                *(arm.method, arm.share, len(arm.rows), cost["share"], accuracy, interval, *compared),
-                *(cost["slm_flops"] / 1e9, cost["llm_flops"] / 1e9, per_forward, arm.seconds),
-            )
-        )
-        lines = series.setdefault(arm.method, {kind: Series(arm.method, [], [], []) for kind in ("flops", "share")})
-        for line, x in zip(lines.values(), (flops, 100 * cost["share"]), strict=True):
-            line.x.append(x)
-            line.y.append(accuracy)
-            line.ci95.append((interval[0], interval[1]))
-    columns = (
-        *(
-            "method",
-            "asked for %",
-            "seeds",
-            "LLM's tokens %",
-            "accuracy %",
-            "95 %",
-            "over greedy, points %",
-            "95 % of it",
-        ),
-        *("p (Holm)", "SLM GFLOPs", "LLM GFLOPs", "tokens per LLM forward", "seconds"),
-    )
-    charts = [
-        Chart(
-            "GFLOPs of both models per problem",
-            "accuracy (%)",
-            [series[n]["flops"] for n in SHOWN_BY_FLOPS],
-            log_x=True,
-        ),
-        *(
-            Chart("tokens of the LLM (%)", "accuracy (%)", [series[n]["share"] for n in names])
-            for names in SHOWN_BY_SHARE
-        ),
-    ]
-    config = lab.config
-    notes = [
-        f"{config.limit:,} problems of the {config.split} split, {config.num_seeds} seeds of what draws at random; costs are per "
-        f"problem and seed. Thresholds from {config.calibration_limit:,} calibration problems at shares of "
-        f"{', '.join(f'{100 * share:g}' for share in SHARES)} %.",
-        f"p: McNemar (sign flips where there are several seeds) against greedy, after Holm's correction for {len(adjusted)} "
-        "tests.",
-        "LLM's tokens: those at places that fired; whole answers for cascade, frugalgpt and knn-routing. speculative keeps the "
-        "best token alone (top-k 1), so that it writes what llm writes; its share is that of rejected drafts.",
-    ]
-    return Findings("Every method on the same problems", columns, rows, charts, notes)
-
-
-def _cost(arm: _Arm) -> dict[str, float]:
-    """Means over problems and seeds, and the share of tokens that the LLM wrote or chose."""
-    results = [result for seed in arm.rows for result in seed]
-    total = {name: sum(result["cost"][name] for result in results) for name in _COSTS}
-    fired = total["generated"] if arm.method == "llm" else sum(result["num_triggered"] for result in results)
-    reads_llm = arm.method in OVER_ANSWERS or "llm" in needs_of(arm.method)  # others fire without one
-    share = fired / max(total["generated"], 1) if reads_llm else 0.0
-    return {name: value / len(results) for name, value in total.items()} | {"share": share}

@@ -63,7 +63,7 @@ def cell(column: str, value: Any) -> str:
         return f"{100 * value[0]:.1f} to {100 * value[1]:.1f}"
     if column.endswith("%"):
         return f"{100 * value:.1f}"
-    if column in ("p", "p (Holm)"):
+    if column.split(" of ", maxsplit=1)[0] in ("p", "p (Holm)"):
         return "<0.001" if value < 0.0005 else f"{value:.3f}"
     if isinstance(value, int):
         return f"{value:,}"

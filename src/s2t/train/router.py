@@ -29,12 +29,14 @@ from s2t.model.engine import Engine
 from s2t.model.load import LoadedModel, load_model
 from s2t.model.router import Router, features, save_router
 from s2t.model.router import RouterConfig as RouterShape
+from s2t.progress import counted_as
 from s2t.records import Problem
 from s2t.scale import Shard, to_files, write_missing
 from s2t.tasks.problems import Task
+from s2t.train.small import fit, states_of
 
 _NEGATIVES = 20  # kept steps for each step that parts
-_WIDTH, _LEARNING_RATE = 64, 1e-3
+_WIDTH = 64
 
 
 def train_router(config: RouterConfig) -> dict[str, Any]:
@@ -80,13 +82,15 @@ class _Parter:
         """Per problem: prompt, the LLM's answer, and the places where the SLM differs with whether it parted there."""
         pair, limit = self.pair, self.config.max_new_tokens
         requests = requests_for(pair, self.task, shard.items)
-        prompts = [list(request.prompt_ids) for request in requests]
         answers = [done.token_ids for done in pair.write(self.writer, requests, limit)]
-        labels = pair.label(requests, answers, 1)
+        prompts = [list(request.prompt_ids) for request in requests]
+        with counted_as(0):  # a problem is done once, whatever is tried on it
+            labels = pair.label(requests, answers, 1)
         places = [_spread(np.flatnonzero(own.rank > 0), self.config.max_partings) for own in labels]
         asked = [(i, step) for i, own in enumerate(places) for step in own]
         prefixes = [[*answers[i][:step], int(labels[i].candidate_ids[step, 0])] for i, step in asked]
-        ended = continued(pair, self.writer, [prompts[i] for i, _ in asked], prefixes, limit)
+        with counted_as(0):
+            ended = continued(pair, self.writer, [prompts[i] for i, _ in asked], prefixes, limit)
         finals = [self._final(shard.items[i], ids) for i, ids in enumerate(answers)]
         marks = [self._final(shard.items[i], ids) != finals[i] for (i, _), ids in zip(asked, ended, strict=True)]
         found = [{"prompt_ids": p, "token_ids": a, "places": []} for p, a in zip(prompts, answers, strict=True)]
@@ -100,43 +104,35 @@ class _Parter:
 
 def _spread(places: np.ndarray, most: int) -> list[int]:
     """At most so many places, evenly spread, the first one among them."""
-    if len(places) <= most:
-        return [int(place) for place in places]
-    return [int(places[i]) for i in np.linspace(0, len(places) - 1, most).round().astype(int)]
-
-
-@torch.inference_mode()
-def _read(slm: LoadedModel, prompt: Sequence[int], tokens: Sequence[int]) -> Tensor:
-    """What the router reads at every step of an answer; [T, F]."""
-    engine = Engine(slm, 1)
-    [hidden] = engine.read([0], [[*prompt, *tokens[:-1]]], [len(tokens)])  # [T, H]
-    logits = engine.logits(hidden)
-    return features(hidden, slm.model.get_input_embeddings()(logits.argmax(-1)), logits).cpu().clone()
+    return [int(places[i]) for i in np.linspace(0, len(places) - 1, min(most, len(places))).round().astype(int)]
 
 
 def _fit(config: RouterConfig, slm: LoadedModel, paths: Sequence[dict[str, Any]]) -> Router:
     """Train on all steps that part and on so many others, drawn once; the same seed gives the same router."""
     rng = np.random.default_rng(config.seed)
     rows, marks = [], []
-    for path in paths:
-        read, parted = _read(slm, path["prompt_ids"], path["token_ids"]), {s for s, mark in path["places"] if mark}
-        others = [step for step in range(len(read)) if step not in parted]
+    answers = [(path["prompt_ids"], path["token_ids"]) for path in paths]
+    for path, states in zip(paths, states_of(slm, answers), strict=True):
+        parted = {step for step, mark in path["places"] if mark}
+        others = [step for step in range(len(states)) if step not in parted]
         kept = rng.permutation(others)[: _NEGATIVES * max(1, len(parted))]
         chosen = [*parted, *map(int, kept)]
-        rows.append(read[chosen])
+        rows.append(_inputs(slm, states[chosen]))
         marks += [step in parted for step in chosen]
     inputs, truth = torch.cat(rows), torch.tensor(marks, dtype=torch.float32)
     torch.manual_seed(config.seed)
     hidden = (inputs.shape[1] - RouterShape("", 0).num_logits) // 2
     router = Router(RouterShape(slm.name, hidden, width=_WIDTH))
     loss = torch.nn.BCEWithLogitsLoss(pos_weight=(1 - truth).sum() / truth.sum())
-    optimizer = torch.optim.AdamW(router.parameters(), lr=_LEARNING_RATE, weight_decay=0.01)
-    for _ in range(config.num_steps):
-        batch = torch.from_numpy(rng.integers(0, len(truth), size=min(256, len(truth))))
-        optimizer.zero_grad()
-        loss(router(inputs[batch]), truth[batch]).backward()
-        optimizer.step()
-    return router.eval().requires_grad_(False)
+    fit(router, lambda batch: loss(router(inputs[batch]), truth[batch]), len(truth), config.num_steps, rng)
+    return router
+
+
+@torch.inference_mode()
+def _inputs(slm: LoadedModel, states: Tensor) -> Tensor:
+    """What the router reads at some steps; [n, H] -> [n, F]."""
+    logits = Engine(slm, 1).logits(states)
+    return features(states, slm.model.get_input_embeddings()(logits.argmax(-1)), logits).cpu().clone()
 
 
 def _readings(config: RouterConfig, slm: LoadedModel, router: Router, task: Task) -> np.ndarray:
@@ -144,9 +140,11 @@ def _readings(config: RouterConfig, slm: LoadedModel, router: Router, task: Task
     pair = Pair(slm, batch_size=config.batch_size, variables=config.template_variables)
     requests = requests_for(pair, task, task.problems("calibration", config.calibration_limit, config.seed))
     done = pair.write(build_strategy("greedy", DecodeConfig(), {}), requests, config.max_new_tokens)
+    answers = [(request.prompt_ids, sequence.token_ids) for request, sequence in zip(requests, done, strict=True)]
     with torch.inference_mode():
         parts = [
-            router(_read(slm, r.prompt_ids, s.token_ids)).sigmoid()[config.warmup_steps :]
-            for r, s in zip(requests, done, strict=True)
+            router(_inputs(slm, states[config.warmup_steps :])).sigmoid()
+            for states in states_of(slm, answers)
+            if len(states) > config.warmup_steps
         ]
     return torch.cat(parts).numpy()
