@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from s2t.config import HOW_IT_RUNS, DecodeConfig, RouterConfig
-from s2t.core.stats import roc_auc
 from s2t.decode.opening import open_pair
 from s2t.decode.rollouts import text_of
 from s2t.decode.workload import open_task, requests_for, shard_workers, shards_of, task_for_workers
@@ -123,4 +122,6 @@ def _auc(head: ForecastHead, slm: LoadedModel, rows: Sequence[dict[str, Any]]) -
     states, right, _ = _examples(slm, rows)
     if right.all() or not right.any():
         return None
-    return roc_auc(head.read(states)[:, 1].sum(-1).numpy(), right.numpy())
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(right.numpy(), head.read(states)[:, 1].sum(-1).numpy()))
