@@ -68,7 +68,7 @@ def takes_threshold(name):
 
 
 STRATEGIES = [
-    name for name in WRITERS if name not in ("r2r", "released")
+    name for name in WRITERS if name not in ("r2r", "released", "forecast", "local-branch")
 ]  # these need more than the pair and an adapter
 COLLABORATIVE = [name for name in STRATEGIES if name != "s2t-local"]
 

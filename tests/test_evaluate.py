@@ -153,7 +153,7 @@ def test_the_api_gives_the_surest_sample():
 @pytest.mark.parametrize(
     ("strategies", "message"),
     [
-        ("greedy@entropy", "only takeover, s2t, s2t-local take a trigger"),
+        ("greedy@entropy", "only takeover, s2t, s2t-local, local-branch take a trigger"),
         ("s2t@weather", "trigger of s2t must be one of"),
         ("s2t@entropy,s2t@entropy", "more than once"),
     ],

@@ -257,7 +257,7 @@ def test_resumed_evaluation_equals_uninterrupted(nursery, problems, trained, tmp
             llm="tiny:llm",
             task=problems,
             out=out,
-            strategies="greedy,self-consistency,s2t,s2t-local",
+            strategies="greedy,self-consistency,s2t@criticality,s2t-local",
             adapter=str(trained[0] / "adapter"),
             threshold=0.1,
             num_samples=2,

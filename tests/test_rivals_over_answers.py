@@ -77,7 +77,7 @@ def run(whole):
 
     def at(threshold, name):
         bases = {base: [(rows, 1.0)] for base, rows in found.items()}
-        return combine(name, replace(config, threshold=threshold), task, problems, bases)[0][0]
+        return combine(name, replace(config, strategies=name, threshold=threshold), task, problems, bases)[0][0]
 
     return at
 
@@ -193,16 +193,16 @@ def samples(*pairs):
 
 
 def test_weighted_votes_by_hand():
-    config, given = EvalConfig(), samples(("3", 1.0), ("3", 1.1), ("4", 5.0), (None, 9.0))
+    given = samples(("3", 1.0), ("3", 1.1), ("4", 5.0), (None, 9.0))
     assert vote(["3", "3", "4", None]) == "3"
-    heavy = Borda(replace(config, threshold=2.0), {}, Known())  # ranks: None 16, "4" 9, "3" 4 + 1
+    heavy = Borda(EvalConfig(threshold=2.0), {}, Known())  # ranks: None 16, "4" 9, "3" 4 + 1
     assert heavy.choose("", given)["extracted"] == "4"
-    assert Borda(replace(config, threshold=0.0), {}, Known()).choose("", given)["extracted"] == "3"
-    sure = DeepConf(replace(config, threshold=9.0), {}, Known()).choose("", given)
+    assert Borda(EvalConfig(threshold=0.0), {}, Known()).choose("", given)["extracted"] == "3"
+    sure = DeepConf(EvalConfig(threshold=9.0), {}, Known()).choose("", given)
     assert (sure["extracted"], sure["is_correct"], sure["cost"]["generated"]) == ("4", True, 40)
     equal = samples(("3", 1.0), ("3", 1.0), ("4", 1.0), ("4", 1.0), ("4", 1.0))
-    assert DeepConf(replace(config, threshold=9.0), {}, Known()).choose("", equal)["extracted"] == "4", "the majority"
-    stopped = DeepConf(replace(config, threshold=0.9), {}, Known()).choose("", given)
+    assert DeepConf(EvalConfig(threshold=9.0), {}, Known()).choose("", equal)["extracted"] == "4", "the majority"
+    stopped = DeepConf(EvalConfig(threshold=0.9), {}, Known()).choose("", given)
     assert (stopped["extracted"], stopped["cost"]["generated"]) == ("3", 20), "the first two agree"
 
 

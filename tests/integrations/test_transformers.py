@@ -264,7 +264,7 @@ def test_an_adapter_is_attached_once_and_another_takes_its_place(model, inputs, 
     assert attached_adapter(model) is first
     ids = model.generate(**call, custom_generate=s2t.custom_generate(adapters["candidates"]))
     assert attached_adapter(model) is not first
-    assert sum("lora_A" in name for name, _ in model.named_parameters()) == len(first._layers)
+    assert sum("lora_A" in name for name, _ in model.named_parameters()) == len(first.layers)
     fresh = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     assert torch.equal(ids, fresh.generate(**call, custom_generate=s2t.custom_generate(adapters["candidates"])))
 
