@@ -63,11 +63,8 @@ def test_a_new_trigger_and_a_new_selector_are_a_file_and_a_line_each(followed, s
     assert found["cost"]["llm_forwards"] > 0
 
 
-def test_the_new_ones_keep_the_laws_by_a_line_in_the_laws_own_table(followed):
-    out = run(followed, "pytest", "-q", "-p", "no:cacheprovider", "tests/decode/test_loop.py", "-k", "product-margin")
-    assert int(re.findall(r"(\d+) passed", out)[0]) >= 3
-
-
-def test_a_new_trigger_has_a_test_of_its_own(followed):
-    out = run(followed, "pytest", "-q", "-p", "no:cacheprovider", "tests/decode/test_margin.py")
-    assert "1 passed" in out
+def test_the_new_ones_keep_the_laws_and_have_a_test_of_their_own(followed):
+    files = ("tests/decode/test_loop.py", "tests/decode/test_margin.py")
+    out = run(followed, "pytest", "-q", "-rA", "-p", "no:cacheprovider", *files, "-k", "product-margin or test_margin")
+    assert int(re.findall(r"(\d+) passed", out)[0]) >= 4
+    assert "PASSED tests/decode/test_margin.py" in out and "PASSED tests/decode/test_loop.py" in out
