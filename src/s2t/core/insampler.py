@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from s2t.core.candidates import argmax_first
+from s2t.core.candidates import argmax_first, best_ids
 from s2t.core.onserver import AT, GROUP, MOST_PASSED, RANKED, READING, ROOM, ROWS, WARMUP, SelectorSettings
 from s2t.core.rule import criticality, expected_bin, finish_reason, fires, winner
 
@@ -346,7 +346,7 @@ def _note_likeliest(logits: Tensor, members: Sequence[Place]) -> None:
     """Let rows know what they are about to write, where nothing is forced."""
     rows = [i for i, _, _ in members]
     every = len(rows) == logits.shape[0]
-    best = (logits if every else logits[torch.tensor(rows, device=logits.device)]).argmax(-1).tolist()
+    best = best_ids(logits if every else logits[torch.tensor(rows, device=logits.device)]).tolist()
     for at, (i, row, _) in enumerate(members):
         row.last = best[i if every else at]
 
@@ -355,7 +355,7 @@ def _look_at(logits: Tensor, places: Sequence[Place], num_candidates: int) -> di
     """Note the candidates' logits of some rows; returns what those that begin a group's row are forced to."""
     index = torch.tensor([i for i, _, _ in places], device=logits.device)
     looked_at = logits[index]
-    values, ids = argmax_first(looked_at, *looked_at.topk(num_candidates), looked_at.argmax(-1, keepdim=True))
+    values, ids = argmax_first(looked_at, *looked_at.topk(num_candidates), best_ids(looked_at)[:, None])
     forced = {}
     for (i, row, written), best, candidates in zip(places, values.tolist(), ids.tolist(), strict=True):
         if row.is_first(written):

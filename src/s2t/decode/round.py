@@ -56,18 +56,15 @@ class EngineRound(Round):
         self._waiting: dict[int, Tensor | None] = {}
         """Places whose rows feed their greedy tokens until they have chosen -> states [K, H] of a branch that may be kept."""
         self.num_listed = batch.reference.num_listed if batch.reference is not None else None
-        self._logits: Tensor | None = None
         self._llm_logits: Tensor | None = None
         self._has_run = False
         self._ends_with_steps = False
 
     # What methods may ask for
 
-    @property
-    def logits(self) -> Tensor:
-        if self._logits is None:
-            self._logits = self.own_logits.float()
-        return self._logits
+    @cached_property
+    def logits(self) -> Tensor:  # type: ignore[override]
+        return self.own_logits.float()
 
     @property
     def draws(self) -> Tensor:

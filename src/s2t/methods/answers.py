@@ -31,9 +31,6 @@ class Confidence(Trigger):
         ids = torch.tensor(round.tokens, device=round.logits.device)[:, None]
         return logprobs_at(round.logits, ids)[:, 0]
 
-    def fires(self, values: Tensor, threshold: float) -> Tensor:
-        return torch.zeros_like(values, dtype=torch.bool)
-
 
 @dataclass(frozen=True)
 class Known:

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from s2t.config import DecodeConfig
@@ -43,9 +42,6 @@ class Forecast(Trigger):
             if written % EVERY == 0:
                 round.note(place, joint[place].flatten().tolist())
         return joint[:, 1].sum(-1)
-
-    def fires(self, values: Tensor, threshold: float) -> Tensor:
-        return torch.zeros_like(values, dtype=torch.bool)
 
 
 class ZipRC(Chooser):

@@ -1,13 +1,11 @@
-"""Which model answers, learned from finished answers of other problems, with scikit-learn."""
+"""Which model answers, learned from finished answers of other problems, with scikit-learn, which is imported by what learns."""
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Mapping
 from typing import Any
 
-from s2t.errors import missing_extra
 from s2t.methods.answers import Answers, Cascade, Chooser, Known, paid
 
 NUM_NEIGHBOURS = 16
@@ -24,12 +22,16 @@ class FrugalGPT(Cascade):
     learns = True
 
     def learn(self, known: Known) -> None:
-        learn = _scikit_learn()
+        from sklearn.dummy import DummyClassifier
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+
         rows = [_features(answers["confidence"]) for answers in known.answers]
         right = [bool(answers["confidence"]["is_correct"]) for answers in known.answers]
         is_one_sided = len(set(right)) == 1  # nothing to tell apart: all are as likely
-        scorer = learn.dummy.DummyClassifier() if is_one_sided else learn.linear_model.LogisticRegression()
-        self.scorer = learn.pipeline.make_pipeline(learn.preprocessing.StandardScaler(), scorer).fit(rows, right)
+        scorer = DummyClassifier() if is_one_sided else LogisticRegression()
+        self.scorer = make_pipeline(StandardScaler(), scorer).fit(rows, right)
 
     def score(self, answer: Mapping[str, Any]) -> float:
         [probs] = self.scorer.predict_proba([_features(answer)])
@@ -48,10 +50,12 @@ class NearestNeighbours(Chooser):
     num_neighbours = NUM_NEIGHBOURS
 
     def learn(self, known: Known) -> None:
-        learn = _scikit_learn()
-        self.words = learn.feature_extraction.text.TfidfVectorizer(analyzer=_words)
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.neighbors import KNeighborsRegressor
+
+        self.words = TfidfVectorizer(analyzer=_words)  # type: ignore[arg-type]
         gains = [float(a["llm"]["is_correct"]) - float(a["confidence"]["is_correct"]) for a in known.answers]
-        self.neighbours = learn.neighbors.KNeighborsRegressor(metric="cosine")
+        self.neighbours = KNeighborsRegressor(metric="cosine")
         self.neighbours.fit(self.words.fit_transform(known.questions), gains)
 
     def gain(self, question: str) -> float:
@@ -71,13 +75,3 @@ def _features(answer: Mapping[str, Any]) -> list[float]:
 
 def _words(question: str) -> list[str]:
     return question.lower().split()
-
-
-def _scikit_learn() -> Any:
-    """scikit-learn with the parts that are used here; only what learns pays for it. Raises MissingExtraError."""
-    try:
-        for part in ("dummy", "feature_extraction.text", "linear_model", "neighbors", "pipeline", "preprocessing"):
-            importlib.import_module(f"sklearn.{part}")
-    except ImportError as error:
-        raise missing_extra("scikit-learn", "eval") from error
-    return importlib.import_module("sklearn")

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from s2t.core.sampling import filter_logits, sample
@@ -38,9 +37,6 @@ class SelfCertainty(Trigger):
 
     def read(self, round: Round) -> Tensor:
         return self_certainty(round.logits)
-
-    def fires(self, values: Tensor, threshold: float) -> Tensor:
-        return torch.zeros_like(values, dtype=torch.bool)
 
 
 def vote(answers: Sequence[str | None]) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from s2t.core.candidates import best_ids
 from s2t.methods.base import Proposal, Round, Selection, Selector
 
 
@@ -19,7 +20,7 @@ class Takeover(Selector):
     """argmax of p_L over the whole vocabulary."""
 
     def choose(self, round: Round, fired: Sequence[int], candidates: Proposal) -> Selection:
-        token_ids = round.llm_logits(fired).argmax(-1)  # [f]
+        token_ids = best_ids(round.own_llm_logits(fired))  # [f]
         return Selection.of_tokens(candidates, token_ids, round.llm_logprobs(fired, candidates.ids).exp())
 
 

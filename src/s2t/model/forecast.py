@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from s2t.errors import ModelError
-from s2t.files import read_json, write_bytes, write_json
+from s2t.model.small import check_states, read_settings, read_weights, save_network
 
-WEIGHTS, SETTINGS = "forecast.safetensors", "forecast.json"
 EDGES = (8, 16, 32, 64, 128, 256, 512)
 """Remaining tokens from which the next bin of lengths begins."""
 
@@ -47,11 +44,7 @@ class ForecastHead(nn.Module):
     @torch.inference_mode()
     def read(self, hidden: Tensor) -> Tensor:
         """Joint probabilities of being wrong or right and of each bin; [n, H] -> [n, 2, L]."""
-        if hidden.shape[-1] != self.config.hidden_size:
-            raise ModelError(
-                f"the forecast is of {self.config.slm}, whose states have {self.config.hidden_size} numbers; these have "
-                f"{hidden.shape[-1]}; pass the --forecast of this SLM."
-            )
+        check_states(hidden, self.config, "forecast")
         return self.to(hidden.device)(hidden).softmax(-1).unflatten(-1, (2, -1))
 
 
@@ -61,18 +54,14 @@ def length_bin(tokens: int) -> int:
 
 
 def save_forecast(head: ForecastHead, folder: Path) -> None:
-    """Write weights first, settings last: a folder with settings is whole."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_bytes(folder / WEIGHTS, save({name: value.contiguous() for name, value in head.state_dict().items()}))
-    write_json(folder / SETTINGS, asdict(head.config))
+    """Write the forecast's folder."""
+    save_network(head, folder, "forecast")
 
 
 def load_forecast(folder: str | Path) -> ForecastHead:
     """The head of a folder; raises ModelError where there is none."""
-    path = Path(folder)
-    if not (path / SETTINGS).is_file():
-        raise ModelError(f"{folder} holds no {SETTINGS}; pass a folder written by `s2t train-router --method zip-rc`.")
-    found = read_json(path / SETTINGS)
-    head = ForecastHead(ForecastConfig(**found | {"lengths": tuple(found["lengths"])}))
-    head.load_state_dict(load_file(path / WEIGHTS))
-    return head.eval().requires_grad_(False)
+    found = read_settings(folder, "forecast", "s2t train-router --method zip-rc")
+    found["lengths"] = tuple(found["lengths"])
+    head = ForecastHead(ForecastConfig(**found))
+    read_weights(head, folder, "forecast")
+    return head

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from s2t.errors import ModelError
-from s2t.files import read_json, write_bytes, write_json
+from s2t.model.small import check_states, read_settings, read_weights, save_network
 
-WEIGHTS, SETTINGS = "router.safetensors", "router.json"
 NUM_LOGITS = 100
 
 
@@ -46,11 +43,7 @@ class Router(nn.Module):
     @torch.inference_mode()
     def read(self, hidden: Tensor, embeddings: Tensor, logits: Tensor) -> Tensor:
         """Probability of parting from [n, H], [n, H] and [n, V]; [n]. Raises ModelError for another model's states."""
-        if hidden.shape[-1] != self.config.hidden_size:
-            raise ModelError(
-                f"the router is of {self.config.slm}, whose states have {self.config.hidden_size} numbers; these have "
-                f"{hidden.shape[-1]}; pass the --router of this SLM."
-            )
+        check_states(hidden, self.config, "router")
         return self.to(hidden.device)(features(hidden, embeddings, logits, self.config.num_logits)).sigmoid()
 
 
@@ -62,17 +55,13 @@ def features(hidden: Tensor, embeddings: Tensor, logits: Tensor, num_logits: int
 
 
 def save_router(router: Router, folder: Path) -> None:
-    """Write weights first, settings last: a folder with settings is whole."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_bytes(folder / WEIGHTS, save({name: value.contiguous() for name, value in router.state_dict().items()}))
-    write_json(folder / SETTINGS, asdict(router.config))
+    """Write the router's folder."""
+    save_network(router, folder, "router")
 
 
 def load_router(folder: str | Path) -> Router:
     """The router of a folder; raises ModelError where there is none."""
-    path = Path(folder)
-    if not (path / SETTINGS).is_file():
-        raise ModelError(f"{folder} holds no {SETTINGS}; pass a folder written by `s2t train-router`.")
-    router = Router(RouterConfig(**read_json(path / SETTINGS)))
-    router.load_state_dict(load_file(path / WEIGHTS))
-    return router.eval().requires_grad_(False)
+    found = read_settings(folder, "router", "s2t train-router")
+    router = Router(RouterConfig(**found))
+    read_weights(router, folder, "router")
+    return router
