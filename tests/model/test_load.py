@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import platform
+import resource
 import warnings
 
 import peft
@@ -336,3 +338,21 @@ def test_an_attached_adapter_leaves_the_fingerprint(random_model, scope):
     SelectorAdapter(loaded, AdapterConfig("x", before, scope=scope))
     assert fingerprint(loaded.model) == before
     assert wrap_model("x", loaded.model, loaded.tokenizer).num_params == num_params
+
+
+# Memory
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
+def test_freed_memory_stays_with_the_process():
+    load_model("tiny:slm-small")
+
+    def pages():
+        parts = [torch.empty(1 << 20, dtype=torch.uint8) for _ in range(64)]
+        for part in parts:
+            part.fill_(1)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+    pages()
+    before = pages()
+    assert pages() - before < 0.1 * 64 * 256  # of 4 KiB; all of them where freed memory goes back

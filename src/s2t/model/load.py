@@ -5,6 +5,7 @@ Weights load from safetensors only and remote code stays off unless asked for. E
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import inspect
 import os
@@ -318,7 +319,20 @@ def wrap_model(
     vocab_size = min(max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().weight.shape[0])
     if merged is not None:
         vocab_size = min(vocab_size, merged.vocab_size)
+    if model.device.type == "cpu":
+        _keep_freed_memory()
     return LoadedModel(name, model.eval(), tokenizer, vocab_size, stop_ids(tokenizer, eos), merged=merged)
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep up to 1 GiB that was freed: what goes back to the system is cleared anew, page by page, at its next use.
+
+    For the whole process; elsewhere than on glibc nothing happens. Source: mallopt(3), M_MMAP_THRESHOLD and M_TRIM_THRESHOLD.
+    """
+    with suppress(OSError, AttributeError, TypeError):  # no such library, no such function, or none that can be opened
+        allocator = ctypes.CDLL(None)
+        for option, num_bytes in ((-3, 32 << 20), (-1, 1 << 30)):
+            allocator.mallopt(option, num_bytes)
 
 
 def pick_device(device: str) -> str:

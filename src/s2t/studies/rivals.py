@@ -51,6 +51,9 @@ READERS = {
     "step-entropy": ("glimprouter",),
 }
 """Triggers whose readings give thresholds, and the methods that these are for."""
+_READING = {user: name for name, users in READERS.items() for user in users} | {
+    f"{name}@random": "random" for name in ("takeover", "s2t")
+}
 _BELOW = ("step-score", "step-confidence", "confidence", "frugalgpt")  # these fire below their threshold
 _VOTES = ("borda", "deepconf")
 _ADAPTED = ("s2t-local", *TRAINED)
@@ -72,12 +75,18 @@ def rivals(lab: Lab) -> Findings:
     if over:
         lab.evaluated("known", "confidence,llm", split="calibration", limit=lab.config.calibration_limit)
     readings = _readings(lab, [name for name, users in READERS.items() if wanted & {*users}], adapter, router)
+    found: dict[tuple[str, float], Arm] = {}
     for share in shares:
         thresholds = {name: threshold_for(name, values, share) for name, values in readings.items()} | {"random": share}
         name = f"share-{share:g}"
         calibration = str(lab.thresholds_file(name, thresholds))
         names = _among((*BY_TOKEN, "r2r", *BY_STEP), wanted)
-        arms += _of(lab, name, names, share, **drawn, calibration=calibration)
+        at = {method: (method, thresholds[_READING[method]]) for method in names}
+        new = [
+            method for method in names if at[method] not in found
+        ]  # a mark of 0 to 9 has one threshold for many shares
+        found |= {at[arm.method]: arm for arm in _of(lab, name, new, share, **drawn, calibration=calibration)}
+        arms += [replace(found[at[method]], share=share) for method in names]
         own = thresholds.get("criticality")
         arms += _of(lab, f"{name}-trained", _among(TRAINED, wanted), share, adapter=adapter, threshold=own)
         arms += _over_answers(lab, over, share, plain) if over else []
@@ -142,10 +151,14 @@ def _foretold(lab: Lab) -> list[Arm]:
 
 
 def _branches(lab: Lab) -> list[Arm]:
-    """local-branch at several depths, under an adapter of readout bins: the first is the tree step of s2t-local."""
-    adapter = str(lab.trained("train-bins", readout="bins"))
+    """local-branch at several depths; what scores is an adapter of readout bins, whose depth 1 is the tree step of s2t-local.
+
+    An adapter that was given stands in its place from two tokens ahead on, where either readout can score.
+    """
+    given = lab.config.adapter
+    adapter = given or str(lab.trained("train-bins", readout="bins"))
     arms = []
-    for depth in LOOKAHEADS:
+    for depth in LOOKAHEADS if given is None else LOOKAHEADS[1:]:
         [arm] = _of(lab, f"branch-{depth}", ("local-branch",), None, adapter=adapter, lookahead=depth)
         arms.append(replace(arm, label=f"local-branch, {depth} ahead"))
     return arms
