@@ -203,6 +203,25 @@ def test_a_threshold_fires_nearest_to_the_share_and_never_between_ties(name):
     assert {share: rate(share) for share in wanted} == pytest.approx(wanted)
 
 
+def test_a_method_runs_once_where_several_shares_have_one_threshold(tmp_path, monkeypatch):
+    ran = []
+
+    def run_of(lab, folder, names, share, **settings):
+        ran.extend((folder, name) for name in names)
+        return [rivals.Arm(name, share, [[]], 0.0) for name in names]
+
+    readings = {"step-score": [1.0] * 50 + [9.0] * 50, "divergence": [i / 100 for i in range(100)]}
+    monkeypatch.setattr(rivals, "_of", run_of)
+    monkeypatch.setattr(rivals, "_readings", lambda *_: readings)
+    monkeypatch.setattr(rivals, "findings", lambda lab, arms, shares: arms)
+    methods, shares = "specreason,s2t@divergence", (0.02, 0.1, 0.5)
+    config = StudyConfig(name="rivals", methods=methods, shares="0.02,0.1,0.5", out=str(tmp_path))
+    arms = rivals.rivals(Lab(config))
+    assert [arm.share for arm in arms if arm.method == "specreason"] == [*shares]
+    assert [folder for folder, name in ran if name == "specreason"] == ["share-0.02", "share-0.5"]
+    assert [folder for folder, name in ran if name == "s2t@divergence"] == [f"share-{share:g}" for share in shares]
+
+
 @pytest.mark.slow
 def test_some_critical_tokens_are_known_slips_and_an_oracle_gains_there(tmp_path, monkeypatch):
     monkeypatch.setattr(critical, "NUM_ROLLOUTS", 16)
