@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_LIKELY = 1024
+
 
 def uniforms(seed: int, key: str, count: int) -> np.ndarray:
     """`count` uniforms in [0, 1) that depend on (seed, key) alone; float64 [count]."""
@@ -31,19 +33,31 @@ def filter_logits(
         kth = logits.topk(top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < kth, float("-inf"))
     if top_p < 1:
-        values, ids = logits.sort(dim=-1, descending=True)
-        probs = values.softmax(-1)
-        drop = probs.cumsum(-1) - probs >= top_p
-        logits = logits.scatter(-1, ids, values.masked_fill(drop, float("-inf")))
+        logits = _nucleus(logits, top_p)
     if min_p > 0:
         best = logits.max(-1, keepdim=True).values
         logits = logits.masked_fill(logits < best + float(np.log(min_p)), float("-inf"))
     return logits
 
 
+def _nucleus(logits: Tensor, top_p: float, num_likely: int = _LIKELY) -> Tensor:
+    """The fewest likeliest tokens that hold top_p, all else at -inf; rows whose `num_likely` do not hold it are sorted whole."""
+    ids = logits.topk(min(num_likely, logits.shape[-1]), dim=-1).indices.sort(dim=-1).values
+    values, order = logits.gather(-1, ids).sort(dim=-1, descending=True, stable=True)  # of equal ones the first id
+    ids = ids.gather(-1, order)
+    probs = (values - logits.logsumexp(-1, keepdim=True)).exp()
+    sums = probs.cumsum(-1)
+    kept = torch.full_like(logits, float("-inf")).scatter(
+        -1, ids, values.masked_fill(sums - probs >= top_p, float("-inf"))
+    )
+    is_flat = sums[..., -1] < top_p
+    if num_likely < logits.shape[-1] and is_flat.any():
+        kept[is_flat] = _nucleus(logits[is_flat], top_p, logits.shape[-1])
+    return kept
+
+
 def sample(logits: Tensor, uniform: Tensor) -> Tensor:
     """One token per row by inverse CDF; [B, V], [B] in [0, 1) -> [B] int64; never a token at -inf."""
-    probs = logits.double().softmax(-1)
-    cdf = probs.cumsum(-1)
+    cdf = logits.double().softmax(-1).cumsum(-1)
     target = uniform.to(cdf).unsqueeze(-1) * cdf[..., -1:]
     return torch.searchsorted(cdf, target, right=True).squeeze(-1).clamp_max(logits.shape[-1] - 1)
