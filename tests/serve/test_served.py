@@ -222,8 +222,9 @@ def test_what_the_servers_cannot_do_is_refused(upstream, serve, change, param, s
 
 
 def test_clients_that_hang_up_end_the_requests_of_their_answers(upstream, serve):
-    there = upstream(delay_s=30.0)
+    there = upstream()
     with serve(there.url, batch_size=2, max_queue=4) as server:
+        there.delay_s = 30.0  # from here on: what starts asks as well
         client = server.client()
         streams = [client.chat.completions.create(model=NAME, messages=asked(q), stream=True) for q in QUESTIONS]
         wait_for(lambda: there.in_flight == 2)
