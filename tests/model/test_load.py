@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import platform
-import resource
 import warnings
 
 import peft
@@ -345,6 +344,8 @@ def test_an_attached_adapter_leaves_the_fingerprint(random_model, scope):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
 def test_freed_memory_stays_with_the_process():
+    import resource
+
     load_model("tiny:slm-small")
 
     def pages():

@@ -41,16 +41,17 @@ def filter_logits(
 
 
 def _nucleus(logits: Tensor, top_p: float, num_likely: int = _LIKELY) -> Tensor:
-    """The fewest likeliest tokens that hold top_p, all else at -inf; rows whose `num_likely` do not hold it are sorted whole."""
+    """The fewest likeliest tokens that hold top_p, the first of equal ones; all else at -inf.
+
+    Where the nucleus goes as low as the last of the `num_likely` (to its equals, perhaps), the row is sorted whole.
+    """
     ids = logits.topk(min(num_likely, logits.shape[-1]), dim=-1).indices.sort(dim=-1).values
-    values, order = logits.gather(-1, ids).sort(dim=-1, descending=True, stable=True)  # of equal ones the first id
-    ids = ids.gather(-1, order)
+    values, order = logits.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
     probs = (values - logits.logsumexp(-1, keepdim=True)).exp()
-    sums = probs.cumsum(-1)
-    kept = torch.full_like(logits, float("-inf")).scatter(
-        -1, ids, values.masked_fill(sums - probs >= top_p, float("-inf"))
-    )
-    is_flat = sums[..., -1] < top_p
+    is_out = probs.cumsum(-1) - probs >= top_p
+    held = values.masked_fill(is_out, float("-inf"))
+    kept = torch.full_like(logits, float("-inf")).scatter(-1, ids.gather(-1, order), held)
+    is_flat = values.masked_fill(is_out, float("inf")).amin(-1) <= values[..., -1]
     if num_likely < logits.shape[-1] and is_flat.any():
         kept[is_flat] = _nucleus(logits[is_flat], top_p, logits.shape[-1])
     return kept

@@ -82,9 +82,7 @@ def rivals(lab: Lab) -> Findings:
         calibration = str(lab.thresholds_file(name, thresholds))
         names = _among((*BY_TOKEN, "r2r", *BY_STEP), wanted)
         at = {method: (method, thresholds[_READING[method]]) for method in names}
-        new = [
-            method for method in names if at[method] not in found
-        ]  # a mark of 0 to 9 has one threshold for many shares
+        new = [method for method in names if at[method] not in found]  # marks of 0 to 9 have few thresholds
         found |= {at[arm.method]: arm for arm in _of(lab, name, new, share, **drawn, calibration=calibration)}
         arms += [replace(found[at[method]], share=share) for method in names]
         own = thresholds.get("criticality")
