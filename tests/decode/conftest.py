@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,13 +16,20 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from s2t.config import DecodeConfig
+from s2t.combine import combine
+from s2t.config import DecodeConfig, EvalConfig
 from s2t.decode.loop import Request
 from s2t.decode.pair import Pair
 from s2t.decode.rows import Generated
+from s2t.decode.workload import open_task
+from s2t.evaluate import evaluate
+from s2t.files import iter_jsonl, write_json
+from s2t.methods import relay, steps
 from s2t.methods.strategies import Strategy, build_strategy
 from s2t.model.adapter import AdapterConfig, SelectorAdapter
+from s2t.model.forecast import ForecastConfig, ForecastHead, save_forecast
 from s2t.model.load import LoadedModel, wrap_model
+from s2t.model.router import Router, RouterConfig, save_router
 
 
 @pytest.fixture
@@ -170,3 +179,137 @@ def write(slm: LoadedModel, llm: LoadedModel, adapters: dict[str, SelectorAdapte
 @pytest.fixture(scope="session")
 def tokens() -> Callable[[Sequence[Generated]], list[list[int]]]:
     return lambda done: [sequence.token_ids for sequence in done]
+
+
+# Methods beside ours
+
+
+@pytest.fixture
+def words(monkeypatch):
+    """The question and the marks in the words of the small vocabulary."""
+    monkeypatch.setattr(steps, "QUESTION", "w11 w12")
+    monkeypatch.setattr(steps, "DIGITS", tuple(f"w{i}" for i in range(20, 30)))
+
+
+@pytest.fixture(scope="session")
+def router(tmp_path_factory, slm):
+    """An untrained router with large weights, so that some places fire and others do not."""
+    folder = tmp_path_factory.mktemp("router")
+    torch.manual_seed(3)
+    made = Router(RouterConfig(slm.name, 32))
+    with torch.no_grad():
+        made.layers[-1].weight.mul_(20)
+    save_router(made, folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def forecast(tmp_path_factory, slm):
+    """Untrained forecasts with large weights."""
+    folder = tmp_path_factory.mktemp("forecast")
+    torch.manual_seed(5)
+    made = ForecastHead(ForecastConfig(slm.name, 32, (4.0, 12.0, 24.0)))
+    with torch.no_grad():
+        made.layers[-1].weight.normal_()
+    save_forecast(made, folder)
+    return str(folder)
+
+
+@pytest.fixture
+def rival(words, slm, llm, adapters, strategy, router, forecast, prompts, monkeypatch, tmp_path):
+    """Write the prompts with one of the methods; steps end at w7, and bare prompts are the second half.
+
+    `scope` names an adapter; `call` is the tag of relay, `calls_for` what any text calls for; `places` are the critical ones;
+    `behind` has the SLM write so many tokens first.
+    """
+
+    def begin(pair, count):
+        return pair.write(strategy("greedy"), [Request(i, prompt) for i, prompt in enumerate(prompts)], count)
+
+    def write(
+        name,
+        batch_size=8,
+        seed=0,
+        max_new_tokens=24,
+        models=None,
+        scope=None,
+        call=None,
+        calls_for=None,
+        places=None,
+        behind=0,
+        **settings,
+    ):
+        if call is not None:
+            monkeypatch.setattr(relay, "TAG", re.compile(call))
+        if calls_for is not None:
+            any_text = SimpleNamespace(search=lambda tail: {1: calls_for} if tail else None)
+            monkeypatch.setattr(relay, "TAG", any_text)
+        if places is not None:
+            settings["critical"] = str(tmp_path / "critical.json")
+            write_json(tmp_path / "critical.json", {f"problem-{i}": list(places) for i in range(len(prompts))})
+        how = strategy(name, seed=seed, **{"router": router, "forecast": forecast, "step_end": "w7", **settings})
+        slm_, llm_ = models or (slm, llm)
+        adapter = adapters[scope] if scope is not None else None
+        pair = Pair(slm_ if adapter is None else adapter.loaded, llm_, adapter, batch_size=batch_size)
+        begun = [sequence.token_ids for sequence in begin(pair, behind)] if behind else [[] for _ in prompts]
+        requests = [
+            Request(i, [*prompt, *begun[i]], f"problem-{i}/0", bare_prompt_ids=prompt[len(prompt) // 2 :])
+            for i, prompt in enumerate(prompts)
+        ]
+        done = pair.write(how, requests, max_new_tokens - behind, keep_steps=True, trace=False)
+        for sequence, first in zip(done, begun, strict=True):
+            sequence.token_ids[:0] = first
+        return done
+
+    return write
+
+
+# Finished answers of the embedded pair, to choose among
+
+SMALL = {"llm": "tiny:llm", "limit": 4, "max_new_tokens": 24, "num_traces": 0, "num_samples": 3}
+OVER_TWO = ("cascade", "frugalgpt", "knn-routing")
+
+
+@pytest.fixture(scope="session")
+def known(tmp_path_factory):
+    out = str(tmp_path_factory.mktemp("known"))
+    evaluate(EvalConfig(strategies="confidence,llm", split="calibration", out=out, **SMALL))
+    return out
+
+
+@pytest.fixture(scope="session")
+def own_forecast(tmp_path_factory, tiny_slm):
+    """Forecasts that were never trained: every sample ends right with the same probability."""
+    folder = tmp_path_factory.mktemp("forecast")
+    width = tiny_slm.model.config.hidden_size
+    save_forecast(ForecastHead(ForecastConfig(tiny_slm.name, width, (4.0, 12.0, 24.0))), folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def answers(known, own_forecast, tmp_path_factory):
+    """One run of all of them, with the settings that made it and the results by strategy."""
+    strategies = ",".join((*OVER_TWO, "borda", "deepconf", "zip-rc", "greedy", "sample", "self-consistency"))
+    config = EvalConfig(
+        strategies=strategies, known=known, forecast=own_forecast, out=str(tmp_path_factory.mktemp("run")), **SMALL
+    )
+    summary, found = evaluate(config), {}
+    assert evaluate(config) == summary, "resumed = whole"
+    for _, result in iter_jsonl(Path(config.out) / "results.jsonl"):
+        found.setdefault(result["strategy"], []).append(result)
+    assert set(found) == set(summary["strategies"]) == set(config.strategy_names)
+    return config, found, summary["strategies"]
+
+
+@pytest.fixture(scope="session")
+def chosen(answers):
+    """What a method chooses at another threshold, from the same answers."""
+    config, found, _ = answers
+    task = open_task(config, config.slm)
+    problems = task.problems("test", config.limit, 0)
+
+    def at(threshold, name):
+        bases = {base: [(rows, 1.0)] for base, rows in found.items()}
+        return combine(name, replace(config, strategies=name, threshold=threshold), task, problems, bases)[0][0]
+
+    return at

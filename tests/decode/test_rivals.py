@@ -1,4 +1,4 @@
-"""Every method beside ours, held to the same laws: its two extremes, batches, costs; and the closed form of each rule."""
+"""The closed form of each rule of the methods beside ours; the laws that all of them share are in test_extremes.py."""
 
 from __future__ import annotations
 
@@ -11,234 +11,23 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from s2t.config import WRITERS, DecodeConfig, needs_of
+from s2t.config import DecodeConfig
 from s2t.core.support import kl_divergence
 from s2t.decode.loop import Decoder, Request
 from s2t.decode.pair import Pair
 from s2t.decode.steps import StepTexts
 from s2t.errors import ConfigError
-from s2t.files import write_json
-from s2t.methods import relay, steps
+from s2t.methods import relay
 from s2t.methods.strategies import build_strategy
 from s2t.model.engine import Engine
-from s2t.model.forecast import ForecastConfig, ForecastHead, save_forecast
-from s2t.model.router import Router, RouterConfig, save_router
 
 TOP_1 = {"top_k": 1}
 CRITICALITY = {"trigger": "criticality", "scope": "step"}
 AT_RANDOM = {"trigger": "random", "threshold": 0.5}
-NEVER_OR_ALWAYS = {
-    "speculative (1 keeps all)": ("speculative", {"threshold": 1.0}, "sample", {}),
-    "speculative (greedy)": ("speculative", TOP_1, "llm", {}),
-    "r2r never": ("r2r", {"threshold": 1.0}, "greedy", {}),
-    "r2r always": ("r2r", {"threshold": -1.0, "warmup_steps": 0}, "llm", {}),
-    "specreason 0": ("specreason", {"threshold": 0.0}, "greedy", {}),
-    "specreason 10": ("specreason", {"threshold": 10.0}, "llm", {}),
-    "specreason 10, short spans": ("specreason", {"threshold": 10.0, "span_tokens": 3}, "llm", {}),
-    "smart 0": ("smart", {"threshold": 0.0}, "greedy", {}),
-    "smart 2": ("smart", {"threshold": 2.0}, "llm", {}),
-    "glimprouter never": ("glimprouter", {"threshold": 1e9}, "greedy", {}),
-    "glimprouter always": ("glimprouter", {"threshold": -1.0}, "llm", {}),
-    "relay, no call": ("relay", {}, "greedy", {}),
-    "relay, a call without end": ("relay", {"calls_for": 99}, "llm", {"behind": 1}),
-    "contrastive 1": ("contrastive", {"threshold": 1.0}, "llm", {}),
-    "context-aware 0": ("context-aware", {"threshold": 0.0}, "greedy", {}),
-    "dola 1": ("dola", {"threshold": 1.0}, "greedy", {}),
-    "multiplex 1": ("multiplex", {"num_candidates": 1}, "sample", {}),
-    "confidence": ("confidence", {}, "greedy", {}),
-    "forecast": ("forecast", {}, "sample", {}),
-    "takeover@criticality never": ("takeover", CRITICALITY | {"threshold": 1.0}, "greedy", {}),
-    "takeover@criticality always": ("takeover", CRITICALITY | {"threshold": -1.0, "warmup_steps": 0}, "llm", {}),
-    "s2t@criticality never": ("s2t", CRITICALITY | {"threshold": 1.0}, "greedy", {}),
-    "s2t@criticality always, K = V": (
-        "s2t",
-        CRITICALITY | {"threshold": -1.0, "warmup_steps": 0, "num_candidates": 40},
-        "llm",
-        {},
-    ),
-    "released never, the SLM under its adapter": (
-        "released",
-        {"scope": "always", "threshold": 1e9},
-        "s2t-local",
-        {"scope": "always", "threshold": 1.0},
-    ),
-    "local-branch never": ("local-branch", {"scope": "candidates", "threshold": 1.0, "lookahead": 3}, "greedy", {}),
-    "local-branch 0": (
-        "local-branch",
-        AT_RANDOM | {"scope": "step", "lookahead": 0},
-        "s2t-local",
-        AT_RANDOM | {"scope": "step"},
-    ),
-    "local-branch 1": (
-        "local-branch",
-        AT_RANDOM | {"scope": "candidates", "lookahead": 1},
-        "s2t-local",
-        AT_RANDOM | {"scope": "candidates"},
-    ),
-    "critical, none": ("takeover", {"trigger": "critical", "places": ()}, "greedy", {}),
-    "critical, all": ("takeover", {"trigger": "critical", "places": range(99)}, "llm", {}),
-    "takeover, a span to the end": (
-        "takeover",
-        {"trigger": "entropy", "threshold": -1.0, "span_tokens": 99, "warmup_steps": 0},
-        "llm",
-        {},
-    ),
-}
-MIDDLE = {
-    "speculative": {},
-    "speculative hot": {"temperature": 1.3, "top_p": 1.0},
-    "r2r": {"threshold": 0.5},
-    "specreason": {"threshold": 4.0, "span_tokens": 5},
-    "smart": {"threshold": 0.55, "span_tokens": 5},
-    "glimprouter": {"threshold": 0.3, "step_end": "w4", "span_tokens": 5},
-    "contrastive": {},
-    "context-aware": {},
-    "dola": {},
-    "multiplex": {"temperature": 1.5},
-    "takeover span": {"trigger": "entropy", "threshold": 1.2, "span_tokens": 4},
-    "s2t span": {"trigger": "random", "threshold": 0.1, "span_tokens": 3},
-    "relay": {"call": r"w(\d)$"},
-    "takeover@criticality": CRITICALITY | {"threshold": 0.5},
-    "s2t@criticality": CRITICALITY | {"threshold": 0.5},
-    "released": {"scope": "always", "threshold": 1.0, "divergence": "released-code"},
-    "local-branch, bins 2": AT_RANDOM | {"scope": "candidates", "lookahead": 2},
-    "local-branch, bins always 3": AT_RANDOM | {"scope": "always", "lookahead": 3},
-    "local-branch, rank 4": AT_RANDOM | {"scope": "step", "lookahead": 4},
-    "takeover, critical": {"trigger": "critical", "places": (2, 3, 9)},
-    "forecast": {"temperature": 1.5},
-}
-
-
-@pytest.fixture(autouse=True)
-def words(monkeypatch):
-    """The question and the marks in the words of the small vocabulary."""
-    monkeypatch.setattr(steps, "QUESTION", "w11 w12")
-    monkeypatch.setattr(steps, "DIGITS", tuple(f"w{i}" for i in range(20, 30)))
-
-
-@pytest.fixture(scope="module")
-def router(tmp_path_factory, slm):
-    """An untrained router with large weights, so that some places fire and others do not."""
-    folder = tmp_path_factory.mktemp("router")
-    torch.manual_seed(3)
-    made = Router(RouterConfig(slm.name, 32))
-    with torch.no_grad():
-        made.layers[-1].weight.mul_(20)
-    save_router(made, folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def forecast(tmp_path_factory, slm):
-    """Untrained forecasts with large weights."""
-    folder = tmp_path_factory.mktemp("forecast")
-    torch.manual_seed(5)
-    made = ForecastHead(ForecastConfig(slm.name, 32, (4.0, 12.0, 24.0)))
-    with torch.no_grad():
-        made.layers[-1].weight.normal_()
-    save_forecast(made, folder)
-    return str(folder)
-
-
-@pytest.fixture
-def rival(slm, llm, adapters, strategy, router, forecast, prompts, monkeypatch, tmp_path):
-    """Write the prompts with one of the methods; steps end at w7, and bare prompts are the second half.
-
-    `scope` names an adapter; `call` is the tag of relay, `calls_for` what any text calls for; `places` are the critical ones;
-    `behind` has the SLM write so many tokens first.
-    """
-
-    def write(
-        name,
-        batch_size=8,
-        seed=0,
-        max_new_tokens=24,
-        models=None,
-        scope=None,
-        call=None,
-        calls_for=None,
-        places=None,
-        behind=0,
-        **settings,
-    ):
-        if call is not None:
-            monkeypatch.setattr(relay, "TAG", re.compile(call))
-        if calls_for is not None:
-            any_text = SimpleNamespace(search=lambda tail: {1: calls_for} if tail else None)
-            monkeypatch.setattr(relay, "TAG", any_text)
-        if places is not None:
-            settings["critical"] = str(tmp_path / "critical.json")
-            write_json(tmp_path / "critical.json", {f"problem-{i}": list(places) for i in range(len(prompts))})
-        how = strategy(name, seed=seed, **{"router": router, "forecast": forecast, "step_end": "w7", **settings})
-        slm_, llm_ = models or (slm, llm)
-        adapter = adapters[scope] if scope is not None else None
-        pair = Pair(slm_ if adapter is None else adapter.loaded, llm_, adapter, batch_size=batch_size)
-        begun = rival_tokens(pair, strategy("greedy"), prompts, behind) if behind else [[] for _ in prompts]
-        requests = [
-            Request(i, [*prompt, *begun[i]], f"problem-{i}/0", bare_prompt_ids=prompt[len(prompt) // 2 :])
-            for i, prompt in enumerate(prompts)
-        ]
-        done = pair.write(how, requests, max_new_tokens - behind, keep_steps=True, trace=False)
-        for sequence, first in zip(done, begun, strict=True):
-            sequence.token_ids[:0] = first
-        return done
-
-    return write
-
-
-def rival_tokens(pair, how, prompts, count):
-    return tokens(pair.write(how, [Request(i, prompt) for i, prompt in enumerate(prompts)], count))
 
 
 def tokens(done):
     return [s.token_ids for s in done]
-
-
-def method_of(name):
-    """The strategy of an entry above."""
-    return re.split("[@ ,]", name)[0]
-
-
-def test_every_method_that_writes_is_held_to_both_laws():
-    plain = {"greedy", "sample", "llm", "self-consistency", "self-certainty", "s2t-local"}
-    for table in (NEVER_OR_ALWAYS, MIDDLE):
-        missing = {*WRITERS} - plain - {method_of(name) for name in table}
-        assert missing == ({"confidence"} if table is MIDDLE else set()), "confidence writes what greedy writes"
-
-
-@pytest.mark.parametrize("extreme", NEVER_OR_ALWAYS)
-def test_at_the_ends_of_its_threshold_a_method_is_one_of_the_plain_ones(extreme, rival):
-    name, settings, plain, plain_settings = NEVER_OR_ALWAYS[extreme]
-    found, wanted = rival(name, **settings), rival(plain, **plain_settings)
-    assert tokens(found) == tokens(wanted)
-    assert [s.finish_reason for s in found] == [s.finish_reason for s in wanted]
-
-
-@pytest.mark.parametrize("name", MIDDLE)
-def test_a_batch_writes_what_single_sequences_write_and_costs_the_same(name, rival):
-    base = method_of(name)
-    alone, together, few = (rival(base, batch_size=n, **MIDDLE[name]) for n in (1, 8, 3))
-    facts = [[(s.token_ids, s.finish_reason, s.num_triggered, s.cost) for s in done] for done in (alone, together, few)]
-    assert facts[0] == facts[1] == facts[2]
-
-
-@pytest.mark.parametrize("name", MIDDLE)
-def test_in_the_middle_a_method_is_neither_of_the_plain_ones(name, rival):
-    found = tokens(rival(method_of(name), **MIDDLE[name]))
-    assert found not in [tokens(rival(plain)) for plain in ("greedy", "sample", "llm")]
-
-
-@pytest.mark.parametrize("name", MIDDLE)
-def test_costs_add_up(name, rival, prompts):
-    for sequence, prompt in zip(rival(method_of(name), **MIDDLE[name]), prompts, strict=True):
-        cost = sequence.cost
-        assert cost.generated == len(sequence.token_ids)
-        assert cost.slm_processed >= len(prompt) + cost.generated - 1
-        reads_llm = "llm" in needs_of(method_of(name), MIDDLE[name].get("trigger", "auto"))
-        assert bool(cost.llm_flops) == bool(cost.llm_forwards) == bool(cost.llm_processed)
-        assert reads_llm or not cost.llm_forwards
-        if name == "context-aware":
-            assert cost.slm_forwards > cost.generated
 
 
 # Speculative sampling
@@ -361,7 +150,7 @@ def test_a_step_that_is_kept_is_the_slms_and_one_that_is_not_is_the_llms(rival):
                 assert step.value >= 0.55 and not step.flip
 
 
-def test_the_marks_are_what_the_llm_says_uncached_behind_the_step(slm, llm, strategy, prompts):
+def test_the_marks_are_what_the_llm_says_uncached_behind_the_step(words, slm, llm, strategy, prompts):
     how = strategy("specreason", threshold=0.0, step_end="w7", span_tokens=6)
     [done] = Pair(slm, llm).write(how, [Request(0, prompts[0])], 24, keep_steps=True, trace=False)
     at, checked = 0, 0

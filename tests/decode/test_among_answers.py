@@ -3,83 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from s2t.combine import combine
-from s2t.config import OVER_ANSWERS, EvalConfig
-from s2t.decode.workload import open_task
+from s2t.config import EvalConfig
 from s2t.errors import ConfigError
 from s2t.evaluate import evaluate
-from s2t.files import iter_jsonl
 from s2t.methods.answers import Known
 from s2t.methods.forecast import ZipRC, gain, stops
 from s2t.methods.learned import FrugalGPT, NearestNeighbours
 from s2t.methods.sample import vote
 from s2t.methods.votes import Borda, DeepConf
-from s2t.model.forecast import ForecastConfig, ForecastHead, save_forecast
 from s2t.tasks import canonical_answer
-
-SMALL = {"llm": "tiny:llm", "limit": 4, "max_new_tokens": 24, "num_traces": 0, "num_samples": 3}
-OVER_TWO = ("cascade", "frugalgpt", "knn-routing")
-ENDS = {
-    "cascade, never": ("cascade", -math.inf, "confidence"),
-    "cascade, always": ("cascade", math.inf, "llm"),
-    "frugalgpt, never": ("frugalgpt", -math.inf, "confidence"),
-    "frugalgpt, always": ("frugalgpt", math.inf, "llm"),
-    "knn-routing, never": ("knn-routing", math.inf, "confidence"),
-    "knn-routing, always": ("knn-routing", -math.inf, "llm"),
-    "borda of equal weights": ("borda", 0.0, "self-consistency"),
-    "zip-rc, tokens for nothing": ("zip-rc", 0.0, "self-consistency"),
-    "zip-rc, tokens past all price": ("zip-rc", math.inf, "sample"),
-}
-
-
-@pytest.fixture(scope="module")
-def known(tmp_path_factory):
-    out = str(tmp_path_factory.mktemp("known"))
-    evaluate(EvalConfig(strategies="confidence,llm", split="calibration", out=out, **SMALL))
-    return out
-
-
-@pytest.fixture(scope="module")
-def forecast(tmp_path_factory, tiny_slm):
-    """Forecasts that were never trained: every sample ends right with the same probability."""
-    folder = tmp_path_factory.mktemp("forecast")
-    width = tiny_slm.model.config.hidden_size
-    save_forecast(ForecastHead(ForecastConfig(tiny_slm.name, width, (4.0, 12.0, 24.0))), folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def whole(known, forecast, tmp_path_factory):
-    """One run of all of them, with the settings that made it and the results by strategy."""
-    strategies = ",".join((*OVER_TWO, "borda", "deepconf", "zip-rc", "greedy", "sample", "self-consistency"))
-    config = EvalConfig(
-        strategies=strategies, known=known, forecast=forecast, out=str(tmp_path_factory.mktemp("run")), **SMALL
-    )
-    summary, found = evaluate(config), {}
-    assert evaluate(config) == summary, "resumed = whole"
-    for _, result in iter_jsonl(Path(config.out) / "results.jsonl"):
-        found.setdefault(result["strategy"], []).append(result)
-    assert set(found) == set(summary["strategies"]) == set(config.strategy_names)
-    return config, found, summary["strategies"]
-
-
-@pytest.fixture(scope="module")
-def run(whole):
-    """What a method chooses at another threshold, from the same answers."""
-    config, found, _ = whole
-    task = open_task(config, config.slm)
-    problems = task.problems("test", config.limit, 0)
-
-    def at(threshold, name):
-        bases = {base: [(rows, 1.0)] for base, rows in found.items()}
-        return combine(name, replace(config, strategies=name, threshold=threshold), task, problems, bases)[0][0]
-
-    return at
 
 
 def what(results):
@@ -90,23 +25,9 @@ def costs(results):
     return [r["cost"] for r in results]
 
 
-@pytest.mark.parametrize("end", ENDS)
-def test_at_each_end_of_its_threshold_a_method_is_one_of_those_that_it_chooses_among(end, run, whole):
-    name, threshold, plain = ENDS[end]
-    found, wanted = run(threshold, name), whole[1][plain]
-    facts = [
-        [(r["problem_id"], r["is_correct"], canonical_answer(r["extracted"])) for r in rows] for rows in (found, wanted)
-    ]
-    assert facts[0] == facts[1]
-
-
-def test_every_method_over_answers_stands_in_the_table_of_ends():
-    assert {*OVER_ANSWERS} - {"deepconf"} == {name for name, _, _ in ENDS.values()}, "deepconf's are below, by hand"
-
-
-def test_samples_that_are_not_stopped_cost_what_all_samples_cost_and_stopped_ones_less(run, whole):
-    assert costs(run(0.0, "zip-rc")) == costs(whole[1]["forecast"]) == costs(whole[1]["self-consistency"])
-    for one, all_ in zip(run(5e-2, "zip-rc"), whole[1]["forecast"], strict=True):
+def test_samples_that_are_not_stopped_cost_what_all_samples_cost_and_stopped_ones_less(chosen, answers):
+    assert costs(chosen(0.0, "zip-rc")) == costs(answers[1]["forecast"]) == costs(answers[1]["self-consistency"])
+    for one, all_ in zip(chosen(5e-2, "zip-rc"), answers[1]["forecast"], strict=True):
         assert one["cost"]["generated"] < all_["cost"]["generated"]
 
 
@@ -142,26 +63,26 @@ def test_the_gain_of_going_on_is_that_of_the_best_limit_by_enumeration():
     assert gain(joint, lengths, cost, others) == pytest.approx(wanted)
 
 
-def test_at_minus_infinity_they_are_the_slm_and_at_infinity_the_llm_and_costs_add_up(run, whole):
-    _, found, _ = whole
+def test_at_minus_infinity_they_are_the_slm_and_at_infinity_the_llm_and_costs_add_up(chosen, answers):
+    _, found, _ = answers
     slm, llm = found["confidence"], found["llm"]
     assert what(slm) == what(found["greedy"])
     assert all(r["value"] < 0 for r in slm)
     for name in ("cascade", "frugalgpt"):
-        assert (what(run(-math.inf, name)), costs(run(-math.inf, name))) == (what(slm), costs(slm))
-        assert what(run(math.inf, name)) == what(llm)
-        for both, small, large in zip(run(math.inf, name), slm, llm, strict=True):
+        assert (what(chosen(-math.inf, name)), costs(chosen(-math.inf, name))) == (what(slm), costs(slm))
+        assert what(chosen(math.inf, name)) == what(llm)
+        for both, small, large in zip(chosen(math.inf, name), slm, llm, strict=True):
             assert both["cost"] == {k: small["cost"][k] + large["cost"][k] for k in small["cost"]}
             assert both["num_triggered"] == large["cost"]["generated"]
-    routed = run(-math.inf, "knn-routing")
+    routed = chosen(-math.inf, "knn-routing")
     assert (what(routed), costs(routed)) == (what(llm), costs(llm)), "the model that is not chosen costs nothing"
-    assert what(run(math.inf, "knn-routing")) == what(slm)
+    assert what(chosen(math.inf, "knn-routing")) == what(slm)
 
 
-def test_in_between_a_cascade_takes_some_of_each(run, whole):
-    _, found, scores = whole
+def test_in_between_a_cascade_takes_some_of_each(chosen, answers):
+    _, found, scores = answers
     values = sorted(r["value"] for r in found["confidence"])
-    mixed = run(values[2], "cascade")
+    mixed = chosen(values[2], "cascade")
     assert sorted(bool(r["num_triggered"]) for r in mixed) == [False, False, True, True]
     rows = zip(mixed, found["confidence"], found["llm"], strict=True)
     assert all(one["text"] == (large if one["num_triggered"] else small)["text"] for one, small, large in rows)
@@ -170,16 +91,16 @@ def test_in_between_a_cascade_takes_some_of_each(run, whole):
     assert own["llm_tokens"] + own["slm_tokens"] == sum(r["cost"]["generated"] for r in found["cascade"])
 
 
-def test_a_vote_of_equal_weights_is_the_majority_and_one_that_never_stops_costs_all(run, whole):
-    _, found, _ = whole
-    voted, counted = run(0.0, "borda"), found["self-consistency"]
+def test_a_vote_of_equal_weights_is_the_majority_and_one_that_never_stops_costs_all(chosen, answers):
+    _, found, _ = answers
+    voted, counted = chosen(0.0, "borda"), found["self-consistency"]
     assert [r["is_correct"] for r in voted] == [r["is_correct"] for r in counted]
     assert [r["extracted"] for r in voted] == [canonical_answer(r["extracted"]) for r in counted]
-    assert costs(run(2.0, "deepconf")) == costs(found["self-certainty"])
-    early = run(0.0, "deepconf")
+    assert costs(chosen(2.0, "deepconf")) == costs(found["self-certainty"])
+    early = chosen(0.0, "deepconf")
     assert all(
         one["cost"]["generated"] < all_["cost"]["generated"]
-        for one, all_ in zip(early, run(2.0, "deepconf"), strict=True)
+        for one, all_ in zip(early, chosen(2.0, "deepconf"), strict=True)
     )
 
 
@@ -224,7 +145,7 @@ def test_a_score_learned_where_all_are_alike_is_their_share(right):
 
 def test_what_learns_needs_a_run_to_learn_from(tmp_path):
     with pytest.raises(ConfigError, match="pass --known"):
-        evaluate(EvalConfig(strategies="frugalgpt", out=str(tmp_path), **SMALL | {"limit": 2, "max_new_tokens": 4}))
+        evaluate(EvalConfig(strategies="frugalgpt", out=str(tmp_path), llm="tiny:llm", limit=2, max_new_tokens=4))
 
 
 def test_what_chooses_among_answers_writes_none_itself():
