@@ -44,12 +44,12 @@ def check_steps(eager, static, recorded):
         close(static.extend(rows, tokens), eager.extend(rows, tokens))
         assert static.lengths == eager.lengths
     for rows, branch_rows in ((list(ALL), [1]), ([0, 2, 3], [0, 2, 3]), ([1, 2], [3]), (list(ALL), [0, 1, 3])):
-        ids = candidates(len(branch_rows))
+        ids = candidates(len(branch_rows)).to(eager.device)
         tokens = [[30 + row] for row in rows]
         found, expected = (engine.step(rows, tokens, branch_rows, ids) for engine in (static, eager))
         close(found[0], expected[0])
         close(found[1], expected[1])
-        kept = torch.arange(len(branch_rows)) % K
+        kept = torch.arange(len(branch_rows), device=eager.device) % K
         for engine in (static, eager):
             engine.keep_branch(branch_rows, kept)
     close(static.extend(ALL, [[17]] * 4), eager.extend(ALL, [[17]] * 4))
@@ -96,6 +96,18 @@ def test_rows_longer_than_what_was_reserved_are_recorded_anew(random_model):
     assert static.cache.capacity >= 309
 
 
+def test_a_row_that_fits_what_was_reserved_makes_no_larger_store(random_model):
+    eager, static = pair(random_model("qwen2"), "static")
+    for engine in (eager, static):
+        engine.reserve(300)
+        engine.extend([0], [[7] * 270])
+    assert static.cache.capacity == 384 and _columns(385) == 512
+    for engine in (eager, static):
+        engine.extend([0], [[7] * (384 - 1 - engine.lengths[0])])
+    close(static.extend(ALL, [[9]] * 4), eager.extend(ALL, [[9]] * 4))
+    assert static.lengths[0] == static.cache.capacity == 384
+
+
 def test_an_engine_on_a_cpu_runs_eagerly_unless_told_otherwise(random_model):
     loaded = random_model("qwen2")
     assert Engine(loaded, 1)._static is None
@@ -139,3 +151,15 @@ def test_graphs_on_a_gpu_equal_eager_steps(random_model, scope, execution):
     check_steps(
         *pair(loaded, execution, untrained_adapter(loaded, "rank" if scope == "step" else "bins", scope)), num_shapes
     )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_graphs_are_recorded_anew_where_the_store_grows(random_model):
+    loaded = random_model("qwen2")
+    loaded.model.to("cuda")
+    eager, static = pair(loaded, "static")
+    for length in (0, 300, 600):
+        for engine in (eager, static):
+            engine.reserve(length)
+        for _ in range(3):
+            close(static.extend(ALL, [[9]] * 4), eager.extend(ALL, [[9]] * 4))

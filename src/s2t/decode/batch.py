@@ -99,8 +99,10 @@ class Batch:
                 self.reference.start(row.slot, prompt if own is None else own)
 
     def retire(self) -> None:
-        """Free the slots of finished rows; the last rows move into the gaps."""
-        for row in sorted((row for row in self.rows if row.is_finished), key=lambda row: -row.slot):
+        """Free the slots of finished rows; the last rows move into the gaps, all in one copy."""
+        finished = sorted((row for row in self.rows if row.is_finished), key=lambda row: -row.slot)
+        before = {row: row.slot for row in self.rows} if finished else {}
+        for row in finished:
             slm = self.engine.work[row.slot]
             if self.stream is not None:
                 slm = slm + self.stream.engine.work[row.slot]
@@ -113,12 +115,15 @@ class Batch:
             last = self.rows.pop()
             if last is not row:
                 self._move(last, row.slot)
+        moved = [row for row in self.rows if before.get(row, row.slot) != row.slot]  # from past the last row left
+        if moved:
+            assert self.hidden is not None
+            source, target = [before[row] for row in moved], [row.slot for row in moved]
+            self.engine.copy(source, target)
+            self.hidden[target] = self.hidden[source]
 
     def _move(self, row: Row, slot: int) -> None:
-        assert self.hidden is not None
-        self.engine.copy([row.slot], [slot])
         self.engine.work[slot] = self.engine.work[row.slot]
-        self.hidden[slot] = self.hidden[row.slot]
         if self.stream is not None:
             self.stream.move(row.slot, slot)
         if self.reference is not None:

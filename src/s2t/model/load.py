@@ -321,6 +321,8 @@ def wrap_model(
         vocab_size = min(vocab_size, merged.vocab_size)
     if model.device.type == "cpu":
         _keep_freed_memory()
+    if model.device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length, which takes longer than the step
     return LoadedModel(name, model.eval(), tokenizer, vocab_size, stop_ids(tokenizer, eos), merged=merged)
 
 

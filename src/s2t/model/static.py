@@ -80,6 +80,7 @@ class StaticSteps:
         shape = self._shape(held, num_rows, branch_rows, width)
         if self._capacity != self.cache.capacity:  # what was recorded reads stores that are gone
             self._recordings.clear()
+            self._pool = None  # CUDA takes a pool back with the last graph that is in it
             self._capacity = self.cache.capacity
         recording = self._recordings.get(shape) or self._new(shape)
         self._fill(recording, shape, held, tokens, branch_rows, candidate_ids, back)
@@ -92,7 +93,8 @@ class StaticSteps:
         rows = self.max_rows if self.compiles else min(_power(num_rows, step), self.max_rows)
         branches = min(_power(len(branch_rows), step), self.max_rows) if branch_rows else 0
         needed = max(max(held[:rows]) + 1, max((held[row] + 1 + width for row in branch_rows), default=0))
-        self.cache.reserve(_columns(needed))
+        if needed > self.cache.capacity:
+            self.cache.reserve(_columns(needed))
         columns = self.cache.capacity if self.compiles else min(_columns(needed), self.cache.capacity)
         return _Shape(rows, branches, width, columns)
 

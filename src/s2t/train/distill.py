@@ -136,9 +136,9 @@ class Distiller(Fit):
         """Last hidden states that the tokens of all answers are predicted from, answer by answer; [N, H]."""
         found: dict[int, Tensor] = {}
         lengths = [len(answer.ids) for answer in batch]
-        groups = (
-            [list(range(len(batch)))] if self.processes.is_sharded else _similar(lengths)
-        )  # as many for every process
+        # one forward: as many for every process, and a GPU waits for launches more than for padding
+        is_one = self.processes.is_sharded or self.device.type != "cpu"
+        groups = [list(range(len(batch)))] if is_one else _similar(lengths)
         for group in groups:
             padded = pad_ids([batch[i] for i in group]).to(
                 self.device
