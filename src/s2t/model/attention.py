@@ -22,8 +22,6 @@ from s2t.errors import ModelError
 from s2t.model.tree import causal_mask, key_positions
 
 NAME = "s2t_slots"
-_FEW = 16
-"""Queries of a row, at most, for which plain products are taken on a GPU."""
 
 
 @dataclass(slots=True)
@@ -133,25 +131,20 @@ def _attend(
         grouped = query.unflatten(2, (keys.shape[1], shared))  # [n, T, kv_heads, shared, D]
         folded = grouped.permute(0, 2, 3, 1, 4).flatten(2, 3)  # [n, kv_heads, shared * T, D]
         mask = mask.repeat(1, 1, shared, 1) if mask is not None else None
-    if softcap is not None or (query.is_cuda and width <= _FEW):
-        output = _by_products(folded, keys, values, mask, scaling or folded.shape[-1] ** -0.5, softcap)
-    else:
+    if softcap is None:
         output = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scaling)
+    else:
+        output = _softcapped(folded, keys, values, mask, scaling or folded.shape[-1] ** -0.5, softcap)
     if width == 1:
         return output.reshape(n, heads, -1)
     return output.unflatten(2, (shared, width)).permute(0, 3, 1, 2, 4).reshape(n * width, heads, -1)
 
 
-def _by_products(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float, softcap: float | None
+def _softcapped(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float, softcap: float
 ) -> Tensor:
-    """Two products and a softmax: scores may be bounded by `softcap` (Gemma 2), which SDPA lacks.
-
-    On a GPU SDPA has no quick way for few queries over masked keys that lie in a larger store: it copies them, in float32.
-    """
-    scores = query @ keys.transpose(-1, -2) * scaling
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
+    """What SDPA lacks: scores bounded by `softcap` (Gemma 2)."""
+    scores = torch.tanh(query @ keys.transpose(-1, -2) * scaling / softcap) * softcap
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return scores.softmax(-1, dtype=torch.float32).to(values.dtype) @ values
