@@ -138,6 +138,7 @@ def test_every_stage_is_timed_against_its_own_weight_products():
     assert json.loads(json.dumps(result)) == result
 
 
+@pytest.mark.slow
 def test_two_checkouts_are_measured_in_turns(capfd):
     here = str(Path(__file__).parents[1])
     sizes = ["--batch-sizes", "2", "--prompt-tokens", "12", "--max-new-tokens", "10", "--rate", "0.1", "--groups", "2"]
@@ -212,7 +213,14 @@ def test_naive_scores_are_those_of_a_tree_step(naive):
     )
 
 
-@pytest.mark.parametrize(("readout", "scope"), [("rank", "step"), ("rank", "stream"), ("bins", "candidates")])
+@pytest.mark.parametrize(
+    ("readout", "scope"),
+    [
+        ("rank", "step"),
+        pytest.param("rank", "stream", marks=pytest.mark.slow),
+        pytest.param("bins", "candidates", marks=pytest.mark.slow),
+    ],
+)
 def test_what_is_timed_flips_some_of_its_triggers(readout, scope):
     config = {"dtype": "float32", "batch_size": 2, "prompt_tokens": 16, "max_new_tokens": 20, "trigger_rates": "0.5"}
     timed = DecodeBench(BenchConfig(slm="random:qwen2.5-0.5b,layers=1", readout=readout, adapter_scope=scope, **config))

@@ -51,7 +51,9 @@ def test_a_notebook_is_kept_with_its_outputs_and_nothing_of_the_machine(name):
     assert len(json.dumps(outputs)) < 200_000
 
 
-@pytest.mark.parametrize("name", NOTEBOOKS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name.startswith("2") else pytest.mark.slow) for name in NOTEBOOKS]
+)
 def test_the_code_of_a_notebook_runs_on_few_problems(name, tmp_path):
     code = "\n".join("".join(cell["source"]) for cell in cells(name))
     for pattern, fewer in FEWER:

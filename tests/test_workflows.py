@@ -470,7 +470,10 @@ def test_another_config_in_the_same_folder_is_refused(command, change, chain, no
     assert (chain.path(command) / "manifest.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("command", [pytest.param("measure", marks=pytest.mark.slow), "collect", "eval"])
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param("measure", marks=pytest.mark.slow), "collect", pytest.param("eval", marks=pytest.mark.slow)],
+)
 def test_several_workers_write_what_one_writes(command, chain, tmp_path):
     RUN[command](replace(chain.configs[command], out=str(tmp_path), workers=2))
     one, two = (sorted(folder.glob("*.parquet")) for folder in (chain.path(command), tmp_path))

@@ -183,7 +183,7 @@ def norms(monkeypatch) -> list[float]:
 @pytest.mark.parametrize(
     ("launcher", "changes"),
     [
-        pytest.param(FSDP, CANDIDATES, id="fsdp-candidates"),
+        pytest.param(FSDP, CANDIDATES, id="fsdp-candidates", marks=pytest.mark.slow),
         pytest.param(FSDP, ALWAYS, id="fsdp-always"),
         pytest.param({}, UNFROZEN, id="replicated-unfrozen", marks=pytest.mark.slow),
         pytest.param(FSDP, UNFROZEN, id="fsdp-unfrozen", marks=pytest.mark.slow),
