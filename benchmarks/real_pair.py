@@ -40,7 +40,10 @@ ARMS = {
     "humaneval s2t-local": ("humaneval", "s2t-local"),
 }
 PAIRS = (
-    *((arm, "greedy") for arm in ("self-consistency", "llm", "s2t", "s2t-local", "s2t-local@entropy", "sft", "kd")),
+    *(
+        (arm, "greedy")
+        for arm in ("self-consistency", "llm", "takeover", "s2t", "s2t-local", "s2t-local@entropy", "sft", "kd")
+    ),
     *(("s2t-local", arm) for arm in ("self-consistency", "sft", "kd", "s2t-local-paper")),
     ("s2t-local-on-sft", "sft"),
     ("s2t", "takeover"),
