@@ -99,7 +99,7 @@ class Batch:
                 self.reference.start(row.slot, prompt if own is None else own)
 
     def retire(self) -> None:
-        """Free the slots of finished rows; the last rows move into the gaps, all in one copy."""
+        """Free the slots of finished rows; the last rows move into the gaps; the SLM's in one copy."""
         finished = sorted((row for row in self.rows if row.is_finished), key=lambda row: -row.slot)
         before = {row: row.slot for row in self.rows} if finished else {}
         for row in finished:
