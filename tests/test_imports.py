@@ -108,6 +108,16 @@ def test_importing_s2t_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_the_engines_leave_model_classes_and_quantization_to_those_who_load_a_model():
+    """170 MiB that a GGUF file on llama.cpp does without."""
+    code = (
+        "import sys, s2t.api, s2t.decode.loop, s2t.model.gguf.opening\n"
+        "print({'transformers.modeling_utils', 'transformers.quantizers', 'torch.distributed.tensor'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
 def test_public_names_are_listed_and_unknown_ones_refused():
     assert {"load", "generate", "stream", "__version__"} <= set(dir(s2t))
     with pytest.raises(AttributeError, match="no_such_name"):

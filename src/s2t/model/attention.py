@@ -8,7 +8,7 @@ products; here each segment goes back to its rows. Heads that share keys are fol
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface
 
 from s2t.errors import ModelError
 from s2t.model.tree import causal_mask, key_positions
@@ -151,14 +150,14 @@ def _softcapped(
 
 
 @contextmanager
-def slot_attention(config: Any, name: str = NAME) -> Iterator[None]:
+def slot_attention(config: Any, name: str = NAME, function: Callable[..., Any] = attend) -> Iterator[None]:
     """Let a model's attention run on slots, or as another of ours, inside the block; its own is back afterwards."""
+    from transformers import AttentionInterface  # brings 120 MiB of model classes, which llama.cpp does without
+
+    AttentionInterface.register(name, function)
     own = config._attn_implementation_internal
     config._attn_implementation_internal = name
     try:
         yield
     finally:
         config._attn_implementation_internal = own
-
-
-AttentionInterface.register(NAME, attend)

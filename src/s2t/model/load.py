@@ -13,18 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from s2t.errors import ConfigError, ModelError, S2TError
 from s2t.hub import offline_unless_it_answers
@@ -41,6 +34,9 @@ from s2t.model.reserved import ReservedIds, choose_reserved_ids
 from s2t.model.tiny import embedded_path, is_embedded
 from s2t.model.why import why_not_loaded
 from s2t.progress import progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # with 120 MiB of model classes, which llama.cpp does without
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -335,6 +331,12 @@ def _keep_freed_memory() -> None:
         allocator = ctypes.CDLL(None)
         for option, num_bytes in ((-3, 32 << 20), (-1, 1 << 30)):
             allocator.mallopt(option, num_bytes)
+
+
+def give_back_freed_memory() -> None:
+    """Let glibc give what was freed back to the system now; elsewhere nothing happens. Source: malloc_trim(3)."""
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def pick_device(device: str) -> str:

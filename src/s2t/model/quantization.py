@@ -10,8 +10,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from transformers.quantizers.auto import AutoQuantizationConfig
-
 from s2t.errors import ConfigError, ModelError
 
 NAMED: dict[str, dict[str, Any]] = {
@@ -33,6 +31,8 @@ def quantization_config(asked: str | None) -> Any:
     """
     if asked is None:
         return None
+    from transformers.quantizers.auto import AutoQuantizationConfig  # brings 50 MiB, torch.distributed among them
+
     values = NAMED[asked] if asked in NAMED else _read(asked)
     try:
         return AutoQuantizationConfig.from_dict(dict(values))

@@ -15,7 +15,7 @@ from s2t.model.chat import stop_ids
 from s2t.model.gguf.file import Header
 from s2t.model.gguf.library import default_threads, last_error, llama
 from s2t.model.gguf.tokenizer import WHOLE, load_tokenizer, stop_ids_of
-from s2t.model.load import LoadedModel
+from s2t.model.load import LoadedModel, give_back_freed_memory
 from s2t.model.merged import MergedConfig
 from s2t.model.reserved import ReservedIds, choose_reserved_ids
 from s2t.progress import note
@@ -129,10 +129,12 @@ def load_gguf(
 
     Raises ModelError, one line, where llama.cpp is missing, cannot read the file, or the model has no cache to crop.
     """
+    tokenizer, own_ids, is_given = load_tokenizer(header), stop_ids_of(header), WHOLE in header.fields
+    header, highest_id = header.without_vocabulary(), max(tokenizer.get_vocab().values())
+    give_back_freed_memory()  # before the weights come: a vocabulary takes 100 MiB while it is built
     weights: Any = Weights(header)
-    tokenizer = load_tokenizer(header)
-    _check_tokens(name, weights, tokenizer, WHOLE in header.fields)
-    vocab_size = min(max(tokenizer.get_vocab().values()) + 1, weights.num_rows)
+    _check_tokens(name, weights, tokenizer, is_given)
+    vocab_size = min(highest_id + 1, weights.num_rows)
     if merged is not None:
         vocab_size = min(vocab_size, merged.vocab_size)
     return GgufModel(
@@ -140,7 +142,7 @@ def load_gguf(
         weights,
         tokenizer,
         vocab_size,
-        stop_ids(tokenizer, stop_ids_of(header)),
+        stop_ids(tokenizer, own_ids),
         merged=merged,
         header=header,
         cache_dtype="float16" if dtype == "auto" else dtype,
