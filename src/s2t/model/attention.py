@@ -20,8 +20,6 @@ from torch.nn import functional as F
 from s2t.errors import ModelError
 from s2t.model.tree import causal_mask, key_positions
 
-NAME = "s2t_slots"
-
 
 @dataclass(slots=True)
 class Segment:
@@ -150,10 +148,11 @@ def _softcapped(
 
 
 @contextmanager
-def slot_attention(config: Any, name: str = NAME, function: Callable[..., Any] = attend) -> Iterator[None]:
+def slot_attention(config: Any, function: Callable[..., Any] = attend) -> Iterator[None]:
     """Let a model's attention run on slots, or as another of ours, inside the block; its own is back afterwards."""
     from transformers import AttentionInterface  # brings 120 MiB of model classes, which llama.cpp does without
 
+    name = f"s2t_{function.__name__}"
     AttentionInterface.register(name, function)
     own = config._attn_implementation_internal
     config._attn_implementation_internal = name

@@ -12,11 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
 from s2t.errors import ModelError
-
-NAME = "s2t_beside"
 
 
 @dataclass(slots=True)
@@ -71,6 +68,3 @@ def _times(left: Tensor, right: Tensor) -> Tensor:
         return (left.flatten(2, 3) @ right).unflatten(2, (shared, count))
     product = left.transpose(0, 1).flatten(1, 3) @ right[0]  # [kv_heads, N * shared * K, b]
     return product.unflatten(1, (n, shared, count)).transpose(0, 1)
-
-
-AttentionInterface.register(NAME, attend_beside)

@@ -23,8 +23,7 @@ from s2t.core.candidates import propose
 from s2t.core.losses import lm_preserving_kl
 from s2t.model.adapter import SelectorAdapter
 from s2t.model.attention import slot_attention
-from s2t.model.beside import NAME as BESIDE
-from s2t.model.beside import Beside
+from s2t.model.beside import Beside, attend_beside
 from s2t.model.head import Head
 from s2t.model.lora import trained_in_half
 from s2t.model.tree import layer_masks
@@ -229,7 +228,7 @@ def _read_beside(adapter: SelectorAdapter, ids: Tensor, lengths: Tensor, beside:
     columns = torch.arange(beside.index.shape[1], device=ids.device).expand(len(ids), -1)
     seen = (columns < lengths[:, None])[:, None, None].expand(-1, 1, ids.shape[1], -1)  # [N, 1, K, T]
     config = adapter.base_model.get_decoder().config.get_text_config(decoder=True)
-    with slot_attention(config, BESIDE):
+    with slot_attention(config, attend_beside):
         masks = layer_masks(config, seen, positions, columns)
         return _run(adapter, ids, positions, masks, beside=beside, use_cache=False)
 
