@@ -114,12 +114,11 @@ def bucket_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
     The listed ids must differ from each other.
     """
     logits = logits.float()
-    total = logits.logsumexp(-1, keepdim=True)
     listed = logits.gather(-1, ids)
-    if ids.shape[-1] == logits.shape[-1]:
-        return listed - total
-    rest = logits.scatter(-1, ids, float("-inf")).logsumexp(-1, keepdim=True)
-    return torch.cat([listed, rest], dim=-1) - total
+    if ids.shape[-1] < logits.shape[-1]:
+        rest = logits.scatter(-1, ids, float("-inf")).logsumexp(-1, keepdim=True)
+        listed = torch.cat([listed, rest], dim=-1)
+    return listed.log_softmax(-1)
 
 
 def _masked_divergence(llm_logits: Tensor, slm_logits: Tensor) -> Tensor:
