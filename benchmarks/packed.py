@@ -1,14 +1,15 @@
 """Does packing cost accuracy? Evaluations of one model at several precisions, compared problem by problem.
 
-    python benchmarks/packed.py bfloat16=runs/eval-bf16 Q8_0=runs/eval-q8_0 Q4_K_M=runs/eval-q4_k_m
+    python benchmarks/packed.py bfloat16=runs/eval-bf16 Q8_0=runs/eval-q8_0 Q4_K_M=runs/eval-q4_k_m [--out FILE]
 
-Every folder is one of `s2t eval` on the same problems; the first is what the others are compared with. Writes
-docs/results/packed.json and prints a table.
+Every folder is one of `s2t eval`, or several joined by commas where strategies were run apart; the first is what the others are
+compared with, on the problems that both have. Writes the file and prints a table.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,38 +18,55 @@ from s2t.files import read_json, read_jsonl, write_json
 
 OUT = Path(__file__).parents[1] / "docs" / "results" / "packed.json"
 
+Rows = dict[str, dict[str, Any]]
+"""Results by problem."""
+
 
 def main() -> None:
-    folders = {name: Path(folder) for name, _, folder in (word.partition("=") for word in sys.argv[1:])}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="NAME=FOLDER[,FOLDER]")
+    parser.add_argument("--out", type=Path, default=OUT)
+    config = parser.parse_args()
+    folders = {name: folder.split(",") for name, _, folder in (word.partition("=") for word in config.runs)}
     base, *_ = folders
-    rows = {name: by_strategy(folder) for name, folder in folders.items()}
-    document: dict[str, Any] = {"task": read_json(folders[base] / "summary.json")["task"], "compared_with": base}
+    rows = {name: by_strategy([Path(folder) for folder in found]) for name, found in folders.items()}
+    task = read_json(Path(folders[base][0]) / "summary.json")["task"]
+    document: dict[str, Any] = {"task": task, "compared_with": base}
     document["precisions"] = {
-        name: {strategy: one(found, rows[base][strategy]) for strategy, found in strategies.items()}
+        name: {
+            strategy: one(found, rows[base][strategy])
+            for strategy, found in strategies.items()
+            if strategy in rows[base]
+        }
         for name, strategies in rows.items()
     }
-    write_json(OUT, document)
+    write_json(config.out, document)
     print(table(document))
 
 
-def by_strategy(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    found: dict[str, list[dict[str, Any]]] = {}
-    for row in read_jsonl(folder / "results.jsonl"):
-        found.setdefault(row["strategy"], []).append(row)
+def by_strategy(folders: Sequence[Path]) -> dict[str, Rows]:
+    found: dict[str, Rows] = {}
+    for row in (row for folder in folders for row in read_jsonl(folder / "results.jsonl")):
+        found.setdefault(row["strategy"], {})[row["problem_id"]] = row
     return found
 
 
-def one(rows: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str, Any]:
+def one(rows: Rows, base: Rows) -> dict[str, Any]:
     """Accuracy, triggers and flips of a strategy, and the paired difference from the base precision."""
-    assert [row["problem_id"] for row in rows] == [row["problem_id"] for row in base], "the problems differ"
-    correct, tokens = [row["is_correct"] for row in rows], sum(row["cost"]["generated"] for row in rows)
-    test = paired_comparison(correct, [row["is_correct"] for row in base])
+    shared = [name for name in rows if name in base]
+    correct, tokens = (
+        [row["is_correct"] for row in rows.values()],
+        sum(row["cost"]["generated"] for row in rows.values()),
+    )
+    own, other = ([found[name]["is_correct"] for name in shared] for found in (rows, base))
+    test = paired_comparison(own, other)
     return {
         "num_problems": len(rows),
+        "num_shared": len(shared),
         "accuracy": sum(correct) / len(rows),
         "ci95": bootstrap_interval(correct),
-        "trigger_rate": sum(row["num_triggered"] for row in rows) / tokens,
-        "flip_rate": sum(row["num_flips"] for row in rows) / tokens,
+        "trigger_rate": sum(row["num_triggered"] for row in rows.values()) / tokens,
+        "flip_rate": sum(row["num_flips"] for row in rows.values()) / tokens,
         "difference": test["difference"],
         "difference_ci95": test["ci95"],
         "p_value": test["p_value"],

@@ -38,6 +38,7 @@ ARMS = {
     "svamp sft": ("svamp-sft", "greedy"),
     "humaneval greedy": ("humaneval", "greedy"),
     "humaneval s2t-local": ("humaneval", "s2t-local"),
+    "humaneval sft": ("humaneval-sft", "greedy"),
 }
 PAIRS = (
     *(
@@ -50,6 +51,7 @@ PAIRS = (
     ("svamp s2t-local", "svamp greedy"),
     ("svamp s2t-local", "svamp sft"),
     ("humaneval s2t-local", "humaneval greedy"),
+    ("humaneval s2t-local", "humaneval sft"),
 )
 LLM_COST = 3.1
 """Parameters of the LLM over those of the SLM: what a forward of it counts in the picture."""
