@@ -3,7 +3,7 @@
     python benchmarks/packed.py bfloat16=runs/eval-bf16 Q8_0=runs/eval-q8_0 Q4_K_M=runs/eval-q4_k_m [--out FILE]
 
 Every folder is one of `s2t eval`, or several joined by commas where strategies were run apart; the first is what the others are
-compared with, on the problems that both have. Writes the file and prints a table.
+compared with. Problems and strategies are those that all have. Writes the file and prints a table.
 """
 
 from __future__ import annotations
@@ -30,15 +30,20 @@ def main() -> None:
     folders = {name: folder.split(",") for name, _, folder in (word.partition("=") for word in config.runs)}
     base, *_ = folders
     rows = {name: by_strategy([Path(folder) for folder in found]) for name, found in folders.items()}
-    task = read_json(Path(folders[base][0]) / "summary.json")["task"]
-    document: dict[str, Any] = {"task": task, "compared_with": base}
-    document["precisions"] = {
-        name: {
-            strategy: one(found, rows[base][strategy])
-            for strategy, found in strategies.items()
-            if strategy in rows[base]
-        }
-        for name, strategies in rows.items()
+    every = [found for strategies in rows.values() for found in strategies.values()]
+    shared = [name for name in every[0] if all(name in found for found in every)]
+    strategies = [strategy for strategy in rows[base] if all(strategy in found for found in rows.values())]
+    document: dict[str, Any] = {
+        "task": read_json(Path(folders[base][0]) / "summary.json")["task"],
+        "compared_with": base,
+        "precisions": {
+            name: {strategy: one(found[strategy], rows[base][strategy], shared) for strategy in strategies}
+            for name, found in rows.items()
+        },
+        "s2t-local over greedy": {
+            name: paired_comparison(verdicts(found["s2t-local"], shared), verdicts(found["greedy"], shared))
+            for name, found in rows.items()
+        },
     }
     write_json(config.out, document)
     print(table(document))
@@ -51,22 +56,21 @@ def by_strategy(folders: Sequence[Path]) -> dict[str, Rows]:
     return found
 
 
-def one(rows: Rows, base: Rows) -> dict[str, Any]:
-    """Accuracy, triggers and flips of a strategy, and the paired difference from the base precision."""
-    shared = [name for name in rows if name in base]
-    correct, tokens = (
-        [row["is_correct"] for row in rows.values()],
-        sum(row["cost"]["generated"] for row in rows.values()),
-    )
-    own, other = ([found[name]["is_correct"] for name in shared] for found in (rows, base))
-    test = paired_comparison(own, other)
+def verdicts(rows: Rows, shared: Sequence[str]) -> list[bool]:
+    return [rows[name]["is_correct"] for name in shared]
+
+
+def one(rows: Rows, base: Rows, shared: Sequence[str]) -> dict[str, Any]:
+    """Accuracy, triggers and flips of a strategy on some problems, and the paired difference from the base precision."""
+    correct, own = verdicts(rows, shared), [rows[name] for name in shared]
+    tokens = sum(row["cost"]["generated"] for row in own)
+    test = paired_comparison(correct, verdicts(base, shared))
     return {
-        "num_problems": len(rows),
-        "num_shared": len(shared),
-        "accuracy": sum(correct) / len(rows),
+        "num_problems": len(own),
+        "accuracy": sum(correct) / len(own),
         "ci95": bootstrap_interval(correct),
-        "trigger_rate": sum(row["num_triggered"] for row in rows.values()) / tokens,
-        "flip_rate": sum(row["num_flips"] for row in rows.values()) / tokens,
+        "trigger_rate": sum(row["num_triggered"] for row in own) / tokens,
+        "flip_rate": sum(row["num_flips"] for row in own) / tokens,
         "difference": test["difference"],
         "difference_ci95": test["ci95"],
         "p_value": test["p_value"],

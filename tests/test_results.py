@@ -5,6 +5,8 @@ from __future__ import annotations
 import runpy
 from pathlib import Path
 
+import pytest
+
 from s2t.files import read_json
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -51,9 +53,10 @@ def test_every_run_of_the_ranking_selector_stands_on_the_page_as_in_its_file():
         assert f"| {row} | " in PAGE, name
 
 
-def test_what_packing_costs_stands_on_the_laptop_page_as_in_its_file():
+@pytest.mark.parametrize("file", ["packed.json", "packed-real.json"])
+def test_what_packing_costs_stands_on_the_laptop_page_as_in_its_file(file):
     page = (DOCS / "laptop.md").read_text(encoding="utf-8")
-    for name, found in read_json(DOCS / "results" / "packed.json")["precisions"].items():
+    for name, found in read_json(DOCS / "results" / file)["precisions"].items():
         greedy, local = found["greedy"], found["s2t-local"]
         low, high = (percent(value) for value in local["difference_ci95"])
         gain = f"{100 * local['difference']:+.1f} ({low} to {high})" if name != "bfloat16" else "–"
