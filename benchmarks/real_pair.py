@@ -31,6 +31,7 @@ ARMS = {
     "s2t-local@entropy": ("gsm8k", "s2t-local@entropy"),
     "s2t-local-paper": ("gsm8k-paper", "s2t-local"),
     "sft": ("gsm8k-sft", "greedy"),
+    "sft, 2 answers a step": ("gsm8k-sft2", "greedy"),
     "kd": ("gsm8k-kd", "greedy"),
     "s2t-local-on-sft": ("gsm8k-on-sft", "s2t-local"),
     "svamp greedy": ("svamp", "greedy"),
@@ -40,12 +41,14 @@ ARMS = {
     "humaneval s2t-local": ("humaneval", "s2t-local"),
     "humaneval sft": ("humaneval-sft", "greedy"),
 }
+DISTILLED = ("sft", "sft, 2 answers a step", "kd")
 PAIRS = (
     *(
         (arm, "greedy")
-        for arm in ("self-consistency", "llm", "takeover", "s2t", "s2t-local", "s2t-local@entropy", "sft", "kd")
+        for arm in ("self-consistency", "llm", "takeover", "s2t", "s2t-local", "s2t-local@entropy", *DISTILLED)
     ),
-    *(("s2t-local", arm) for arm in ("self-consistency", "sft", "kd", "s2t-local-paper")),
+    *(("s2t-local", arm) for arm in ("self-consistency", *DISTILLED, "s2t-local-paper")),
+    ("kd", "sft, 2 answers a step"),
     ("s2t-local-on-sft", "sft"),
     ("s2t", "takeover"),
     ("svamp s2t-local", "svamp greedy"),
