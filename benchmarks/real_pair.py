@@ -31,7 +31,7 @@ ARMS = {
     "s2t-local@entropy": ("gsm8k", "s2t-local@entropy"),
     "s2t-local-paper": ("gsm8k-paper", "s2t-local"),
     "sft": ("gsm8k-sft", "greedy"),
-    "sft, 2 answers a step": ("gsm8k-sft2", "greedy"),
+    "sft-2-answers": ("gsm8k-sft2", "greedy"),
     "kd": ("gsm8k-kd", "greedy"),
     "s2t-local-on-sft": ("gsm8k-on-sft", "s2t-local"),
     "svamp greedy": ("svamp", "greedy"),
@@ -41,14 +41,14 @@ ARMS = {
     "humaneval s2t-local": ("humaneval", "s2t-local"),
     "humaneval sft": ("humaneval-sft", "greedy"),
 }
-DISTILLED = ("sft", "sft, 2 answers a step", "kd")
+DISTILLED = ("sft", "sft-2-answers", "kd")
 PAIRS = (
     *(
         (arm, "greedy")
         for arm in ("self-consistency", "llm", "takeover", "s2t", "s2t-local", "s2t-local@entropy", *DISTILLED)
     ),
     *(("s2t-local", arm) for arm in ("self-consistency", *DISTILLED, "s2t-local-paper")),
-    ("kd", "sft, 2 answers a step"),
+    ("kd", "sft-2-answers"),
     ("s2t-local-on-sft", "sft"),
     ("s2t", "takeover"),
     ("svamp s2t-local", "svamp greedy"),
@@ -146,7 +146,7 @@ def hits(document: dict[str, Any]) -> dict[str, Any]:
 
 def costs_of(document: dict[str, Any]) -> dict[str, Any]:
     """Accuracy on the task against the forwards of an answer, greedy's being 1."""
-    left_out = "sft, 2 answers a step"  # where sft and kd stand already
+    left_out = "sft-2-answers"  # where sft and kd stand already
     inside = [arm for arm in document["arms"] if ARMS[arm][0].startswith(document["task"]) and arm != left_out]
     own = {arm: document["arms"][arm] for arm in inside}
     paid = {

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -147,15 +148,21 @@ def _softcapped(
     return scores.softmax(-1, dtype=torch.float32).to(values.dtype) @ values
 
 
-@contextmanager
-def slot_attention(config: Any, function: Callable[..., Any] = attend) -> Iterator[None]:
-    """Let a model's attention run on slots, or as another of ours, inside the block; its own is back afterwards."""
+@cache
+def _registered(function: Callable[..., Any]) -> str:
+    """The name under which transformers knows an attention of ours."""
     from transformers import AttentionInterface  # brings 120 MiB of model classes, which llama.cpp does without
 
     name = f"s2t_{function.__name__}"
     AttentionInterface.register(name, function)
+    return name
+
+
+@contextmanager
+def slot_attention(config: Any, function: Callable[..., Any] = attend) -> Iterator[None]:
+    """Let a model's attention run on slots, or as another of ours, inside the block; its own is back afterwards."""
     own = config._attn_implementation_internal
-    config._attn_implementation_internal = name
+    config._attn_implementation_internal = _registered(function)
     try:
         yield
     finally:

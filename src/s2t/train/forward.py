@@ -31,7 +31,7 @@ from s2t.progress import count, progress
 from s2t.train.dataset import Batch, Trajectory, pad_ids
 from s2t.train.processes import Processes
 
-_LOGITS_AT_ONCE = 2**23 - 2**12  # floats, under 32 MiB: glibc maps larger tensors anew each time, pages cleared again
+_LOGITS_AT_ONCE = 2**23 - 2**12  # floats, under 32 MiB: glibc maps a larger tensor anew each time
 _TOKENS_AT_ONCE = 4096
 
 

@@ -130,7 +130,7 @@ def load_gguf(
     Raises ModelError, one line, where llama.cpp is missing, cannot read the file, or the model has no cache to crop.
     """
     tokenizer, own_ids, is_given = load_tokenizer(header), stop_ids_of(header), WHOLE in header.fields
-    header, highest_id = header.without_vocabulary(), max(tokenizer.get_vocab().values())
+    header, highest_id = header.without_tokenizer(), max(tokenizer.get_vocab().values())
     give_back_freed_memory()  # before the weights come: a vocabulary takes 100 MiB while it is built
     weights: Any = Weights(header)
     _check_tokens(name, weights, tokenizer, is_given)
