@@ -47,7 +47,7 @@ def append(path: Path, table: str, line: str) -> None:
 
 
 def run(root: Path, *arguments: str) -> str:
-    environment = os.environ | {"PYTHONPATH": str(root / "src")}
+    environment = os.environ | {"PYTHONPATH": str(root / "src"), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     done = subprocess.run(
         [sys.executable, "-m", *arguments], cwd=root, env=environment, capture_output=True, text=True, check=False
     )

@@ -213,7 +213,7 @@ reads its last token once more before it chooses, and `s2t_adapter` says where a
 ## Run it
 
 ```bash
-pip install "s2t[gguf,serve]"   # compiles llama.cpp: some minutes, with cmake and a C++ compiler
+pip install -e ".[gguf,serve]"   # in a clone of Select to Think; compiles llama.cpp: some minutes, with cmake and a C++ compiler
 s2t generate --slm {folder} "What is 12 * 13?"
 s2t serve --slm {folder}        # an OpenAI-compatible server, and a playground at http://127.0.0.1:8000
 ```

@@ -58,7 +58,7 @@ def llama() -> Any:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{PACKAGE} {version} cannot be used here: {reason}; build it here: {INSTALL}.") from error
     if lacking := [name for name in _NEEDED if not hasattr(found, name)]:
-        raise ModelError(f"{PACKAGE} {version} has no {lacking[0]}; {INSTALL.replace('s2t[gguf]', 's2t[gguf]')}.")
+        raise ModelError(f"{PACKAGE} {version} has no {lacking[0]}; {INSTALL}.")
     found.llama_log_set(_log(found), ctypes.c_void_p(0))
     found.llama_backend_init()
     torch.set_num_threads(1)  # torch's own threads would spin beside llama.cpp's, and have next to nothing to do
