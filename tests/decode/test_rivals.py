@@ -323,6 +323,23 @@ def test_the_released_code_scores_by_expected_bins_alone_and_reads_the_llm_at_ev
     assert checked > 20
 
 
+@pytest.mark.parametrize("rows", [2, 4])
+def test_a_row_that_moves_while_it_waits_keeps_what_the_llm_read_of_it(
+    rows, new_model, new_adapter, llm, strategy, prompts
+):
+    adapter = new_adapter(new_model(0), "always", prior_weight=0.0, num_bins=12, score_temperature=1.0)
+    how = strategy("released", threshold=2.5, divergence="released-code")
+    requests = [
+        Request(i, prompt, max_new_tokens=4 + (5 * i + k) % 11)
+        for k in range(4)
+        for i, prompt in enumerate(prompts, k * len(prompts))
+    ]
+    one, many = (Pair(adapter.loaded, llm, adapter, n).write(how, requests, 24, keep_steps=True) for n in (1, rows))
+    assert tokens(one) == tokens(many)
+    for alone, beside in zip(one, many, strict=True):
+        assert [step.value for step in alone.steps] == pytest.approx([step.value for step in beside.steps], abs=1e-3)
+
+
 # What is refused, in one line
 
 

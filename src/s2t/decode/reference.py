@@ -168,9 +168,11 @@ class ModelReference(EngineReference):
         self.pending[row] = [accepted[-1]]
 
     def move(self, source: int, target: int) -> None:
-        """Let the sequence of slot `source` live in slot `target`."""
+        """Let the sequence of slot `source` live in slot `target`, with what was read of it in this round."""
         super().move(source, target)
         self.pending[target] = self.pending[source]
+        if source in self._states:  # of a row that waits for a selection
+            self._states[target] = self._states.pop(source)
 
 
 class BareReference(ModelReference):

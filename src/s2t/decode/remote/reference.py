@@ -54,8 +54,10 @@ class RemoteReference(Reference):
             self._read.pop((row, offset), None)
 
     def move(self, source: int, target: int) -> None:
-        """Let the sequence of slot `source` live in slot `target`."""
+        """Let the sequence of slot `source` live in slot `target`, with what was told of it in this round."""
         self._work[target], self.prefixes[target] = self._work[source], self.prefixes[source]
+        for row, offset in [place for place in self._read if place[0] == source]:
+            self._read[target, offset] = self._read.pop((row, offset))
 
     def logits(
         self,
