@@ -125,6 +125,15 @@ def test_samples_judged_twice_are_those_of_a_vote_alone(run, tmp_path):
         assert {k: v for k, v in result.items() if k != "cost"} == {k: v for k, v in same.items() if k != "cost"}
 
 
+def test_one_sample_is_a_vote_too(run, tmp_path):
+    config, _ = run
+    alone = replace(
+        config, strategies="self-consistency", num_samples=1, num_seeds=1, out=str(tmp_path / "one"), limit=3
+    )
+    scores = evaluate(alone)["strategies"]["self-consistency"]
+    assert scores["pass_at_n"] == scores["accuracy"] == scores["by_num_samples"]["1"]["accuracy"]
+
+
 def test_many_comparisons_are_adjusted(run):
     _, summary = run
     tests = summary["paired"].values()

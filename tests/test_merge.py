@@ -334,6 +334,19 @@ def test_a_damaged_folder_is_one_clear_line(scope, damage, message, folders, tmp
     assert "\n" not in str(caught.value)
 
 
+def test_the_folder_one_stands_in_and_a_link_are_written_where_they_are(folders, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    config = {"adapter": folders["always"][1]}
+    merge(MergeConfig(**config, out="."))
+    assert is_merged(tmp_path / "here")
+    (tmp_path / "link").symlink_to(tmp_path / "here")
+    for _ in range(2):
+        merge(MergeConfig(**config, out=str(tmp_path / "link"), overwrite=True))
+    assert (tmp_path / "link").is_symlink() and is_merged(tmp_path / "here")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "link"]
+
+
 @pytest.mark.parametrize("fails", ["merge._write_rest", "merge._write_texts", "model.merged._put_in_place"])
 def test_a_merge_that_is_cut_short_leaves_nothing(fails, folders, tmp_path, monkeypatch):
     def full_disk(*args):

@@ -144,6 +144,12 @@ def test_an_override_reaches_the_stages_that_give_the_setting(tmp_path):
     assert [stage.settings.get("llm") for stage in stages] == ["other", None, None]
     assert [stage.settings.get("workers") for stage in stages] == [2, None, 2]
     assert [stage.settings.get("limit") for stage in stages] == [3, None, 3]
+    _, stages = read_recipe(
+        path, "x", ["task=rg:gsm_symbolic,max_number=100", "revision=0123456", "strategies=greedy,sample"]
+    )
+    assert stages[0].settings["task"] == "rg:gsm_symbolic,max_number=100"
+    assert stages[-1].settings["strategies"] == "greedy,sample"
+    assert stages[0].settings["revision"] == "0123456"
 
 
 @pytest.mark.parametrize(
@@ -158,6 +164,13 @@ def test_an_override_reaches_the_stages_that_give_the_setting(tmp_path):
         (SHORT.replace("strategies =", "strategy ="), "stage scores: unknown setting strategy"),
         (SHORT.replace("limit = 6", "limt = 6"), "no stage has a setting limt"),
         (SHORT.replace("limit = 6", 'limit = "six"'), "stage points: limit must be a whole number"),
+        (SHORT.replace("strategies =", 'split = "tset"\nstrategies ='), "stage scores: split must be one of"),
+        (
+            SHORT.replace("greedy = 40.0", 'greedy = "72.1"'),
+            "published must be a table of numbers",
+        ),
+        ("settings = 3", "needs .settings. to be a table"),
+        ("stage = 3", r"needs \[\[stage\]\] tables"),
     ],
 )
 def test_a_mistake_is_said_before_anything_runs(text, message, tmp_path):

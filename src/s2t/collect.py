@@ -105,6 +105,7 @@ class _Collector:
             support_size=config.support_size,
             support=config.support,
             divergence=config.divergence,
+            warmup_steps=config.warmup_steps,
             threshold=self.threshold if config.policy in NEEDS_LLM else None,
         )
         return strategy_of(config.policy, decode, self.pair.selector_config, config.seed)

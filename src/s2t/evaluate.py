@@ -258,7 +258,9 @@ class _Evaluator:
             num_flips=sum(sample.num_flips for sample in samples),
             finish_reason=samples[winner].finish_reason,
             num_samples=len(samples),
-            num_correct_samples=sum(grade.is_correct for grade in grades) if len(samples) > 1 else None,
+            num_correct_samples=None
+            if votes is None and len(samples) == 1
+            else sum(grade.is_correct for grade in grades),
             seed=one.seed,
             samples=votes,
             value=samples[winner].mean_value if METHODS[one.strategy.name].reads is not None else None,

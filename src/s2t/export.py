@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 
 from s2t.config import DecodeConfig, ExportConfig, TaskConfig
 from s2t.decode.pair import Pair
@@ -24,7 +25,7 @@ from s2t.errors import ConfigError, ModelError, S2TError
 from s2t.files import versions, write_json, write_text
 from s2t.methods.strategies import build_strategy
 from s2t.model.adapter import LORA_FILE as PEFT_FILE
-from s2t.model.adapter_config import AdapterConfig, read_adapter_config
+from s2t.model.adapter_config import AdapterConfig, check_weights, read_adapter_config
 from s2t.model.gguf.file import LORA_FILE, MODEL_FILE, Header, gguf_path, names_gguf, read_header
 from s2t.model.gguf.library import llama
 from s2t.model.gguf.lora import check_architecture, write_lora
@@ -58,15 +59,28 @@ def export(config: ExportConfig) -> dict[str, Any]:
     check_scope(adapter)
     llama()  # raises where it is missing, before anything is made
     folder = adapter_folder(config.adapter)
+    _check_whole(folder, adapter)
     with written_whole(out, "exporting") as part:
         header = _write_model(part, config, adapter)
         check_architecture(header)
-        write_lora(folder, header, part / LORA_FILE)
-        loaded, adapter = _write_adapter(part, folder, header, config, adapter)
+        try:
+            write_lora(folder, header, part / LORA_FILE)
+            loaded, adapter = _write_adapter(part, folder, header, config, adapter)
+        except (RuntimeError, KeyError, ValueError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ModelError(f"adapter {config.adapter} does not fit {adapter.base_model}: {reason}.") from error
         document = _describe(part, loaded, adapter)
         write_text(part / "README.md", _readme(document, loaded, out))
         write_json(part / CONFIG_FILE, document.as_json())
     return {"folder": str(out)} | document.as_json()
+
+
+def _check_whole(folder: Path, adapter: AdapterConfig) -> None:
+    """Raise ModelError unless the adapter's files are there, and are those that were saved."""
+    for name in (PEFT_FILE, "adapter_config.json", SELECTOR_FILE):
+        if not (folder / name).is_file():
+            raise ModelError(f"adapter {folder} is damaged: {name} is missing.")
+    check_weights(folder, adapter.weights)
 
 
 def _write_model(part: Path, config: ExportConfig, adapter: AdapterConfig) -> Header:
@@ -148,6 +162,11 @@ def _threshold(pair: Pair, config: ExportConfig, adapter: AdapterConfig, rate: f
     values = [
         step.value for sequence in done for step in sequence.steps[adapter.warmup_steps :] if step.value is not None
     ]
+    if not values:
+        raise ConfigError(
+            f"the threshold cannot be set anew: no answer has a token behind the first {adapter.warmup_steps}; pass "
+            "--calibration-problems 0, or pack to more bits."
+        )
     found = float(np.quantile(values, 1 - rate))
     before = adapter.thresholds.get("criticality")
     note(

@@ -254,6 +254,11 @@ def _usable(folder: Path) -> Iterator[None]:
         raise DataError(f"{str(folder)[:200]} cannot be used: {reason}; choose another --out.") from error
 
 
+_THERE_OR_NOT = (
+    "llm_url",
+)  # other servers go on with a run; an LLM in this process lists other tokens than one on servers
+
+
 def _check_same_run(folder: Path, old: Any, command: str, values: dict[str, Any], ignore: tuple[str, ...]) -> None:
     next_step = "choose another --out, or remove the folder"
     if not isinstance(old, dict) or not isinstance(old.get("config"), dict):
@@ -263,7 +268,10 @@ def _check_same_run(folder: Path, old: Any, command: str, values: dict[str, Any]
     for key in [*values, *(key for key in old["config"] if key not in values)]:
         before, now = old["config"].get(key, _ABSENT), values.get(key, _ABSENT)
         is_new = before is _ABSENT and now is None  # the folder is older than the setting, which is not given
-        if key not in ignore and before != now and not is_new:
+        is_another = before != now and key not in ignore
+        if key in _THERE_OR_NOT and before is not _ABSENT:
+            is_another |= bool(before) != bool(now)
+        if is_another and not is_new:
             raise ConfigError(f"{folder} was made with {key}={_shown(before)}, now {key}={_shown(now)}; {next_step}.")
 
 

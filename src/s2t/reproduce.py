@@ -23,7 +23,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from s2t.config import ReproduceConfig, build_config, parse_settings
+from s2t.config import ReproduceConfig, build_config, parse_override, read_as
 from s2t.errors import ConfigError
 from s2t.files import RunFolder, write_json, write_text
 from s2t.workflows import WORKFLOWS, Stage
@@ -55,10 +55,16 @@ def reproduce(config: ReproduceConfig) -> dict[str, Any]:
 def read_recipe(path: str, out: str, override: Sequence[str] = ()) -> tuple[str, list[Stage]]:
     """Title and stages of a recipe with their folders below `out`; ConfigError, one line, for anything that would fail."""
     recipe = _load(path)
-    changed = {key: value for text in override for key, value in parse_settings(text).items()}
+    changed = dict(map(parse_override, override))
     shared = recipe.get("settings", {})
     listed = recipe.get("stage", [])
-    if not listed or not all(isinstance(stage, dict) and {"name", "command"} <= stage.keys() for stage in listed):
+    if not isinstance(shared, dict):
+        raise ConfigError(f"recipe {path} needs [settings] to be a table; got {str(shared)[:60]}.")
+    if (
+        not isinstance(listed, list)
+        or not listed
+        or not all(isinstance(stage, dict) and {"name", "command"} <= stage.keys() for stage in listed)
+    ):
         raise ConfigError(f"recipe {path} needs [[stage]] tables, each with a name and a command.")
     names = [str(stage["name"]) for stage in listed]
     given = {key for stage in listed for key in stage} | set(shared)
@@ -87,7 +93,7 @@ def _load(path: str) -> dict[str, Any]:
 
 
 def _stage(
-    stage: Mapping[str, Any], shared: Mapping[str, Any], changed: Mapping[str, Any], out: Path, before: Sequence[str]
+    stage: Mapping[str, Any], shared: Mapping[str, Any], changed: Mapping[str, str], out: Path, before: Sequence[str]
 ) -> Stage:
     name, command = str(stage["name"]), str(stage["command"])
     if command not in CONFIGS:
@@ -95,13 +101,17 @@ def _stage(
     known = {item.name for item in fields(CONFIGS[command])}
     own = {key: value for key, value in stage.items() if key not in _OWN}
     given = {key: value for key, value in shared.items() if key in known} | own
-    given |= {key: value for key, value in changed.items() if key in given and not _is_stage(given[key])}
+    changed = {key: value for key, value in changed.items() if key in given and not _is_stage(given[key])}
+    given |= {key: read_as(CONFIGS[command], key, value) for key, value in changed.items() if key in known}
     settings = {key: _folder(name, value, out, before) for key, value in given.items()} | {"out": str(out / name)}
     try:
         build_config(CONFIGS[command], flags=settings)
     except ConfigError as error:
         raise ConfigError(f"stage {name}: {error}") from error
-    return Stage(name, command, settings, dict(stage.get("published", {})))
+    published = stage.get("published", {})
+    if not isinstance(published, dict) or not all(type(value) in (int, float) for value in published.values()):
+        raise ConfigError(f"stage {name}: published must be a table of numbers in per cent; got {str(published)[:60]}.")
+    return Stage(name, command, settings, dict(published))
 
 
 def _is_stage(value: Any) -> bool:

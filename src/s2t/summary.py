@@ -8,7 +8,13 @@ from typing import Any
 import numpy as np
 
 from s2t.config import NEEDS_LLM, OVER_ANSWERS, EvalConfig
-from s2t.core.stats import bootstrap_interval, clustered_rate_interval, holm_p_values, paired_comparison, pass_at
+from s2t.core.stats import (
+    bootstrap_interval,
+    clustered_difference_interval,
+    holm_p_values,
+    paired_comparison,
+    pass_at,
+)
 from s2t.methods.sample import choose_sample
 from s2t.model.adapter import AdapterConfig
 from s2t.model.lora import distilled_from
@@ -105,7 +111,7 @@ def _by_template(rows: Mapping[str, Rows], section: dict[str, Any], seed: int) -
     section["num_templates"] = len(set(templates))
     for pair, test in section["paired"].items():
         left, right = (_correct(rows[name]).mean(0) for name in pair.split(" vs "))
-        test["ci95_by_template"] = list(clustered_rate_interval(left - right, templates, seed=seed))
+        test["ci95_by_template"] = list(clustered_difference_interval(left - right, templates, seed=seed))
     return section
 
 

@@ -113,6 +113,13 @@ def test_the_class_weight_counts_a_positive_as_often_as_it_says():
     torch.testing.assert_close(criticality_loss(logits, labels, 4.0) * 3, repeated)
 
 
+def test_criticality_of_no_steps_is_zero_and_has_a_gradient():
+    logits = torch.zeros(0, requires_grad=True)
+    loss = criticality_loss(logits, torch.zeros(0), 3.0)
+    loss.backward()
+    assert loss.item() == 0 and logits.grad is not None
+
+
 def test_criticality_learns_towards_the_label():
     labels = torch.tensor([1.0, 0.0])
     right, wrong = torch.tensor([4.0, -4.0]), torch.tensor([-4.0, 4.0])

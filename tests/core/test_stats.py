@@ -10,6 +10,7 @@ import pytest
 from s2t.core.stats import (
     bootstrap_interval,
     calibration_error,
+    clustered_difference_interval,
     clustered_rate_interval,
     detectable_difference,
     hit_rate_curve,
@@ -88,7 +89,23 @@ def test_a_system_against_itself_never_differs():
     row = np.random.default_rng(0).random(200) < 0.4
     result = paired_comparison(row, row)
     assert result.pop("detectable") == pytest.approx(detectable_difference(200, 0.0))
-    assert result == {"difference": 0.0, "ci95": (0.0, 0.0), "p_value": 1.0, "wins": 0, "losses": 0}
+    _, width = wilson_interval(0, 200)
+    assert result == {"difference": 0.0, "ci95": (-width, width), "p_value": 1.0, "wins": 0, "losses": 0}
+
+
+def test_a_difference_without_spread_is_as_certain_as_its_items_are_many():
+    low, high = paired_comparison([1, 1, 1], [0, 0, 0])["ci95"]
+    assert 0 < low < 0.6 and high == 1
+    templates = [f"t{i}" for i in range(12) for _ in range(5)]
+    assert clustered_difference_interval(np.zeros(60), templates) == (
+        -wilson_interval(0, 12)[1],
+        wilson_interval(0, 12)[1],
+    )
+    low, high = clustered_difference_interval(-np.ones(60), templates)
+    assert low == -1 and -1 < high < -0.5
+    thirds = np.where(np.arange(60) % 10 < 5, 1, -1) / 3
+    low, high = clustered_difference_interval(thirds, templates)
+    assert low < 0 < high and low == pytest.approx(-high, abs=0.1)
 
 
 def test_paired_comparison_counts_and_mirrors():

@@ -68,3 +68,21 @@ def test_a_letter_of_another_width_or_behind_thinking_is_read(text: str):
 @pytest.mark.parametrize("text", ["\\boxed{A} or \\boxed{B}", "\\boxed{B} and \\boxed{C}", "<think>The answer is B"])
 def test_two_boxes_joined_and_unended_thoughts_name_no_letter(text: str):
     assert extract_choice(text, GASES) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The answer is D. So B is incorrect.",
+        "The answer is (D). Thus C cannot be right.",
+        "I choose D. So A, B and C are out.",
+        "The answer is D. Only B comes close.",
+        "Therefore D is correct.",
+        "So D, because it is larger.",
+        "#### Final Answer\nD",
+        "#### Answer: D",
+        "#### Step 2: eliminate A\nThe answer is (D).",
+    ],
+)
+def test_what_is_said_of_other_letters_states_no_answer(text: str):
+    assert extract_choice(text, ["one", "two", "three", "four"]) == "D"

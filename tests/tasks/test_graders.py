@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -30,6 +31,13 @@ needs_data = pytest.mark.skipif(
         ("\\boxed{\\$1{,}200}", "1200"),
         ("#### Step 2\n2 + 2, so \\boxed{4}", "4"),
         ("#### 2. Add them up\nThe answer is 9.", "9"),
+        ("#### Final Answer\n7", "7"),
+        ("#### Final Answer\nThe total is 7 apples.", "7"),
+        ("#### Step 2\nSo 3+4=7.\n\nThe answer is 7.", "7"),
+        ("#### Day 7\nHe eats 9.\nThe answer is 9.", "9"),
+        ("#### 18 dollars\nI hope that helps 2 of you", "18"),
+        ("So the total is 2+1=<<2+1=3>>3 bolts.", "3"),
+        ("Since tan x < cot x here and 2 > 1, the answer is 7.", "7"),
         ("<answer>3</answer> no, <answer> 12 </answer> of 99", "12"),
         ("The answer is $5. There were 9 of them.", "5"),
         ("The answer is 3 * 4 = 12 apples", "12"),
@@ -51,6 +59,7 @@ def test_a_number_is_read_where_the_text_states_it(text: str, expected: str | No
     [
         ("so \\boxed{\\frac{1}{x^{2}}} it is", "\\frac{1}{x^{2}}"),
         ("We see.\nThe answer is (B).", "(B)"),
+        ("#### Final Answer\nThe answer is $\\sqrt{2}$.", "$\\sqrt{2}$"),
         ("thinking\n#### 1 2\n3 4", "1 2\n3 4"),
         ("line one\n  yes \n\n", "yes"),
         ("\\boxed{unclosed", "\\boxed{unclosed"),
@@ -88,6 +97,15 @@ def test_equal_answers_vote_together():
 
 
 @pytest.mark.parametrize(
+    "text", ["#### 5 is the number of apples that Janet has left, so 5", f"\\boxed{{5 {'ha' * 90}1}}"]
+)
+def test_words_behind_a_number_are_read_in_time_that_grows_with_them(text: str):
+    start = time.process_time()
+    grade_math("5", text)
+    assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize(
     ("gold", "answer", "same"),
     [
         ("18", "18.00", True),
@@ -101,6 +119,8 @@ def test_equal_answers_vote_together():
         ("1/3000000", "3.33333e-7", True),
         ("1/3000000", "3e-7", False),
         ("2\\sqrt{2}", "\\sqrt{8}", True),
+        ("\\sqrt{xy}", "\\sqrt{x}\\sqrt{y}", True),
+        ("\\sqrt{x^2}", "x", False),
         ("$69$,$84$", "84, 69", True),
         ("(1,2)", "(2,1)", False),
         ("$k=1$", "1", True),

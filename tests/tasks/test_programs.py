@@ -181,6 +181,7 @@ BODY = "    return [2 * x for x in xs]\n"
         f"```python\nfrom __future__ import annotations\nimport dataclasses as d\n@d.dataclass\nclass A:\n    x: int\n{WHOLE}```",
         '```python\ndef double(xs):\n    """\n    ```\n    double([1])\n    ```\n    """\n    return [2 * x for x in xs]\n```',
         f"~~~python\n{WHOLE}~~~",
+        f"```python\n{WHOLE.rstrip()}```",
         f"````python\n{WHOLE}````",
         f"<think>```python\ndef double(xs): return xs\n```</think>\n```python\n{WHOLE}```",
         "```python\ndouble = lambda xs: [2 * x for x in xs]\n```",

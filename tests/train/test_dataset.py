@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
-from s2t.collect import SCHEMA
+from s2t.collect import SCHEMA, _Collector
 from s2t.config import CollectConfig
 from s2t.errors import ConfigError, DataError
 from s2t.files import RunFolder, write_json, write_table
 from s2t.train.dataset import make_batch, plan_batches, read_group_data
+from s2t.train.validation import split_by_problem
 
 COUNTS = [3, 0, 5, 1, 2, 0, 7, 4, 1, 1]
 HELD = ["b", "a"]
@@ -105,6 +108,13 @@ def test_a_batch_trains_criticality_on_every_step_past_the_warmup(trajectories):
 # Runs on disk
 
 
+def test_the_policy_that_writes_warms_up_as_long_as_the_groups_do():
+    collector = object.__new__(_Collector)
+    collector.config = CollectConfig(policy="s2t", warmup_steps=12, threshold=0.5)
+    collector.threshold, collector.pair = 0.5, SimpleNamespace(selector_config=None)
+    assert collector._policy().warmup_steps == 12
+
+
 def test_what_was_collected_is_what_is_trained_on(tmp_path, trajectories):
     data = read_group_data(write_run(tmp_path / "run", trajectories), 3)
     assert (data.num_groups, data.threshold, data.warmup_steps) == (
@@ -188,6 +198,26 @@ def test_a_run_without_groups_says_what_to_do(tmp_path, trajectories):
     none = [t.__class__(*(getattr(t, name) for name in t.__slots__[:5]), *empty_groups()) for t in trajectories]
     folder = write_run(tmp_path / "run", none)
     with pytest.raises(DataError, match="holds no selection group; collect more problems or lower the threshold"):
+        read_group_data(folder, 4)
+
+
+def test_a_run_whose_groups_are_all_held_out_says_what_to_do(data, new_adapter, new_trainer):
+    held = split_by_problem(data.trajectories, 0.5)[1]
+    none = dict(zip(("group_steps", "candidate_ids", "slm_logprobs", "llm_probs"), empty_groups(), strict=True))
+    assert held
+    for place in set(range(len(data.trajectories))) - set(held):
+        data.trajectories[place] = replace(data.trajectories[place], **none)
+    with pytest.raises(DataError, match="no selection group is left to train on"):
+        new_trainer(new_adapter("step"), heldout_problems=0.5)
+
+
+def test_trajectories_of_two_kinds_in_one_run_are_refused(tmp_path, trajectories):
+    folder = write_run(tmp_path / "run", trajectories)
+    path = sorted(Path(folder).glob("groups-*.parquet"))[0]
+    rows = [row | {"pair": "a/remote:b"} for row in pq.read_table(path).to_pylist()]
+    write_table(path, pa.Table.from_pylist(rows, SCHEMA))
+    RunFolder.open(folder, "collect", CollectConfig(out=folder, threshold=1.0)).finish()
+    with pytest.raises(DataError, match="holds trajectories of a/b and of a/remote:b"):
         read_group_data(folder, 4)
 
 

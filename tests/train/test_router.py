@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+
+import numpy as np
 import pytest
 
 from s2t import workflows
-from s2t.errors import ConfigError, ModelError
+from s2t.errors import ConfigError, DataError, ModelError
 from s2t.files import read_json
 from s2t.model.load import load_model
 from s2t.model.router import load_router
@@ -50,6 +53,19 @@ def test_r2r_fires_at_the_routers_threshold(trained, tmp_path):
     found = workflows.evaluate(strategies="greedy,r2r,takeover@router", out=str(tmp_path), **settings)["strategies"]
     assert 0 < found["r2r"]["trigger_rate"] < 0.5
     assert found["r2r"]["trigger_rate"] == found["takeover@router"]["trigger_rate"]
+
+
+def test_a_pair_of_two_tokenizers_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ModelError, match="have different tokenizers"):
+        workflows.train_router(slm="tiny:slm-numbers", out=str(tmp_path), **SMALL)
+
+
+def test_answers_within_the_warmup_leave_no_rate_to_reach(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("s2t.train.router._readings", lambda *_: np.empty(0))
+    out, _ = trained
+    shutil.copytree(out, tmp_path / "run", ignore=shutil.ignore_patterns("router*", "manifest.json"))
+    with pytest.raises(DataError):
+        workflows.train_router(out=str(tmp_path / "run"), **SMALL)
 
 
 def test_a_router_of_another_model_or_none_is_refused_in_one_line(trained, tmp_path):

@@ -20,6 +20,7 @@ from s2t.core.sampling import uniforms
 from s2t.decode.label import label
 from s2t.decode.loop import Decoder, Request
 from s2t.decode.reference import ModelReference
+from s2t.errors import ConfigError
 from s2t.methods.select import S2T, S2TLocal
 from s2t.methods.strategies import Strategy
 from s2t.methods.triggers import Divergence, Never, Random
@@ -144,8 +145,16 @@ def untrained_adapter(loaded: LoadedModel, readout: str, scope: str) -> Selector
 
 
 def exact_keys(rate: float, count: int, length: int, warmup_steps: int, seed: int) -> Sequence[str]:
-    """Keys under which the random trigger fires exactly round(rate * length) times in every row of `length` tokens."""
-    wanted = round(rate * length)
+    """Keys under which the random trigger fires exactly round(rate * length) times in every row of `length` tokens.
+
+    Raises ConfigError where so many hardly fit behind the warm-up: such keys would be looked for without end.
+    """
+    wanted, free = round(rate * length), max(0, length - warmup_steps)
+    if wanted > free or (wanted > rate * free + 8 * (free * rate * (1 - rate)) ** 0.5 + 1):
+        raise ConfigError(
+            f"trigger_rates {rate:g} of {length} tokens are {wanted}, and a trigger fires at {free} at most, behind the first "
+            f"{warmup_steps}; lower it, or raise --max-new-tokens."
+        )
     keys: list[str] = []
     attempt = 0
     while len(keys) < count:

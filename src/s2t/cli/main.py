@@ -40,7 +40,7 @@ COMMANDS = {
     "bench": work.COMMANDS["bench"],
 }
 
-RESUMED = ("demo", "measure", "collect", "train", "train-router", "eval", "study", "reproduce")
+RESUMED = ("demo", "measure", "collect", "train", "train-router", "distill", "eval", "study", "reproduce")
 INTERRUPTED = 130
 USAGE_ERROR = typer.BadParameter.__mro__[1]  # UsageError, which Typer keeps to itself
 DISK_ERRORS = {

@@ -5,7 +5,7 @@ and the same command accepts it back. Knows no model and reads no problem.
 """
 
 from s2t.config.answer import EvalConfig, GenerateConfig, ServeConfig
-from s2t.config.build import build_config, config_dict, parse_settings
+from s2t.config.build import build_config, config_dict, parse_override, parse_settings, read_as
 from s2t.config.checks import check_effects, check_range, read_variables
 from s2t.config.learn import (
     CalibrateConfig,
@@ -112,6 +112,8 @@ __all__ = [
     "check_range",
     "config_dict",
     "needs_of",
+    "parse_override",
     "parse_settings",
+    "read_as",
     "read_variables",
 ]

@@ -57,6 +57,20 @@ def parse_settings(text: str) -> dict[str, Any]:
     return settings
 
 
+def parse_override(text: str) -> tuple[str, str]:
+    """Name and value of `name=value`, whose value may hold anything; ConfigError without `=`."""
+    name, mark, value = text.partition("=")
+    if not mark:
+        raise ConfigError(f"override must be name=value; got {text!r}.")
+    return name.strip(), value.strip()
+
+
+def read_as(cls: type, name: str, text: str) -> Any:
+    """A text as a value of the field that it is for; text where the field takes that."""
+    hint = get_type_hints(cls)[name]
+    return text if get_origin(hint) is list or str in (get_args(hint) or (hint,)) else _literal(text)
+
+
 def _literal(text: str) -> Any:
     for kind in (int, float):
         try:

@@ -261,6 +261,7 @@ class TaskConfig:
             self.prompt in ("auto", "plain", "cot") or "{question}" in self.prompt,
             f"prompt must be one of auto, plain, cot, or a text that holds {{question}}; got {self.prompt!r}.",
         )
+        check_choice("split", getattr(self, "split", "train"), ("train", "training", "calibration", "test"))
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,9 @@ def lm_preserving_kl(base_logits: Tensor, adapted_logits: Tensor) -> Tensor:
 
 
 def criticality_loss(logits: Tensor, labels: Tensor, positive_weight: float) -> Tensor:
-    """Class-weighted binary cross-entropy over all steps; logits [N], labels [N] in {0, 1} -> []."""
+    """Class-weighted binary cross-entropy over all steps, 0 over none; logits [N], labels [N] in {0, 1} -> []."""
+    if not labels.numel():
+        return logits.float().sum()
     weight = torch.tensor(positive_weight, device=logits.device)
     return F.binary_cross_entropy_with_logits(logits.float(), labels.float(), pos_weight=weight)
 

@@ -165,6 +165,36 @@ def clustered_rate_interval(
     return float(low), float(high)
 
 
+def clustered_difference_interval(
+    gains: ArrayLike, owners: ArrayLike, num_resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % interval of a mean gain in [-1, 1] over items whose owners are resampled whole; float [N], labels [N] -> (low, high).
+
+    Where no resample differs from another it is what `_of_no_spread` gives for that many owners. N is at least 1.
+    """
+    _, owner = np.unique(np.asarray(owners), return_inverse=True)
+    count, sums = np.bincount(owner).astype(float), np.bincount(owner, weights=np.asarray(gains, dtype=np.float64))
+    weights = np.random.default_rng(seed).multinomial(
+        len(count), np.full(len(count), 1 / len(count)), size=num_resamples
+    )
+    return _interval((weights @ sums) / (weights @ count), len(count))
+
+
+def _interval(means: np.ndarray, n: int) -> tuple[float, float]:
+    """The middle 95 % of resampled differences of n items; see `_of_no_spread` where they are all the same."""
+    if np.ptp(means) < 1e-9:
+        return _of_no_spread(float(means[0]), n)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _of_no_spread(difference: float, n: int) -> tuple[float, float]:
+    """Interval of a difference that all n items share (all tie, or one side always wins), which resampling says nothing about:
+    Wilson's upper bound of a share of 0 of n on either side, within [-1, 1]."""
+    _, width = wilson_interval(0, n)
+    return max(-1.0, difference - width), min(1.0, difference + width)
+
+
 def reliability_curve(
     probs: ArrayLike, truth: ArrayLike, num_bins: int = 10
 ) -> list[tuple[float, float, tuple[float, float], int]]:
@@ -222,8 +252,7 @@ def _paired_interval(
             weights = rng.multinomial(n, np.full(n, 1 / n), size=count) / n  # [count, N]
             parts.append(_seeds_drawn(weights @ ours.T, rng) - _seeds_drawn(weights @ theirs.T, rng))
         means = np.concatenate(parts)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
+    return _interval(means, ours.shape[1])
 
 
 def _seeds_drawn(means: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -100,7 +100,10 @@ class Batch:
 
     def retire(self) -> None:
         """Free the slots of finished rows; the last rows move into the gaps; the SLM's in one copy."""
-        finished = sorted((row for row in self.rows if row.is_finished), key=lambda row: -row.slot)
+        finished, count = (
+            sorted((row for row in self.rows if row.is_finished), key=lambda row: -row.slot),
+            len(self.rows),
+        )
         before = {row: row.slot for row in self.rows} if finished else {}
         for row in finished:
             slm = self.engine.work[row.slot]
@@ -121,6 +124,8 @@ class Batch:
             source, target = [before[row] for row in moved], [row.slot for row in moved]
             self.engine.copy(source, target)
             self.hidden[target] = self.hidden[source]
+        for slot in range(len(self.rows), count):
+            self.engine.reset(slot)
 
     def _move(self, row: Row, slot: int) -> None:
         self.engine.work[slot] = self.engine.work[row.slot]

@@ -64,8 +64,8 @@ class ServerReport:
 
         def write_both(path: Path, found: tuple[R, dict[str, Any] | None]) -> None:
             result, report = found
+            self.add(report)  # first: a shard that is there is not asked for again
             write(path, result)
-            self.add(report)
 
         return write_both
 

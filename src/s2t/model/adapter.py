@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from s2t.core.rule import criticality, expected_bin, score
-from s2t.errors import ModelError, S2TError
+from s2t.errors import MissingExtraError, ModelError
 from s2t.files import write_bytes, write_json, write_text
 from s2t.model.adapter_config import AdapterConfig, adapter_config, check_weights, read_adapter_config
 from s2t.model.card import EVAL_FILE, adapter_card
@@ -292,7 +292,9 @@ def load_adapter(folder: str | Path, loaded: LoadedModel, with_peft: bool = Fals
                 peft_model = import_peft().PeftModel.from_pretrained(loaded.model, str(folder))
         adapter = SelectorAdapter(loaded, config, peft_model)
         adapter.selector.load_state_dict(state)
-    except (S2TError, OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except MissingExtraError:
+        raise
+    except Exception as error:  # whatever a damaged file makes PEFT, or us, raise
         if peft_model is not None:
             peft_model.unload()  # the base model stays usable
         raise ModelError(f"adapter {folder} is damaged: {' '.join(str(error).split())[:200]}.") from error

@@ -104,6 +104,14 @@ class LoadedModel:
         return choose_reserved_ids(self.tokenizer.get_vocab(), rows, num_bins)
 
 
+def check_revision(name: str, revision: str | None) -> None:
+    """Raise ConfigError for a revision of what is no repository on the hub."""
+    if revision is not None and (is_embedded(name) or os.path.exists(name)):
+        raise ConfigError(
+            f"revision {revision} is one of a repository on the hub, and {name} is not there; leave it out."
+        )
+
+
 def load_model(
     name: str,
     dtype: str = "auto",
@@ -128,10 +136,7 @@ def load_model(
     """
     if device_map is not None and device != "auto":
         raise ConfigError(f"device {device} and device_map {device_map} were both given; pass one of them.")
-    if revision is not None and (is_embedded(name) or os.path.exists(name)):
-        raise ConfigError(
-            f"revision {revision} is one of a repository on the hub, and {name} is not there; leave it out."
-        )
+    check_revision(name, revision)
     check_is_no_file(name)
     place = torch.device(pick_device(device)) if device_map is None else None
     with one_line(name, revision, quantization), progress(f"load {name}", 0, unit="tensors", brief=True) as bar:

@@ -109,7 +109,7 @@ def _downloaded(name: str, revision: str | None, what: str, fits: Callable[[Path
             return None
         try:
             return Path(snapshot_download(name, revision=revision))
-        except OSError as error:
+        except Exception as error:  # also the HTTP library's own, which differs between versions of the hub's client
             reason = " ".join(str(error).split())[:200]
             raise ModelError(f"{what} {name} cannot be downloaded: {reason}; run it again.") from error
 
@@ -212,6 +212,7 @@ def written_whole(out: Path, doing: str) -> Iterator[Path]:
 
     Raises DataError, one line, where the disk does not take it.
     """
+    out = Path(os.path.realpath(out))
     part = out.with_name(f".{out.name}.{doing}")
     try:
         _clear(part)  # what a killed run left
@@ -241,6 +242,8 @@ def _put_in_place(part: Path, out: Path) -> None:
 
 
 def _clear(folder: Path) -> None:
-    """Remove a folder with all that is in it, if it is there."""
-    if folder.exists():
+    """Remove a folder with all that is in it, or a link, if it is there."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
         shutil.rmtree(folder)

@@ -34,6 +34,7 @@ _WALL_S = 60.0  # where the machine is busy with other work, or has no timer of 
 _MEMORY_BYTES = 1 << 29
 _MIN_CHARS, _CHARS_PER_CHAR = 1 << 20, 8  # the longest output: a megabyte, or eight times what went in
 _SIGPROF = getattr(signal, "SIGPROF", 0)
+_KEPT_CHARS = 4096  # of a template's variables, with which its form is kept
 _PROBE = "7391{:05d}4826"  # digits alone, which no template changes
 Turns = Sequence[dict[str, Any]]
 
@@ -52,7 +53,7 @@ def render(tokenizer: Any, turns: Turns, **options: Any) -> str:
     if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
         return _written_by(tokenizer, turns, options)
     template = _Template.of(tokenizer, options)
-    form = _form(template, tuple(turn["role"] for turn in turns))
+    form = template.form(tuple(turn["role"] for turn in turns))
     return template.render(form.applied(turns))
 
 
@@ -71,6 +72,10 @@ class _Template:
 
     source: str
     variables: str  # JSON
+
+    def form(self, roles: tuple[str, ...]) -> _Form:
+        """As `_form`, which keeps what it found; not for variables so long that keeping them would fill the memory."""
+        return (_form if len(self.variables) <= _KEPT_CHARS else _form.__wrapped__)(self, roles)
 
     @classmethod
     def of(cls, tokenizer: Any, options: dict[str, Any]) -> _Template:

@@ -108,7 +108,7 @@ class Worker:
     def retry_after(self) -> int:
         """Seconds until about a row's worth of room, from the rate at which jobs ended lately; 1 to 60."""
         now = time.monotonic()
-        recent = sum(now - at < _RATE_OVER_S for at in self._finished)
+        recent = sum(now - at < _RATE_OVER_S for at in tuple(self._finished))  # the engine's thread adds to it
         wanted = max(1, len(self._open) // 4)
         return max(1, min(60, math.ceil(wanted * _RATE_OVER_S / max(recent, 1))))
 

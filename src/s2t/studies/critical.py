@@ -93,8 +93,8 @@ def _search(lab: Lab) -> dict[str, dict[str, Any]]:
     for i, step, own in zip(wrong, places, labels, strict=True):
         if step is None:
             continue
-        near = slice(step, step + 2)
-        fires = {name: bool(getattr(own, name)[near].max() > thresholds[name]) for name in ("divergence", "entropy")}
+        near = slice(max(step, config.warmup_steps), step + 2)  # where a trigger may fire
+        fires = {name: bool((getattr(own, name)[near] > thresholds[name]).any()) for name in ("divergence", "entropy")}
         found[problems[i].problem_id] = {
             "step": step,
             "is_slip": any(abs(step - at) <= _NEAR for at in slips_of(pair, done[i].token_ids)),

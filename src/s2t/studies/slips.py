@@ -135,7 +135,7 @@ def _row(name: str, part: str, owned: Sequence[tuple[str, SlipStep]]) -> tuple[t
     slip = marks["is_result"] & ~marks["greedy_is_right"]
     fine = marks["is_result"] & marks["greedy_is_right"]
     recall, mended = marks["fired"][slip], marks["is_right"][slip]
-    intervals = [clustered_rate_interval(hits, owners[slip]) for hits in (recall, mended)]
+    intervals = [clustered_rate_interval(hits, owners[slip]) if slip.any() else None for hits in (recall, mended)]
     shares = {
         "recall": _share(recall),
         "precision": _share(slip[marks["fired"]]),

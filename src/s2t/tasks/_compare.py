@@ -76,11 +76,14 @@ def _points(names: frozenset[str], formulas: tuple[Formula, ...]) -> Iterator[En
 
 
 def _has_values(formulas: tuple[Formula, ...], env: Env, is_real: bool) -> bool:
-    """Whether all have a finite value; real, where roots of negative numbers would have several."""
+    """Whether all have a finite value; `is_real`: a real one, with no root of a negative number (it has several) on the way."""
+    token = exact.Signs.set(is_real)
     try:
         values = [exact.to_mp(formula.value(env)) for formula in formulas]
     except (Unreadable, ZeroDivisionError):
         return False
+    finally:
+        exact.Signs.reset(token)
     return all(mp.isfinite(value) and not (is_real and mp.im(value)) for value in values)
 
 

@@ -6,6 +6,7 @@ Part of the judge's script. Knows no text; `_algebra.py` builds formulas out of 
 from __future__ import annotations
 
 import math
+from contextvars import ContextVar
 from fractions import Fraction
 from typing import Any
 
@@ -13,6 +14,7 @@ from mpmath import mp
 
 Value = Any  # a Fraction where exact, else a number of mpmath
 
+Signs = ContextVar("Signs", default=False)  # whether a fractional power of a negative number has no value
 _MAX_BITS = 200_000  # of an exact power; larger ones are evaluated to many digits
 _MAX_EXACT = 5_000  # argument of an exact factorial or binomial
 
@@ -65,7 +67,14 @@ def power(base: Value, exponent: Value) -> Value:
                 return base**exponent.numerator
         elif (found := _exact_root(base, exponent.denominator)) is not None:
             return power(found, Fraction(exponent.numerator))
+    if Signs.get() and not isinstance(base, mp.mpc) and base < 0 and not _is_whole(exponent):
+        raise Unreadable("a root of a negative number, which has several")
     return mp.power(to_mp(base), to_mp(exponent))
+
+
+def _is_whole(value: Value) -> bool:
+    number = value if isinstance(value, Fraction) else _nearest(value)
+    return number is not None and number.denominator == 1
 
 
 def root(value: Value, degree: Value) -> Value:

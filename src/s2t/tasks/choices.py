@@ -34,7 +34,7 @@ _IT_IS = re.compile(
 )
 _MARKUP = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mathit|mbox|bf|rm|boxed|fbox)\b|\\[()\[\]!,;: ]|[${}*_`\"“”‘’]|~")
 _STATED = re.compile(
-    r"(?:(?:(?:the|an?)\s+)?(?:correct\s+|right\s+|best\s+)?(?:option|choice|letter|answer)\s*:?\s*)?"
+    r"(?i:(?:(?:the|an?)\s+)?(?:correct\s+|right\s+|best\s+|final\s+)?(?:option|choice|letter|answer)\s*:?\s*)?"
     r"(?:\(([A-Za-z])\)|\[([A-Za-z])\]|([A-Z])(?![A-Za-z0-9'’^+*/=_-]))"
 )
 _ANOTHER = re.compile(
@@ -44,6 +44,12 @@ _ANOTHER = re.compile(
 _ALONE = re.compile(r"['(\[]?([A-Z])['\]).:]*|[(\[]([a-z])[)\]]\.?")
 _BEHIND = re.compile(r"(.+?)\s*\((?:option\s+|choice\s+)?([A-Z])\)\.?", re.IGNORECASE)
 _WITH_TEXT = re.compile(r"\(?([A-Z])\s?(?:\)|\.|:)\s*(.+)")
+_CONNECTIVE = re.compile(r"(?:only|so|thus|hence|therefore)\b", re.IGNORECASE)
+_SAID_OF = re.compile(  # "so B is wrong" states no answer, "so B is right" does
+    r"^[^.;:\n]*?\b(?:is|are|was|were|isn['’]t|aren['’]t|cannot|can['’]t|can|comes?|does|doesn['’]t|do|would|has|have|fails?|seems?|looks?)\b(?!\s+"
+    r"(?:(?:the|clearly|indeed|then|definitely)\s+)*(?:correct|right|best|true|answer)\b)"
+)
+_REASON = re.compile(r"\b(?:because|since|as|due)\b")
 _STATEMENT = 400  # characters behind "the answer is" that may state it
 _WORDS = {"A", "I"}  # letters that are words, too, unless a reason follows
 _WORD_AFTER = re.compile(r"\s+(?!(?:because|since|as|due|for|which|not)\b)[A-Za-z]")
@@ -97,6 +103,8 @@ def extract_choice(text: str, choices: Sequence[str]) -> str | None:
     phrases = [match for pattern in (_ANSWER, _CHOOSE, _IT_IS) for match in pattern.finditer(text)]
     for match in sorted(phrases, key=lambda match: match.end(), reverse=True):
         rest = text[match.end() : match.end() + _STATEMENT].lstrip().split("\n", 1)[0]
+        if _CONNECTIVE.match(match[0]) and _SAID_OF.match(_REASON.split(rest, maxsplit=1)[0]):
+            continue
         if found := _stated(rest, known, choices):
             return found
     return _last(_IS_RIGHT, text, known) or _alone(text, known, choices)

@@ -261,8 +261,13 @@ def _local_readers(name: str) -> Readers:
 
 def _read_parquet(path: Path) -> list[Row]:
     import pyarrow.parquet as pq
+    from pyarrow import ArrowException
 
-    rows = pq.read_table(path).to_pylist()
+    try:
+        rows = pq.read_table(path).to_pylist()
+    except (OSError, ArrowException) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{path} cannot be read as parquet: {reason}; get it again.") from error
     return [(f"{path.name} row {index}", row) for index, row in enumerate(rows)]
 
 

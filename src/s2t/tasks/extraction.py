@@ -46,6 +46,12 @@ _RANGE = re.compile(r"[0-9][0-9.,]*(?:-[0-9][0-9.,]*)+")
 _WHOLE_HOUR = re.compile(r"([0-9]{1,2}):00")
 _NAME = re.compile(r"\s*[A-Za-z]\s*")
 _MAX_BOXED_LINE = 2000
+_HEADING = re.compile(
+    r"\W*(?:(?:(?:the|my|our)\s+)?(?:final\s+)?(?:answer|conclusion|result|solution|summary|explanation|verification|reasoning|calculation)s?\W*"
+    r"|(?:step|day|week|month|year|hour|part|case|question|problem|example|method|section|phase|stage|round)\s+#?[0-9]+\b.*)",
+    re.IGNORECASE,
+)
+_CALCULATOR = re.compile(r"<<[^<>\n]{0,200}>>")  # GSM8K's own marks
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,7 @@ def extract_answer(text: str, gold_is_number: bool) -> str | None:
     "answer is"; else the last number (number golds) or the last line that is not empty. A box that follows
     the last `####` wins over it, since `####` then opened a heading. Thinking is no part of the text.
     """
-    text = without_thinking(text)
+    text = _CALCULATOR.sub("", without_thinking(text))
     segments = [segment.strip() for segment in marked_segments(text) if segment.strip()]
     phrases = list(_PHRASE.finditer(text))
     phrase = re.sub(r"^[*_]+(?=\s)", "", text[phrases[-1].end() :].strip()).strip() if phrases else ""
@@ -81,10 +87,11 @@ def extract_answer(text: str, gold_is_number: bool) -> str | None:
 
 
 def marked_segments(text: str) -> list[str]:
-    """What the `####`, boxed and tag markers enclose, the most trusted first."""
+    """What the `####`, boxed and tag markers enclose, the most trusted first; a heading over further lines encloses nothing."""
     boxed, tags = _last_boxed(text), _last_tagged(text)
     _, mark, tail = text.rpartition("####")
-    hashed = [tail] if mark else []
+    first, *more = [line for line in tail.splitlines() if line.strip()] or [""]
+    hashed = [tail] if mark and not (more and _HEADING.fullmatch(first)) else []
     box = [boxed] if boxed is not None else []
     ordered = [*box, *hashed] if _last_boxed(tail) is not None else [*hashed, *box]
     return [*ordered, *tags]

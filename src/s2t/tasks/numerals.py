@@ -39,10 +39,11 @@ _ABOUT = re.compile(
 _MINUS = re.compile(r"(?:\\text\s*\{\s*)?(?:minus|negative)(?:\s*\}\s*|\s+)", re.IGNORECASE)
 _DEGREE = re.compile(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})\s*")
 # A letter that mathematics uses for a variable is no unit: "12x", but "12 m".
-_WORD = r"(?![abeijknpqrtuvwxyz](?![A-Za-z]))(?:[A-Za-z]{1,24}|\\mu\s?[A-Za-z]{0,4}|\\Omega)"
+# Repeats are possessive: a word that is none would else be split in every way, and the time double by letter.
+_WORD = r"(?![abeijknpqrtuvwxyz](?![A-Za-z]))(?:[A-Za-z]{1,24}+|\\mu\s?[A-Za-z]{0,4}+|\\Omega)"
 _RAISED = r"(?:\s?\^\s?(?:\{\s*-?[0-9]\s*\}|-?[0-9]))?"
 _ONE_UNIT = rf"{_WORD}{_RAISED}"
-_UNIT = re.compile(rf"(?:/\s?)?{_ONE_UNIT}(?:[ '.\"-]*(?:/|\\cdot|\*|-)?\s*{_ONE_UNIT})*['\".]*")
+_UNIT = re.compile(rf"(?:/\s?)?{_ONE_UNIT}(?:[ '.\"-]*+(?:/|\\cdot|\*|-)?\s*{_ONE_UNIT})*['\".]*")
 _FRACTION_UNIT = re.compile(r"\\frac\s*\{([A-Za-z ^0-9]+)\}\s*\{([A-Za-z ^0-9]+)\}")
 _NO_UNITS = {
     "or", "and", "to", "plus", "minus", "times", "over", "divided", "by", "squared", "cubed", "factorial", "if", "where", "when",

@@ -86,6 +86,7 @@ def _fenced(text: str) -> tuple[str, list[_Block]]:
         mark, language = ("", "") if mark and not match[2] else (match[1], match[2].lower())
     rest = "\n".join(lines)
     if mark:
+        rest = re.sub(rf"{mark[0]}{{3,}}\s*\Z", "", rest)  # a closing fence behind the last line of code
         blocks.append(_Block(textwrap.dedent(rest), language, is_closed=False))
     elif not blocks:
         before = rest

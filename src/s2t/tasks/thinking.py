@@ -18,7 +18,8 @@ _FAMILIES = {
 }
 _NAME = "|".join(f"(?P<{family}>{names})" for family, names in _FAMILIES.items())
 _EDGES = r"(?:<\|?|&lt;|◁|\[|【) {0,2}"
-_ENDS = r"(?:\s[^<>\n]{0,80})?(?:\|?>|&gt;|▷|\]|】)"
+# Attributes have names: "x < cot x here, 2 > 1" opens nothing.
+_ENDS = r"(?:\s+[\w:-]+\s?=[^<>\n]{0,80}|\s{1,2})?(?:\|?>|&gt;|▷|\]|】)"
 _BEGIN, _END = r"(?:begin|start)[ _-](?:of[ _-])?", r"/ ?|end[ _-](?:of[ _-])?"
 _TAG = rf"{_EDGES}(?P<close>{_END})?(?:{_BEGIN})?(?:{_NAME})(?:[_-](?:start|begin|(?P<behind>end)))?{_ENDS}"
 # gpt-oss: channels, as they are and as they read without their special tokens; Granite: sentences; Gemma: numbered tokens.

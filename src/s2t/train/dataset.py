@@ -158,6 +158,10 @@ def _check_rows(folder: Path, rows: Sequence[Mapping[str, Any]], summary: Mappin
             f"{folder} holds {len(rows)} trajectories where s2t collect wrote {wanted}, one a problem: a shard is gone or "
             "doubled; run s2t collect again."
         )
+    if len(pairs := sorted({row["pair"] for row in rows})) > 1:
+        raise DataError(
+            f"{folder} holds trajectories of {' and of '.join(pairs)}; run s2t collect into another folder."
+        )
 
 
 def _trajectory(row: dict[str, Any], num_candidates: int) -> Trajectory:

@@ -22,7 +22,7 @@ from s2t.decode.opening import open_pair
 from s2t.decode.pair import Pair
 from s2t.decode.rollouts import continued, text_of
 from s2t.decode.workload import open_task, requests_for, shard_workers, shards_of, task_for_workers
-from s2t.errors import DataError
+from s2t.errors import DataError, ModelError
 from s2t.files import RunFolder, read_json, write_json
 from s2t.methods.strategies import build_strategy
 from s2t.model.engine import Engine
@@ -76,6 +76,11 @@ class _Parter:
         self.config, self.task = config, task or open_task(config, config.slm, config.revision)
         self.pair = open_pair(config, ["llm", "takeover"])
         self.pair.local_llm()
+        if self.pair.vocabulary is not None:
+            raise ModelError(
+                f"a router learns where tokens part, and {config.slm} and {config.llm} have different tokenizers; use a pair "
+                "that shares its tokenizer."
+            )
         self.writer = build_strategy("llm", DecodeConfig(), {})
 
     def shard(self, shard: Shard[Problem]) -> list[dict[str, Any]]:
@@ -147,4 +152,4 @@ def _readings(config: RouterConfig, slm: LoadedModel, router: Router, task: Task
             for states in states_of(slm, answers)
             if len(states) > config.warmup_steps
         ]
-    return torch.cat(parts).numpy()
+    return torch.cat(parts).numpy() if parts else np.empty(0)

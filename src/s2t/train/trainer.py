@@ -18,7 +18,7 @@ from torch import Tensor
 
 from s2t.config import TrainConfig
 from s2t.core.losses import criticality_loss, listwise_kl, pairwise_margin, selection_cross_entropy
-from s2t.errors import ModelError
+from s2t.errors import DataError, ModelError
 from s2t.files import RunFolder, read_json, versions, write_json
 from s2t.model.adapter import BRANCH_SCOPES, AdapterConfig, SelectorAdapter, selector_problems
 from s2t.model.load import LoadedModel, load_model
@@ -118,6 +118,11 @@ class Trainer(Fit):
         self.training, held = split_by_problem(data.trajectories, config.heldout_problems)
         self.held = [i for i in held if len(data.trajectories[i].group_steps)]
         trained = [data.trajectories[i] for i in self.training]
+        if not any(len(t.group_steps) for t in trained):
+            raise DataError(
+                "no selection group is left to train on: all are of problems that are held out; collect more problems, or lower "
+                "--heldout-problems."
+            )
         super().__init__(
             config,
             config.seed,

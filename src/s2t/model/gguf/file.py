@@ -118,7 +118,7 @@ def find_gguf(name: str, revision: str | None = None) -> Header | None:
 
     Raises ModelError, one line, for a file that does not exist or is none.
     """
-    if names_gguf(name):
+    if names_gguf(name) and not os.path.isdir(name):
         return read_header(gguf_path(name, revision))
     path = Path(name) / MODEL_FILE
     return read_header(path) if os.path.isfile(path) else None
@@ -133,7 +133,7 @@ def _downloaded(name: str, revision: str | None) -> Path:
     with offline_unless_it_answers():
         try:
             return Path(hf_hub_download(match[1], match[2], revision=revision))
-        except (OSError, ValueError) as error:  # the client's own errors are of these kinds
+        except Exception as error:  # also the HTTP library's own, which differs between versions of the hub's client
             reason = " ".join(str(error).split())[:200]
             raise ModelError(
                 f"{name} cannot be downloaded: {reason}; see the files of {match[1]} on the hub."
@@ -159,7 +159,7 @@ def _read(path: str, changed: int, size: int) -> Header:
             raise ModelError(f"{path} is of GGUF version {version}; convert it with a current llama.cpp (version 3).")
         try:
             return _parse(Path(path), _Cursor(data, 24), num_tensors, num_fields)
-        except (struct.error, IndexError, KeyError, UnicodeDecodeError, OverflowError) as error:
+        except (struct.error, IndexError, KeyError, UnicodeDecodeError, OverflowError, RecursionError) as error:
             raise ModelError(f"GGUF file {path} is damaged: its header cannot be read; get it again.") from error
 
 

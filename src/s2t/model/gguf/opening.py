@@ -10,12 +10,12 @@ from s2t.model.adapter import SelectorReader, load_selector, selector_config
 from s2t.model.engine import Engine
 from s2t.model.gguf.file import Header, find_gguf
 from s2t.model.gguf.library import INSTALL, has_llama
-from s2t.model.load import LoadedModel, load_model, one_line
+from s2t.model.load import LoadedModel, check_revision, load_model, one_line
 from s2t.model.merged import local_folder, open_merged
 from s2t.model.tiny import is_embedded
 from s2t.progress import note
 
-_TORCH_ALONE = {"device_map": None, "quantization": None, "trust_remote_code": False}
+_TORCH_ALONE = {"device_map": None, "quantization": None, "trust_remote_code": False, "execution": "auto"}
 
 
 def open_model(
@@ -32,6 +32,7 @@ def open_model(
     Raises as `load_model`, and ConfigError for what llama.cpp cannot do, by name.
     """
     revision = options.get("revision")
+    check_revision(name, revision)
     header = None if engine == "torch" or is_embedded(name) else find_gguf(local_folder(name, revision), revision)
     why = _why_not(name, header, options, adapter)
     if engine == "llama.cpp" and why is not None:

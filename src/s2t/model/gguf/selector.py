@@ -64,8 +64,14 @@ def load_gguf_selector(adapter: str | Path | None, loaded: GgufModel) -> GgufSel
         assert loaded.merged is not None
         home = Path(loaded.merged.path)
         return _loaded(home / ADAPTER_FOLDER, loaded, home / LORA_FILE)
+    own = read_adapter_config(adapter)
+    if loaded.merged is not None and own.base_fingerprint != loaded.fingerprint:
+        raise ModelError(
+            f"adapter {adapter} was trained on {own.base_model} (weights {own.base_fingerprint}), not on the base of "
+            f"{loaded.name} (weights {loaded.fingerprint}); export it with that base."
+        )
     note(
-        f"adapter {adapter} was measured on {read_adapter_config(adapter).base_model}, and {loaded.name} rounds its weights; "
+        f"adapter {adapter} was measured on {own.base_model}, and {loaded.name} rounds its weights; "
         "`s2t export` sets the threshold for the file"
     )
     with tempfile.TemporaryDirectory(prefix="s2t-lora-") as folder:
