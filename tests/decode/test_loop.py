@@ -457,6 +457,15 @@ def test_a_stopped_request_ends_and_the_others_go_on(slm, strategy, prompts):
 # Mistakes
 
 
+def test_a_slot_without_a_row_holds_no_tokens(slm, strategy, prompts):
+    decoder = Decoder(Engine(slm, 3), strategy("greedy"), max_new_tokens=20)
+    requests = [Request(i, prompt, max_new_tokens=3 + i) for i, prompt in enumerate(prompts)]
+    for _ in decoder.run(requests):
+        lengths = decoder.engine.lengths
+        assert all(length == 0 for length in lengths[len(decoder.batch.rows) :])
+    assert decoder.engine.lengths == [0, 0, 0]
+
+
 def test_more_candidates_than_tokens_is_one_clear_line(slm, strategy):
     with pytest.raises(ConfigError, match=r"1\.\.58 .*got 59; lower --num-candidates") as caught:
         Decoder(Engine(slm, 1), strategy("greedy", num_candidates=59))

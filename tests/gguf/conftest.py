@@ -28,14 +28,7 @@ def _adapter(loaded: LoadedModel, scope: str = "step", lora: float = 1.0, **chan
         loaded.fingerprint,
         readout=readout,
         scope=scope,
-        **{
-            "head_size": 8,
-            "lora_rank": 4,
-            "lora_dropout": 0.0,
-            "thresholds": {"criticality": 0.5},
-            "prior_weight": 0.05,
-        }
-        | changes,
+        **_SETTINGS | changes,
     )
     torch.manual_seed(7)
     adapter = SelectorAdapter(loaded, config)

@@ -85,6 +85,40 @@ def test_a_changed_file_is_refused(name, copied, capsys):
     assert f"{name} is not the file that was written" in capsys.readouterr().err
 
 
+def test_an_adapter_that_is_not_what_was_saved_is_not_exported(adapter, tmp_path, capsys):
+    folder = shutil.copytree(adapter, tmp_path / "adapter")
+    weights = folder / "s2t_selector.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert export(folder, tmp_path / "out") == 2
+    assert "s2t_selector.safetensors is not the file" in capsys.readouterr().err
+    weights.unlink()
+    assert export(folder, tmp_path / "out") == 2
+    assert "s2t_selector.safetensors is missing" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_exported_folder_takes_no_adapter_of_another_base(exported, adapter, tmp_path, capsys):
+    folder = shutil.copytree(adapter, tmp_path / "adapter")
+    told = json.loads((folder / "s2t_config.json").read_text())
+    (folder / "s2t_config.json").write_text(json.dumps(told | {"base_fingerprint": "another"}))
+    assert main(["generate", "--slm", str(exported), "--adapter", str(folder), "hi"]) == 2
+    assert "was trained on tiny:slm (weights another)" in capsys.readouterr().err
+
+
+def test_a_folder_may_be_called_like_a_file(exported, tmp_path, capsys):
+    folder = shutil.copytree(exported, tmp_path / "my.gguf")
+    assert main(["generate", "--slm", str(folder), "--max-new-tokens", "4", "What is 3 + 4?"]) == 0
+    assert main(["generate", "--slm", str(folder), "--revision", "main", "hi"]) == 2
+    assert "revision main" in capsys.readouterr().err
+
+
+def test_answers_without_a_step_behind_the_warmup_set_no_threshold(adapter, tmp_path, capsys):
+    assert export(adapter, tmp_path / "out", "--calibration-tokens", "2") == 2
+    assert "the threshold cannot be set anew" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_given_file_is_taken(exported, adapter, tmp_path, capsys):
     words = ["--base-gguf", str(exported / "model.gguf"), "--calibration-problems", "0"]
     assert export(adapter, tmp_path / "taken", *words) == 0

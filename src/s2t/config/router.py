@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
-from s2t.config.checks import check_at_least, check_choice, check_positive, check_range, require
+from s2t.config.checks import check_at_least, check_choice, check_effects, check_positive, check_range, require
 from s2t.config.shared import ChatConfig, ModelConfig, TaskConfig
 
 
@@ -55,3 +56,10 @@ class RouterConfig(TaskConfig, ChatConfig, ModelConfig):
         check_at_least(1, calibration_limit=self.calibration_limit, max_new_tokens=self.max_new_tokens)
         check_at_least(1, batch_size=self.batch_size)
         check_at_least(0, warmup_steps=self.warmup_steps)
+
+    def check_given(self, names: Collection[str]) -> None:
+        """Raise ConfigError where one of these settings has no effect on the method."""
+        of_r2r = ("max_partings", "target_rate", "calibration_limit", "warmup_steps")
+        of_samples = ("num_samples", "temperature", "top_p")
+        readers = dict.fromkeys(of_r2r, ("r2r",)) | dict.fromkeys(of_samples, ("zip-rc",))
+        check_effects(names, [self.method], readers, "method")
