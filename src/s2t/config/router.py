@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from s2t.config.checks import check_at_least, check_choice, check_effects, check_positive, check_range, require
+from s2t.config.checks import Readers, check_at_least, check_choice, check_effects, check_positive, check_range, require
 from s2t.config.shared import ChatConfig, ModelConfig, TaskConfig
 
 
@@ -61,5 +61,5 @@ class RouterConfig(TaskConfig, ChatConfig, ModelConfig):
         """Raise ConfigError where one of these settings has no effect on the method."""
         of_r2r = ("max_partings", "target_rate", "calibration_limit", "warmup_steps")
         of_samples = ("num_samples", "temperature", "top_p")
-        readers = dict.fromkeys(of_r2r, ("r2r",)) | dict.fromkeys(of_samples, ("zip-rc",))
+        readers: Readers = {**dict.fromkeys(of_r2r, ("r2r",)), **dict.fromkeys(of_samples, ("zip-rc",))}
         check_effects(names, [self.method], readers, "method")

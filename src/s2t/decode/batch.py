@@ -126,6 +126,10 @@ class Batch:
             self.hidden[target] = self.hidden[source]
         for slot in range(len(self.rows), count):
             self.engine.reset(slot)
+            if self.stream is not None:
+                self.stream.engine.reset(slot)
+            if self.reference is not None:
+                self.reference.leave(slot)
 
     def _move(self, row: Row, slot: int) -> None:
         self.engine.work[slot] = self.engine.work[row.slot]

@@ -19,6 +19,7 @@ from s2t.decode.loop import Decoder, stream_key
 from s2t.decode.reference import Reference
 from s2t.decode.round import EngineRound
 from s2t.decode.rows import Request, Row
+from s2t.decode.steps import StepTexts
 from s2t.methods.sample import Sampling
 from s2t.methods.strategies import Strategy
 from s2t.model.adapter import SelectorReader
@@ -65,8 +66,9 @@ class ContinuousDecoder(Decoder):
         max_length: int,
         ends: Callable[[int, int], bool] | None = None,
         reader: SelectorReader | None = None,
+        texts: StepTexts | None = None,
     ) -> None:
-        super().__init__(engine, strategy, reference, max_length, ends=ends)
+        super().__init__(engine, strategy, reference, max_length, ends=ends, texts=texts)
         self.readings: dict[tuple[int, int], StepReading] = {}
         self.reader = reader
         self._likeliest: Likeliest = {}  # of the current round

@@ -88,13 +88,21 @@ class Pair:
 
     @property
     def context_length(self) -> int | None:
-        """Tokens that prompt and answer may have together, by what the loaded models can read; None for no limit."""
-        return context_length(model for model in (self.slm, self.llm) if isinstance(model, LoadedModel))
+        """Tokens that prompt and answer may have together, by what the models can read; None for no limit."""
+        return context_length(model for model in (self.slm, self.llm) if model is not None)
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """Ids that end a sequence of either model."""
-        return self.slm.stop_ids | (self.llm.stop_ids if self.llm is not None else frozenset())
+        """Ids that end a sequence of either model, where they have the same tokens; else those of the SLM."""
+        return self.stop_ids_of("")
+
+    def stop_ids_of(self, strategy: str) -> frozenset[int]:
+        """Ids that end what a strategy writes, in the tokens of the model that writes it."""
+        if self.llm is None:
+            return self.slm.stop_ids
+        if self.has_one_tokenizer:
+            return self.slm.stop_ids | self.llm.stop_ids
+        return self.llm.stop_ids if strategy == "llm" else self.slm.stop_ids
 
     def check_has(self, strategy: str, trigger: str = "auto") -> None:
         """Raise ConfigError where a strategy, or its trigger, needs a model that was not opened."""
@@ -183,7 +191,7 @@ class Pair:
     def text(self, sequence: Generated, stop: Sequence[str] = (), strategy: str = "") -> str:
         """Text of a finished sequence, without the stop id or the stop string that ended it."""
         ids = sequence.token_ids
-        if sequence.finish_reason == "stop" and ids[-1] in self.stop_ids:
+        if sequence.finish_reason == "stop" and ids[-1] in self.stop_ids_of(strategy):
             ids = ids[:-1]
         return cut(decode_ids(self.tokenizer_of(strategy), ids), stop)
 
@@ -257,8 +265,7 @@ class Pair:
         if strategy.name == "llm" and isinstance(self.llm, RemoteLLM):
             return RemoteWriter(self.llm, max_new_tokens, ends, stop)
         engine, reference = self._engines(strategy, rows)
-        texts = StepTexts.of(self.slm.tokenizer, self.slm.name, strategy.step_end) if strategy.has_spans else None
-        return Decoder(engine, strategy, reference, max_new_tokens, trace, ends, texts=texts)
+        return Decoder(engine, strategy, reference, max_new_tokens, trace, ends, texts=self._texts(strategy))
 
     def continuous(
         self, strategy: Strategy, max_length: int, ends: Callable[[int, int], bool] | None = None
@@ -268,7 +275,11 @@ class Pair:
         adapter = self.adapter
         is_read = adapter is not None and (adapter.scope in BRANCH_SCOPES or engine.adapter is adapter)
         reader = adapter if is_read and strategy.name != "llm" else None
-        return ContinuousDecoder(engine, strategy, reference, max_length, ends, reader)
+        return ContinuousDecoder(engine, strategy, reference, max_length, ends, reader, self._texts(strategy))
+
+    def _texts(self, strategy: Strategy) -> StepTexts | None:
+        """The steps of the text, where the strategy asks for them."""
+        return StepTexts.of(self.slm.tokenizer, self.slm.name, strategy.step_end) if strategy.has_spans else None
 
     def _engines(self, strategy: Strategy, rows: int) -> tuple[Engine, Reference | None]:
         """The engine that writes, and the LLM beside it where the strategy reads one."""

@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerBase
 
 from s2t.decode.rows import Request
 from s2t.errors import ContextError, ModelError
-from s2t.model.load import LoadedModel
 from s2t.progress import note
 
 
@@ -30,6 +29,13 @@ class KnownModel(Protocol):
     def tokenizer(self) -> PreTrainedTokenizerBase: ...
     @property
     def vocab_size(self) -> int: ...
+
+
+class LimitedModel(Protocol):
+    """A model that reads so many tokens at most."""
+
+    @property
+    def context_length(self) -> int | None: ...
 
 
 def prompt_key(prompt: str | Sequence[dict[str, str]], system: str | None = None) -> str:
@@ -51,6 +57,8 @@ def checked_ids(loaded: KnownModel, ids: list[int]) -> list[int]:
     """The ids of a prompt; raises ModelError where there are none, or one that the model has no row for."""
     if not ids:
         raise ModelError("the prompt is empty after tokenizing; give some text.")
+    if (least := min(ids)) < 0:
+        raise ModelError(f"the prompt holds the id {least}; token ids are 0 to {loaded.vocab_size - 1}.")
     if max(ids) >= loaded.vocab_size:
         token = loaded.tokenizer.convert_ids_to_tokens(max(ids))
         raise ModelError(f"the prompt holds {token}, which {loaded.name} has no embedding for; take it out.")
@@ -67,7 +75,7 @@ def note_unread(variables: Mapping[str, Any], models: Sequence[KnownModel]) -> N
 R = TypeVar("R", bound=Request)
 
 
-def context_length(models: Iterable[LoadedModel]) -> int | None:
+def context_length(models: Iterable[LimitedModel]) -> int | None:
     """Tokens that all of these models can read; None where none of them has a limit."""
     return min((length for loaded in models if (length := loaded.context_length)), default=None)
 

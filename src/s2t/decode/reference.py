@@ -83,6 +83,9 @@ class Reference(ABC):
     def move(self, source: int, target: int) -> None:
         """Let the sequence of slot `source` live in slot `target`."""
 
+    def leave(self, row: int) -> None:  # noqa: B027
+        """Nothing lives in this slot any more."""
+
 
 class EngineReference(Reference):
     """An LLM in this process: row b of its engine follows row b of the SLM's."""
@@ -107,6 +110,9 @@ class EngineReference(Reference):
     def move(self, source: int, target: int) -> None:
         self.engine.copy([source], [target])
         self.engine.work[target] = self.engine.work[source]
+
+    def leave(self, row: int) -> None:
+        self.engine.reset(row)
 
 
 class ModelReference(EngineReference):

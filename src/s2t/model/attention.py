@@ -82,22 +82,26 @@ def attend(
     value: Tensor,
     attention_mask: Tensor | None = None,
     scaling: float | None = None,
-    sliding_window: int | None = None,
+    sliding_window: int | None = -1,
     softcap: float | None = None,
     segments: list[Segment] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """query [1, heads, N, D] over whole stores [rows, kv_heads, columns, D], segment by segment; [1, N, heads, D]."""
+    """query [1, heads, N, D] over whole stores [rows, kv_heads, columns, D], segment by segment; [1, N, heads, D].
+
+    A layer that names no window has the one it keeps to itself (Qwen2-MoE), if any.
+    """
     if segments is None or kwargs.get("s_aux") is not None:
         raise ModelError(
             f"the attention of {type(module).__name__} cannot read cache slots; use a plain-attention model."
         )
+    window = (getattr(module, "sliding_window", None) or None) if sliding_window == -1 else sliding_window
     flat = query.transpose(1, 2)[0]  # [N, heads, D]
     outputs, at = [], 0
     for segment in segments:
         n, width = segment.shape
         part = flat[at : at + n * width].unflatten(0, (n, width))  # [n, T, heads, D]
-        keys, values, mask = segment.take(key), segment.take(value), segment.mask(sliding_window)
+        keys, values, mask = segment.take(key), segment.take(value), segment.mask(window)
         if softcap is not None:
             mask = segment.explicit() if mask is None else mask
         outputs.append(_attend(part, keys, values, mask, segment.is_causal, scaling, softcap))

@@ -20,6 +20,9 @@ GROWTH = 128  # columns are allocated in multiples of this
 _ATTENTION_TYPES = frozenset({"full_attention", "sliding_attention"})
 
 
+_OWN_MASKS = {"doge"}  # model types whose masks say more than what came before, and how near
+
+
 def check_cacheable(config: PreTrainedConfig) -> None:
     """Raise ModelError for models whose cache cannot be branched and cropped (state-space or linear attention layers)."""
     config = config.get_text_config(decoder=True)
@@ -29,6 +32,11 @@ def check_cacheable(config: PreTrainedConfig) -> None:
         raise ModelError(
             f"{config.model_type} has {', '.join(sorted(kinds - _ATTENTION_TYPES))} layers, whose cache cannot be branched "
             "or cropped; use a model with plain attention layers."
+        )
+    if config.model_type in _OWN_MASKS:
+        raise ModelError(
+            f"{config.model_type} masks tokens by their values, which cannot be read from cache slots; use a model with plain "
+            "attention layers."
         )
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{config.model_type} is an encoder-decoder; a decoder-only causal LM is needed.")

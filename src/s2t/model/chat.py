@@ -103,17 +103,23 @@ def decode_ids(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
+def _has_byte_tokens(backend: Tokenizer) -> bool:
+    """Whether a tokenizer falls back to tokens such as <0xE2> (SentencePiece's way)."""
+    return backend.decoder is not None and b"ByteFallback" in backend.decoder.__getstate__()
+
+
 class Detokenizer:
     """Ids in, text pieces out, never half a character: text is held back while it ends in a replacement mark.
 
-    Of a fast tokenizer `tokenizers` does this itself. Of a slow one each token is decoded together with a few before it, so
-    that the work per token does not grow with the text.
+    Of a fast tokenizer `tokenizers` does this itself. Of a slow one, and of one that spells characters in byte tokens (whose
+    stream raises for bytes that are none), each token is decoded together with a few before it, so that the work per token does
+    not grow with the text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         self.tokenizer = tokenizer
-        self._backend = backend if isinstance(backend, Tokenizer) else None
+        self._backend = backend if isinstance(backend, Tokenizer) and not _has_byte_tokens(backend) else None
         self._stream = DecodeStream(skip_special_tokens=True)
         self._ids: list[int] = []  # the last tokens
         self._num_shown = 0  # of them, those whose text is known; of a fast tokenizer

@@ -69,8 +69,11 @@ def check_complete(name: str, model: Any, found: Mapping[str, Any], source: str,
 def check_config(name: str, config: Any) -> None:
     """Raise ModelError where a size in a model's config is none, as far as a model could be made of it all the same."""
     text = config.get_text_config(decoder=True)
+    has_windows = "sliding_attention" in (getattr(text, "layer_types", None) or ["sliding_attention"])
     for key in _SIZES:
         value = getattr(text, key, None)
+        if key == "sliding_window" and value == 0 and not has_windows:
+            continue  # how transformers says that a Qwen2-MoE uses none
         if value is not None and not (type(value) is int and value > 0):
             raise ModelError(f"model {name}: {key} in config.json must be a whole number above 0; got {value!r}.")
     rope: Any = getattr(text, "rope_parameters", None) or {}

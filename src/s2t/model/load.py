@@ -27,7 +27,7 @@ from s2t.model.checkpoint import check_complete, check_config, check_generation_
 from s2t.model.gguf.file import Header, find_gguf, names_gguf
 from s2t.model.gguf.tokenizer import load_tokenizer
 from s2t.model.lora import Lora, find_lora, lora_base, merge_lora
-from s2t.model.merged import MergedConfig, local_folder, open_merged
+from s2t.model.merged import MergedConfig, check_revision, local_folder, open_merged
 from s2t.model.quantization import quantization_config
 from s2t.model.quiet import quiet
 from s2t.model.reserved import ReservedIds, choose_reserved_ids
@@ -59,9 +59,17 @@ class LoadedModel:
 
     @property
     def context_length(self) -> int | None:
-        """Tokens that it can read; None where it has no limit."""
+        """Tokens that it can read; None where it has no limit.
+
+        Of positions scaled by `longrope` only those before the scale changes: which of its two scales a forward takes depends
+        on the longest row in it, so that rows would not be independent of each other.
+        """
         text = self.model.config.get_text_config(decoder=True)
-        return getattr(text, "max_position_embeddings", None) or None
+        longest = getattr(text, "max_position_embeddings", None) or None
+        rope: Any = getattr(text, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope":
+            return rope.get("original_max_position_embeddings") or longest
+        return longest
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -102,14 +110,6 @@ class LoadedModel:
         head: Any = self.model.get_output_embeddings()
         rows = int(head.weight.shape[0])
         return choose_reserved_ids(self.tokenizer.get_vocab(), rows, num_bins)
-
-
-def check_revision(name: str, revision: str | None) -> None:
-    """Raise ConfigError for a revision of what is no repository on the hub."""
-    if revision is not None and (is_embedded(name) or os.path.exists(name)):
-        raise ConfigError(
-            f"revision {revision} is one of a repository on the hub, and {name} is not there; leave it out."
-        )
 
 
 def load_model(

@@ -22,6 +22,7 @@ from s2t.files import read_json
 from s2t.hub import offline_unless_it_answers
 from s2t.model.lora import lora_base
 from s2t.model.reserved import ReservedIds
+from s2t.model.tiny import is_embedded
 
 CONFIG_FILE = "s2t_config.json"
 SELECTOR_FILE = "s2t_selector.safetensors"
@@ -66,6 +67,14 @@ class MergedConfig:
     def as_json(self) -> dict[str, Any]:
         """What is written."""
         return {name: value for name, value in asdict(self).items() if name != "path"}
+
+
+def check_revision(name: str, revision: str | None) -> None:
+    """Raise ConfigError for a revision of what is no repository on the hub."""
+    if revision is not None and (is_embedded(name) or os.path.exists(name)):
+        raise ConfigError(
+            f"revision {revision} is one of a repository on the hub, and {name} is not there; leave it out."
+        )
 
 
 def local_folder(name: str, revision: str | None = None) -> str:

@@ -20,6 +20,8 @@ from s2t.errors import ModelError
 from s2t.model.load import LoadedModel
 from s2t.model.pieces import bytes_of_tokens
 
+_MOST_TEXTS = 2**18  # whose first token is remembered
+
 
 class TextCodec:
     """Bytes of ids and ids of bytes, for one fast tokenizer; special tokens have no bytes and are never produced."""
@@ -114,6 +116,8 @@ class VocabularyMap:
 
     def first(self, texts: Sequence[bytes]) -> list[int]:
         """The SLM's token that each text begins with (vocab_size for none), remembered."""
+        if len(self._first) > _MOST_TEXTS:
+            self._first.clear()
         unknown = [text for text in dict.fromkeys(texts) if text not in self._first]
         for text, found in zip(unknown, self.slm_codec.first(unknown), strict=True):
             self._first[text] = self.slm.vocab_size if found is None else found

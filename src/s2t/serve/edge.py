@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import logging
 import time
 from collections.abc import Callable
 
@@ -15,6 +16,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from s2t.serve.errors import ApiError, stopping
 from s2t.serve.origin import comes_from_here, is_loopback
+
+log = logging.getLogger(__name__)
 
 ARRIVED = "s2t.arrived"
 """Key of the scope: when the request came, by the monotonic clock."""
@@ -74,6 +77,11 @@ class Edge:
                 await self.app(scope, _replay(body, receive), send_with_headers)
         except ApiError as error:
             await _refuse(error, send_with_headers)
+        except Exception:  # whatever a route did not expect
+            if status != _LEFT:
+                raise
+            log.exception("%s failed", scope["path"])
+            await _refuse(ApiError(500, "the server failed; its log says why."), send_with_headers)
         except asyncio.CancelledError:  # the server stops, and this client has not sent its body or read its answer
             if status == _LEFT:
                 await _refuse(stopping(), send_with_headers)

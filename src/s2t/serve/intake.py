@@ -16,7 +16,7 @@ from typing import Any
 from s2t.config import ServeConfig, read_variables
 from s2t.decode.continuous import OwnRequest
 from s2t.decode.loop import Request
-from s2t.decode.pair import Pair
+from s2t.decode.pair import Pair, as_read
 from s2t.decode.prompts import ids_key, prompt_key, prompt_length, sample_key
 from s2t.errors import S2TError
 from s2t.methods.sample import Sampling
@@ -129,9 +129,11 @@ class Intake:
         num_candidates = self.strategies[strategy].num_candidates if body.s2t.details else None
         asked = [count for count in (body.num_top, num_candidates) if count is not None]
         jobs = []
+        seen: dict[str, int] = {}  # a prompt that comes again gets other random numbers, as `Reasoner.complete` has it
         for prompt in prompts:
             limit = self._limit(body, prompt)
-            for place in range(body.n or 1):
+            for _ in range(body.n or 1):
+                place = seen[prompt.key] = seen.get(prompt.key, -1) + 1
                 request = OwnRequest(
                     next(self._numbers),
                     prompt.prompt_ids,
@@ -148,7 +150,7 @@ class Intake:
             strategy=strategy,
             seed=seed,
             jobs=jobs,
-            num_prompt_tokens=sum(len(prompt.prompt_ids) for prompt in prompts),
+            num_prompt_tokens=sum(len(as_read(strategy, prompt).prompt_ids) for prompt in prompts),
             stream=bool(body.stream),
             include_usage=body.stream_options is not None and body.stream_options.include_usage,
             num_top=body.num_top,

@@ -42,9 +42,7 @@ def build(config: ServeConfig, pair: Pair) -> tuple[Service, FastAPI]:
     strategies = offered(config, pair)
     kind = EngineBackend if pair.served_slm is None else ServedBackend
     backend: Backend = kind(pair, strategies, longest(config, pair))
-    service = Service(
-        config, Intake(config, config.served_name or config.slm, pair, strategies), backend, pair.stop_ids
-    )
+    service = Service(config, Intake(config, config.served_name or config.slm, pair, strategies), backend)
     return service, create_app(service, key)
 
 

@@ -27,8 +27,8 @@ _STOP_S = 0.3  # for a thread that is about to end
 class Service:
     """A backend with its thread, the plans made for it, and the answers in flight."""
 
-    def __init__(self, config: ServeConfig, intake: Intake, backend: Backend, stop_ids: frozenset[int]) -> None:
-        self.config, self.intake, self.backend, self.stop_ids = config, intake, backend, stop_ids
+    def __init__(self, config: ServeConfig, intake: Intake, backend: Backend) -> None:
+        self.config, self.intake, self.backend = config, intake, backend
         self.metrics = Metrics()
         self.worker = Worker(backend, config.max_queue, self._on_events)
         self.metrics.watch(lambda: self.num_running, lambda: self.num_waiting)
@@ -160,8 +160,9 @@ class Answer:
     def __init__(self, service: Service, plan: Plan, writer: type[Writer]) -> None:
         self.service, self.plan = service, plan
         tokenizer = service.backend.tokenizer_of(plan.strategy)
+        stop_ids = service.intake.pair.stop_ids_of(plan.strategy)
         choices = [
-            Choice(i, job, StoppingText(tokenizer, job.stops), service.stop_ids | Stops(tokenizer, job.stops).ids)
+            Choice(i, job, StoppingText(tokenizer, job.stops), stop_ids | Stops(tokenizer, job.stops).ids)
             for i, job in enumerate(plan.jobs)
         ]
         self.writer = writer(plan, choices, service.token_texts(plan.strategy))

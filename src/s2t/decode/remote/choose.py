@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from s2t.core.rule import winner
 from s2t.decode.remote.selector import ServedSelector
 from s2t.decode.remote.wire import Completion, CompletionRequest
+from s2t.errors import RemoteError
 
 Ask = Callable[[CompletionRequest], Awaitable[Completion]]
 _SPARE = 4  # reserved ids that a top-k reply may hold before candidates are looked for one by one
@@ -86,7 +87,13 @@ class CandidateScorer:
     async def _top(self, ask: Ask, prefix: Sequence[int], key: str) -> list[tuple[int, float]] | None:
         """The K likeliest allowed tokens from one reply; None where it does not hold them."""
         wanted = self.num_candidates + _SPARE
-        reply = await ask(replace(self.plain, prompt_ids=prefix, logprobs=wanted, key=key))
+        try:
+            reply = await ask(replace(self.plain, prompt_ids=prefix, logprobs=wanted, key=key))
+        except RemoteError as error:
+            if error.status not in (400, 422):
+                raise
+            self.lists_top = False  # servers list 20 unless they are told otherwise
+            return None
         listed = [(i, value) for i, value in reply.logprobs[0].items() if value > float("-inf")]
         if len(listed) < wanted:
             self.lists_top = False

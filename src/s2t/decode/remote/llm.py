@@ -63,6 +63,8 @@ class RemoteLLM:
     client: BlockingClient
     name: str
     abilities: Abilities
+    context_length: int | None = None
+    """Tokens of prompt and answer together that its servers read, one short: asking writes a token behind the last."""
     num_unknown: int = 0
     """Selections for which no server could rank the candidates, so that the SLM's first was kept."""
 
@@ -72,7 +74,9 @@ class RemoteLLM:
         client = BlockingClient(settings, _IdsOfTexts(outline))
         try:
             name = client.model_name()
-            return cls(outline, client, name, client.run(lambda inner: probe(inner, name)))
+            abilities = client.run(lambda inner: probe(inner, name))
+            lengths = [int(m["max_model_len"]) - 1 for m in client.models() if m.get("max_model_len")]
+            return cls(outline, client, name, abilities, min(lengths, default=None))
         except BaseException:
             client.close()
             raise

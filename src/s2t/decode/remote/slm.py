@@ -36,6 +36,7 @@ from s2t.records import Candidates, Cost, Step
 REQUEST_COST = 16.0
 """What a request costs a server, in tokens of a full batch; from it and the rate of flips follow chunk lengths."""
 _LONGEST_CHUNK = 256
+_LONGEST_PLAIN = 1024  # of a chunk in which nothing fires: each is answered within the timeout, and made again alone
 _ANY = (0,)  # listed where the written tokens' own log-probabilities are wanted, and no others
 _MOST_LOSSES = 3  # in a row, before a sequence stays with chunks: its server seems to have no logits processor
 
@@ -102,7 +103,9 @@ class RemoteDecoder:
             },
         )
         self._steps = self._flips = 0  # of all sequences: chunk lengths change no token
-        self._length = DraftLength(0 if self._fires else max_new_tokens, REQUEST_COST, _LONGEST_CHUNK)
+        self._length = DraftLength(
+            0 if self._fires else min(max_new_tokens, _LONGEST_PLAIN), REQUEST_COST, _LONGEST_CHUNK
+        )
         self._chooser = None
         if served is not None:
             self._chooser = CandidateScorer(served, strategy.num_candidates, self.forbidden, self._plain, trace)

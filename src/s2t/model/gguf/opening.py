@@ -10,8 +10,8 @@ from s2t.model.adapter import SelectorReader, load_selector, selector_config
 from s2t.model.engine import Engine
 from s2t.model.gguf.file import Header, find_gguf
 from s2t.model.gguf.library import INSTALL, has_llama
-from s2t.model.load import LoadedModel, check_revision, load_model, one_line
-from s2t.model.merged import local_folder, open_merged
+from s2t.model.load import LoadedModel, load_model, one_line
+from s2t.model.merged import check_revision, local_folder, open_merged
 from s2t.model.tiny import is_embedded
 from s2t.progress import note
 
