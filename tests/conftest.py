@@ -51,6 +51,31 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen2",
         {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
     ),
+    "qwen2-moe": (
+        "Qwen2Moe",
+        {
+            "num_key_value_heads": 2,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+        },
+    ),
+    "phi3-longrope": (
+        "Phi3",
+        {
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0] * 6,
+                "long_factor": [4.0] * 6,
+                "original_max_position_embeddings": 64,
+            },
+        },
+    ),
 }
 
 

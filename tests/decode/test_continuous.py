@@ -32,6 +32,21 @@ def settings_of(name):
     return {"threshold": 0.5} if name in ("s2t", "takeover", "s2t-local") else {}
 
 
+@pytest.mark.parametrize("settings", [{"span_tokens": 3}, {"trigger": "step-entropy", "step_end": "w7"}], ids=str)
+def test_spans_and_triggers_of_the_text_write_what_they_write_alone(settings, slm, llm, prompts, strategy):
+    how = strategy("takeover", threshold=0.5, **settings)
+    pair = Pair(slm, llm, batch_size=2)
+    decoder = pair.continuous(how, 64)
+    for i, prompt in enumerate(prompts):
+        decoder.add(OwnRequest(i, prompt, f"p{i}", max_new_tokens=LENGTH))
+    found = drain(decoder, {})
+    alone = pair.write(how, [Request(i, prompt, f"p{i}") for i, prompt in enumerate(prompts)], LENGTH)
+    assert {i: [step.token_id for step in steps] for i, steps in found.items()} == {
+        i: one.token_ids for i, one in enumerate(alone)
+    }
+    assert any(one.num_triggered for one in alone)
+
+
 @pytest.mark.parametrize("name", ["greedy", "sample", "s2t-local", "s2t", "takeover"])
 def test_a_request_gets_what_it_gets_alone_whoever_comes_and_goes(name, slm, llm, adapters, prompts, strategy):
     pair = session_of(name, slm, llm, adapters, rows=3)

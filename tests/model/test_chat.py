@@ -7,14 +7,15 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from s2t.errors import ConfigError, ModelError
 from s2t.model.chat import Detokenizer, chat_text, decode_ids, prompt_ids, stop_ids
+from s2t.model.stops import Stops
 
 TEXTS = ["hello world", "héllo 🙂🙃 日本語", "a\n\n  b\t", "👩‍👩‍👧 family", "", "½ × 3 = 1½"]
 BOS_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }} {% endfor %}"
@@ -39,7 +40,24 @@ def bos_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
+@pytest.fixture
+def byte_tokenizer():
+    """A tokenizer that spells what it does not know in byte tokens, as SentencePiece's do."""
+    words = ["</s>", "a", "b", *(f"<0x{byte:02X}>" for byte in range(256))]
+    core = Tokenizer(BPE({word: i for i, word in enumerate(words)}, [], byte_fallback=True))
+    core.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
+
+
 # Text out
+
+
+@pytest.mark.parametrize("spelled", [[2, 13, 229, 2], [1, 229], [229, 229, 13, 13, 1], [1, 13, 2]], ids=str)
+def test_byte_tokens_that_are_no_character_raise_nothing(spelled, byte_tokenizer):
+    pieces = pieces_of(byte_tokenizer, spelled)
+    assert len("".join(pieces)) == len(decode_ids(byte_tokenizer, spelled))
+    stops = Stops(byte_tokenizer, ["bb"])
+    assert not any(stops.ends(0, token) for token in spelled)
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -52,6 +52,19 @@ def close(left, right):
     torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("window", [None, 6], ids=["no window", "window"])
+def test_a_window_that_layers_keep_to_themselves_is_heeded(window, random_model):
+    changes = {} if window is None else {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 1}
+    loaded = random_model("qwen2-moe", **changes)
+    engine = Engine(loaded, 3)
+    close(engine.extend(ROWS, PROMPTS), torch.stack([plain_hidden(loaded, ids) for ids in PROMPTS]))
+
+
+def test_positions_whose_scale_the_longest_row_decides_end_before_it_changes(random_model):
+    assert random_model("phi3-longrope").context_length == 64
+    assert random_model("qwen2").context_length == 512
+
+
 def prefilled(loaded, prompts=PROMPTS, max_rows=None):
     engine = Engine(loaded, max_rows or len(prompts))
     hidden = engine.extend(range(len(prompts)), prompts)

@@ -372,6 +372,9 @@ def test_a_failure_of_the_server_shows_no_traceback(serve, monkeypatch, caplog):
         assert response.status_code == 500
         assert "ZeroDivision" not in response.text
         assert error_of(response)["type"] == "server_error"
+        assert response.headers["cache-control"] == "no-store"
+        text = httpx.get(f"{server.url}/metrics").text
+        assert 's2t_requests_total{path="/v1/chat/completions",status="500"} 1.0' in text
 
 
 def test_a_stopping_server_finishes_what_runs_and_takes_nothing_new(serve):

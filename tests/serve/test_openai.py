@@ -133,6 +133,16 @@ def test_choices_are_the_samples_of_one_call(server):
     assert streamed(chunks)[0] == {i: sample.text for i, sample in enumerate(alone)}
 
 
+def test_a_prompt_that_comes_twice_is_sampled_twice(server):
+    client, ids = server.client(), [5, 9, 12]
+    answer = client.completions.create(
+        model=NAME, prompt=[ids, ids], temperature=2.0, top_p=0.9, seed=3, max_tokens=TOKENS
+    )
+    alone = server.reasoner.complete([ids, ids], "sample", seed=3, temperature=2.0, top_p=0.9, max_new_tokens=TOKENS)
+    assert answer.choices[0].text != answer.choices[1].text
+    assert [choice.text for choice in answer.choices] == [one.text for one in alone]
+
+
 def test_a_seed_repeats_an_answer_and_none_draws_one_that_is_told(server):
     client = server.client()
     drawn = ask(client, QUESTIONS[1], temperature=2.0)

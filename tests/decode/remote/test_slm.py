@@ -40,8 +40,8 @@ pluggable = pytest.mark.parametrize("scope", [name for name in READERS if not na
 class FakeServer:
     """What vLLM would answer: greedy tokens under a bias, raw log-probabilities of listed ids or of the likeliest."""
 
-    def __init__(self, adapter, lists_top=True, leaks=False):
-        self.adapter, self.lists_top, self.leaks = adapter, lists_top, leaks
+    def __init__(self, adapter, lists_top=True, leaks=False, most=None):
+        self.adapter, self.lists_top, self.leaks, self.most = adapter, lists_top, leaks, most
         self.requests = []
 
     def stream(self, work):
@@ -55,6 +55,8 @@ class FakeServer:
     async def complete(self, request):
         self.requests.append(replace(request, prompt_ids=tuple(request.prompt_ids)))
         body = request.body("base")
+        if self.most is not None and (request.logprobs or 0) > self.most:
+            raise RemoteError(f"at most {self.most} logprobs", 400)
         assert (
             body["temperature"] == 0.0 and (body.get("logprobs") is None) == (request.logprob_token_ids is None)
         ) or (request.logprobs is not None)
@@ -199,6 +201,14 @@ def test_tokens_and_steps_are_those_of_the_engine_here(scope, settings, lists_to
                 assert len(brief.scores) <= len(other.scores) == len(one.scores) == how.num_candidates
     fired = sum(step.fired for steps in wanted for step in steps)
     assert (fired > 0) == (settings.get("trigger") != "never")
+
+
+def test_a_server_that_lists_too_few_is_asked_for_candidates_one_by_one(readers, strategy, prompts):
+    scope = next(name for name in readers if name.startswith("always"))
+    adapter, how = readers[scope], strategy("s2t-local", **SETTINGS[0])
+    _, found = write(adapter, how, prompts, FakeServer(adapter, most=how.num_candidates), trace=True)
+    wanted = write_here(adapter, how, prompts)
+    assert [[s.token_id for s in steps] for steps in found] == [[s.token_id for s in steps] for steps in wanted]
 
 
 @pluggable
