@@ -113,8 +113,9 @@ def test_a_folder_may_be_called_like_a_file(exported, tmp_path, capsys):
     assert "revision main" in capsys.readouterr().err
 
 
-def test_answers_without_a_step_behind_the_warmup_set_no_threshold(adapter, tmp_path, capsys):
-    assert export(adapter, tmp_path / "out", "--calibration-tokens", "2") == 2
+def test_answers_without_a_step_behind_the_warmup_set_no_threshold(save_adapter, tmp_path, capsys):
+    adapter = save_adapter("tiny:slm", "step", task=TASK, trigger_rate=0.1, warmup_steps=64)
+    assert export(adapter, tmp_path / "out") == 2
     assert "the threshold cannot be set anew" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
