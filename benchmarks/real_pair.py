@@ -42,11 +42,9 @@ ARMS = {
     "humaneval sft": ("humaneval-sft", "greedy"),
 }
 DISTILLED = ("sft", "sft-2-answers", "kd")
+SELECTING = ("s2t-local", "s2t-local@entropy", "s2t-local-paper", "s2t-local-on-sft")
 PAIRS = (
-    *(
-        (arm, "greedy")
-        for arm in ("self-consistency", "llm", "takeover", "s2t", "s2t-local", "s2t-local@entropy", *DISTILLED)
-    ),
+    *((arm, "greedy") for arm in ("self-consistency", "llm", "takeover", "s2t", *SELECTING, *DISTILLED)),
     *(("s2t-local", arm) for arm in ("self-consistency", *DISTILLED, "s2t-local-paper")),
     ("kd", "sft-2-answers"),
     ("s2t-local-on-sft", "sft"),
@@ -146,8 +144,8 @@ def hits(document: dict[str, Any]) -> dict[str, Any]:
 
 def costs_of(document: dict[str, Any]) -> dict[str, Any]:
     """Accuracy on the task against the forwards of an answer, greedy's being 1."""
-    left_out = "sft-2-answers"  # where sft and kd stand already
-    inside = [arm for arm in document["arms"] if ARMS[arm][0].startswith(document["task"]) and arm != left_out]
+    left_out = ("sft-2-answers", "kd", "s2t-local@entropy")  # where sft and s2t-local stand already
+    inside = [arm for arm in document["arms"] if ARMS[arm][0].startswith(document["task"]) and arm not in left_out]
     own = {arm: document["arms"][arm] for arm in inside}
     paid = {
         arm: (one["slm_forwards"] + LLM_COST * one["llm_forwards"]) / one["num_problems"] for arm, one in own.items()

@@ -249,8 +249,9 @@ class Reasoner:
 
     def _pieces(self, plan: _Call, steps: Iterable[Step]) -> Iterator[str]:
         text = StoppingText(plan.tokenizer, plan.config.stop)
+        stop_ids = self.pair.stop_ids_of(plan.strategy.name)
         for step in steps:
-            is_stop_id = step.finish_reason == "stop" and step.token_id in self.pair.stop_ids
+            is_stop_id = step.finish_reason == "stop" and step.token_id in stop_ids
             if not is_stop_id and (piece := text.push(step.token_id)):
                 yield piece
         if rest := text.finish():

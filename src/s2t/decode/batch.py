@@ -100,10 +100,8 @@ class Batch:
 
     def retire(self) -> None:
         """Free the slots of finished rows; the last rows move into the gaps; the SLM's in one copy."""
-        finished, count = (
-            sorted((row for row in self.rows if row.is_finished), key=lambda row: -row.slot),
-            len(self.rows),
-        )
+        count = len(self.rows)
+        finished = sorted((row for row in self.rows if row.is_finished), key=lambda row: -row.slot)
         before = {row: row.slot for row in self.rows} if finished else {}
         for row in finished:
             slm = self.engine.work[row.slot]

@@ -33,7 +33,7 @@ from s2t.methods.strategies import Strategy
 from s2t.model.adapter import BRANCH_SCOPES, AdapterConfig, SelectorReader
 from s2t.model.chat import decode_ids, prompt_ids
 from s2t.model.engine import Engine
-from s2t.model.gguf.opening import open_engine
+from s2t.model.gguf.opening import MAX_ROWS, is_llama, open_engine
 from s2t.model.load import LoadedModel
 from s2t.model.stops import Stops, cut
 from s2t.model.text import VocabularyMap, same_tokens
@@ -283,6 +283,8 @@ class Pair:
 
     def _engines(self, strategy: Strategy, rows: int) -> tuple[Engine, Reference | None]:
         """The engine that writes, and the LLM beside it where the strategy reads one."""
+        if any(is_llama(model) for model in (self.slm, self.llm) if isinstance(model, LoadedModel)):
+            rows = min(rows, MAX_ROWS)
         if strategy.name == "llm":
             return open_engine(self.local_llm(), rows), None
         engine = open_engine(self.slm, rows, self.adapter if "adapter" in strategy.needs else None)

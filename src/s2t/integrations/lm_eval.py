@@ -151,7 +151,7 @@ class S2TLM(_Base):
         named = tokenizer.get_added_vocab().get(mark) if isinstance(mark, str) else mark
         if named in ids:  # a special token is no text, so it is looked for by its id
             behind = ids[len(ids) - ids[::-1].index(named) :]
-            is_ended = done.finish_reason == "stop" and behind[-1:] and behind[-1] in pair.stop_ids
+            is_ended = done.finish_reason == "stop" and behind[-1:] and behind[-1] in pair.stop_ids_of(self.strategy)
             return decode_ids(tokenizer, behind[:-1] if is_ended else behind).lstrip()
         _, found, answer = done.text.rpartition(mark) if isinstance(mark, str) else ("", "", done.text)
         if not found:

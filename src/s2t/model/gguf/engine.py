@@ -20,7 +20,6 @@ from s2t.model.gguf.flops import GgufFlops
 from s2t.model.gguf.selector import GgufSelector
 from s2t.model.gguf.weights import GgufModel
 
-MAX_ROWS = 64  # well under llama.cpp's own limit of sequences
 _BESIDE = 8  # sequences for what is read beside the rows
 _ROWS_AT_FIRST = 4  # that there is room for at once; the cache grows as rows come
 
@@ -33,7 +32,7 @@ class GgufEngine(Engine):
     def __init__(self, loaded: GgufModel, max_rows: int, adapter: GgufSelector | None = None) -> None:
         self.loaded, self.adapter = loaded, adapter
         self.scope = adapter.scope if adapter is not None else ""
-        self.max_rows = max_rows = min(max_rows, MAX_ROWS)
+        self.max_rows = max_rows
         self.lengths = [0] * max_rows
         self.work = [Work() for _ in range(max_rows)]
         self.device, self.dtype = loaded.device, torch.float32

@@ -15,6 +15,8 @@ from s2t.model.merged import check_revision, local_folder, open_merged
 from s2t.model.tiny import is_embedded
 from s2t.progress import note
 
+MAX_ROWS = 64
+"""Sequences that llama.cpp writes at once here, well under its own limit."""
 _TORCH_ALONE = {"device_map": None, "quantization": None, "trust_remote_code": False, "execution": "auto"}
 
 
