@@ -31,6 +31,7 @@ ARMS = {
     "s2t-local@entropy": ("gsm8k", "s2t-local@entropy"),
     "s2t-local-paper": ("gsm8k-paper", "s2t-local"),
     "sft": ("gsm8k-sft", "greedy"),
+    "sft-on-cpu": ("gsm8k-sft-cpu", "greedy"),
     "sft-2-answers": ("gsm8k-sft2", "greedy"),
     "kd": ("gsm8k-kd", "greedy"),
     "s2t-local-on-sft": ("gsm8k-on-sft", "s2t-local"),
@@ -47,7 +48,8 @@ PAIRS = (
     *((arm, "greedy") for arm in ("self-consistency", "llm", "takeover", "s2t", *SELECTING, *DISTILLED)),
     *(("s2t-local", arm) for arm in ("self-consistency", *DISTILLED, "s2t-local-paper")),
     ("kd", "sft-2-answers"),
-    ("s2t-local-on-sft", "sft"),
+    *(("s2t-local-on-sft", arm) for arm in ("sft", "sft-on-cpu")),
+    ("sft-on-cpu", "sft"),
     ("s2t", "takeover"),
     ("svamp s2t-local", "svamp greedy"),
     ("svamp s2t-local", "svamp sft"),
@@ -144,7 +146,7 @@ def hits(document: dict[str, Any]) -> dict[str, Any]:
 
 def costs_of(document: dict[str, Any]) -> dict[str, Any]:
     """Accuracy on the task against the forwards of an answer, greedy's being 1."""
-    left_out = ("sft-2-answers", "kd", "s2t-local@entropy")  # where sft and s2t-local stand already
+    left_out = ("sft-on-cpu", "sft-2-answers", "kd", "s2t-local@entropy")  # where sft and s2t-local stand already
     inside = [arm for arm in document["arms"] if ARMS[arm][0].startswith(document["task"]) and arm not in left_out]
     own = {arm: document["arms"][arm] for arm in inside}
     paid = {

@@ -47,7 +47,7 @@ PAGES = [
     ),
     "docs/distill",
 ]
-LONG = {"docs/distill"}  # its commands are on other pages, too, but for `distill`, which tests/train tries out
+LONG = {"docs/distill", "docs/lm_eval"}  # what they run is tried out in tests/train and tests/integrations as well
 BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 NOT_RUN = ("make ", "pip install ", "tensorboard ", "s2t push ")  # setting up, which is how the tests came here
 PORT = 18_321
