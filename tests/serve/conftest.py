@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib.util
 import threading
 import time
@@ -128,7 +129,9 @@ def running(pair: Pair, **settings: Any) -> Iterator[Running]:
         yield Running(f"http://127.0.0.1:{port}", service, Reasoner(pair), server)
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(60)  # on a busy machine
+        if thread.is_alive():
+            faulthandler.dump_traceback(all_threads=True)
         assert not thread.is_alive()
 
 
