@@ -254,9 +254,8 @@ def _usable(folder: Path) -> Iterator[None]:
         raise DataError(f"{str(folder)[:200]} cannot be used: {reason}; choose another --out.") from error
 
 
-_THERE_OR_NOT = (
-    "llm_url",
-)  # other servers go on with a run; an LLM in this process lists other tokens than one on servers
+# Other servers go on with a run; an LLM in this process lists other tokens than one on servers.
+_THERE_OR_NOT = ("llm_url",)
 
 
 def _check_same_run(folder: Path, old: Any, command: str, values: dict[str, Any], ignore: tuple[str, ...]) -> None:

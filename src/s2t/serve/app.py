@@ -182,10 +182,6 @@ def _add_errors(app: FastAPI) -> None:
         message = text.get(error.status_code, "the body cannot be read as JSON")
         return JSONResponse(error_body(error.status_code, f"{message}."), error.status_code, headers=error.headers)
 
-    async def failure(request: Request, error: Exception) -> Response:
-        return JSONResponse(error_body(500, "the server failed; its log says why."), 500)
-
     app.add_exception_handler(ApiError, api_error)
     app.add_exception_handler(RequestValidationError, invalid_body)
     app.add_exception_handler(HTTPException, http_error)
-    app.add_exception_handler(Exception, failure)
