@@ -48,7 +48,7 @@ def test_without_a_share_nothing_is_held_out_and_something_is_always_trained_on(
 
 
 def test_a_reading_that_knows_the_llm_gets_all_the_weight():
-    found = held_out(LLM, SLM, LLM)
+    found = held_out(LLM * 4, SLM * 4, LLM * 4)
     assert found.best_weight(rank_combine) == 1.0
     assert found.quality(rank_combine, 1.0)["agreement"] == 1.0
     assert found.slm()["agreement"] == 0.5
@@ -63,8 +63,23 @@ def test_a_reading_that_is_noise_gets_no_weight():
 
 def test_an_overconfident_reading_is_mixed_with_the_slms_own():
     sure = [[0.001, 0.999], [0.001, 0.999], [0.001, 0.999], [0.999, 0.001]]
-    found = held_out(sure, [[0.5, 0.5], [0.8, 0.2], [0.5, 0.5], [0.8, 0.2]], LLM)
+    found = held_out(sure * 50, [[0.5, 0.5], [0.8, 0.2], [0.5, 0.5], [0.8, 0.2]] * 50, LLM * 50)
     assert 0 < found.best_weight(rank_combine) < 1
+
+
+def test_a_reading_that_is_surer_and_no_more_often_right_gets_no_weight():
+    surer = [[0.9, 0.1], [0.9, 0.1], [0.1, 0.9], [0.1, 0.9]]  # right at three of four, as the SLM's own order is
+    llm = [[0.95, 0.05], [0.95, 0.05], [0.05, 0.95], [0.95, 0.05]]
+    own = [[0.6, 0.4], [0.6, 0.4], [0.6, 0.4], [0.6, 0.4]]
+    found = held_out(surer * 50, own * 50, llm * 50)
+    assert found.quality(rank_combine, 0.5)["nll"] < found.slm()["nll"]
+    assert found.best_weight(rank_combine) == 0.0
+
+
+@pytest.mark.parametrize(("times", "weight"), [(2, 0.0), (4, 1.0)])
+def test_a_gain_that_chance_explains_gets_no_weight(times, weight):
+    found = held_out(LLM * times, SLM * times, LLM * times)  # won at every second group: p = 0.125, then 0.008
+    assert found.best_weight(rank_combine) == weight
 
 
 def test_the_threshold_fires_as_often_as_there_are_divergence_points():

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from s2t.core.losses import listwise_cross_entropy
+from s2t.core.stats import mcnemar_p_value
 from s2t.train.dataset import Trajectory
 
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+CHANCE = 0.05
 Combine = Callable[[Tensor, Tensor, float], Tensor]
 """Readings [N, K], log p_S [N, K] and the adapter's weight -> scores [N, K]."""
 
@@ -56,22 +58,33 @@ class HeldOut:
     def quality(self, combine: Combine, weight: float) -> dict[str, float]:
         """NLL (nats: cross-entropy of p_L over the candidates) and agreement with the LLM's choice, at a weight."""
         scores = combine(self.readings, self.slm_logprobs, weight)
-        agrees = scores.argmax(-1) == self.llm_probs.argmax(-1)
         return {
             "nll": float(listwise_cross_entropy(scores, self.llm_probs)),
-            "agreement": float(agrees.float().mean()),
+            "agreement": float(self._agrees(scores).float().mean()),
         }
+
+    def _agrees(self, scores: Tensor) -> Tensor:
+        return scores.argmax(-1) == self.llm_probs.argmax(-1)  # [N]
 
     def slm(self) -> dict[str, float]:
         """The same of the SLM's own order."""
         return self.quality(lambda _, logprobs, weight: logprobs, 0.0)
 
     def best_weight(self, combine: Combine) -> float:
-        """The weight of least NLL among those that agree with the LLM more often than the SLM does; 0 where there is none."""
-        slm = self.slm()
-        found = {weight: self.quality(combine, weight) for weight in WEIGHTS[1:]}
-        better = [w for w, q in found.items() if q["agreement"] > slm["agreement"] and q["nll"] < slm["nll"]]
-        return min(better, key=lambda w: found[w]["nll"], default=0.0)
+        """The weight of least NLL among those that do better than the SLM's own order; 0 where there is none.
+
+        Better is a lower NLL, and agreeing with the LLM more often by more than chance explains (McNemar's p below `CHANCE`):
+        a selector that is only surer than the SLM, and no more often right, does harm.
+        """
+        slm, own = self.slm(), self._agrees(self.slm_logprobs)
+        better = {}
+        for weight in WEIGHTS[1:]:
+            agrees = self._agrees(combine(self.readings, self.slm_logprobs, weight))
+            wins, losses = int((agrees & ~own).sum()), int((own & ~agrees).sum())
+            nll = self.quality(combine, weight)["nll"]
+            if wins > losses and mcnemar_p_value(wins, losses) < CHANCE and nll < slm["nll"]:
+                better[weight] = nll
+        return min(better, key=better.__getitem__, default=0.0)
 
     def threshold(self) -> float:
         """The criticality that as many steps pass as are divergence points."""
