@@ -2,9 +2,10 @@
 
     python benchmarks/real_pair.py runs/qwen2.5-coder      # -> docs/results/real-pair.json, docs/images/real_pair.png
 
-An arm that was run alone (`s2t eval --out runs/qwen2.5-coder/ARM`) is read from the folder of its name. Arms and tasks whose
-folders are not there, or not finished, are named and left out. Accuracies have Wilson's 95 % intervals; two arms are compared
-on the problems that both have.
+Beside them docs/results/real-pair-questions.csv: which arm is right at which question (1, 0, or empty where it was not
+asked). An arm that was run alone (`s2t eval --out runs/qwen2.5-coder/ARM`) is read from the folder of its name. Arms and tasks
+whose folders are not there, or not finished, are named and left out. Accuracies have Wilson's 95 % intervals; two arms are
+compared on the problems that both have. s2t's point in the picture is real-pair-earlier.json's, which drafted.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from s2t.core.stats import paired_comparison, wilson_interval
-from s2t.files import read_json, read_jsonl, write_bytes, write_json
+from s2t.files import read_json, read_jsonl, write_bytes, write_json, write_text
 from s2t.report.chart import draw_charts
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -24,15 +25,15 @@ WEIGHTS = "bfloat16, dequantised from Q4_K_M GGUF files"
 ARMS = {
     "greedy": ("gsm8k", "greedy"),
     "self-consistency": ("gsm8k-votes", "self-consistency"),
-    "llm": ("gsm8k-with-llm", "llm"),
+    "llm": ("gsm8k-llm", "llm"),
     "takeover": ("gsm8k-with-llm", "takeover"),
     "s2t": ("gsm8k-with-llm", "s2t"),
     "s2t-local": ("gsm8k", "s2t-local"),
     "s2t-local@entropy": ("gsm8k", "s2t-local@entropy"),
+    "s2t-local-stream": ("gsm8k-stream", "s2t-local"),
     "s2t-local-paper": ("gsm8k-paper", "s2t-local"),
+    "s2t-local-paper@weight-0": ("gsm8k-paper-weight-0", "s2t-local"),
     "sft": ("gsm8k-sft", "greedy"),
-    "sft-on-cpu": ("gsm8k-sft-cpu", "greedy"),
-    "sft-2-answers": ("gsm8k-sft2", "greedy"),
     "kd": ("gsm8k-kd", "greedy"),
     "s2t-local-on-sft": ("gsm8k-on-sft", "s2t-local"),
     "svamp greedy": ("svamp", "greedy"),
@@ -42,19 +43,20 @@ ARMS = {
     "humaneval s2t-local": ("humaneval", "s2t-local"),
     "humaneval sft": ("humaneval-sft", "greedy"),
 }
-DISTILLED = ("sft", "sft-2-answers", "kd")
-SELECTING = ("s2t-local", "s2t-local@entropy", "s2t-local-paper", "s2t-local-on-sft")
+TRAINED = ("train", "train-stream", "train-paper", "train-on-sft", "sft", "kd")
+"""Stages that train; what they say of themselves is kept."""
+DISTILLED = ("sft", "kd")
+TRANSFER = (("s2t-local", "greedy"), ("sft", "greedy"), ("s2t-local", "sft"))
+SELECTING = ("s2t-local", *(arm for arm in ARMS if arm.startswith("s2t-local") and arm != "s2t-local"))
 PAIRS = (
     *((arm, "greedy") for arm in ("self-consistency", "llm", "takeover", "s2t", *SELECTING, *DISTILLED)),
     *(("s2t-local", arm) for arm in ("self-consistency", *DISTILLED, "s2t-local-paper")),
-    ("kd", "sft-2-answers"),
-    *(("s2t-local-on-sft", arm) for arm in ("sft", "sft-on-cpu")),
-    ("sft-on-cpu", "sft"),
+    *(("s2t-local-stream", arm) for arm in ("s2t-local", "self-consistency", *DISTILLED)),
+    ("kd", "sft"),
+    ("s2t-local-on-sft", "sft"),
     ("s2t", "takeover"),
-    ("svamp s2t-local", "svamp greedy"),
-    ("svamp s2t-local", "svamp sft"),
-    ("humaneval s2t-local", "humaneval greedy"),
-    ("humaneval s2t-local", "humaneval sft"),
+    ("s2t", "llm"),
+    *((f"{task} {left}", f"{task} {right}") for task in ("svamp", "humaneval") for left, right in TRANSFER),
 )
 LLM_COST = 3.1
 """Parameters of the LLM over those of the SLM: what a forward of it counts in the picture."""
@@ -74,8 +76,10 @@ def main() -> None:
         "arms": {arm: describe(found, runs, arm) for arm, found in rows.items()},
         "paired": {f"{left} vs {right}": compare(rows[left], rows[right]) for left, right in known(PAIRS, rows)},
         "sufficiency": {read_json(path)["task"]: sufficiency(path) for path in measured(runs)},
+        "training": {name: read_json(found) for name in TRAINED for found in trained(runs / name)},
     }
     write_json(DOCS / "results" / "real-pair.json", document)
+    write_text(DOCS / "results" / "real-pair-questions.csv", questions(rows))
     write_bytes(DOCS / "images" / "real_pair.png", draw_charts([hits(document), costs_of(document)]))
     print(table(document))
 
@@ -91,6 +95,20 @@ def read_rows(run: Path, strategy: str) -> dict[str, dict[str, Any]]:
     if not (run / "summary.json").exists():
         return {}
     return {row["problem_id"]: row for row in read_jsonl(run / "results.jsonl") if row["strategy"] == strategy}
+
+
+def trained(run: Path) -> list[Path]:
+    return [path for name in ("train.json", "distill.json") if (path := run / name).exists()]
+
+
+def questions(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """A line per question, a column per arm."""
+    names = dict.fromkeys(name for found in rows.values() for name in found)
+    lines = [
+        ",".join([name, *(str(int(found[name]["is_correct"])) if name in found else "" for found in rows.values())])
+        for name in names
+    ]
+    return "\n".join([",".join(["question", *rows]), *lines]) + "\n"
 
 
 def describe(rows: dict[str, dict[str, Any]], runs: Path, arm: str) -> dict[str, Any]:
@@ -146,9 +164,10 @@ def hits(document: dict[str, Any]) -> dict[str, Any]:
 
 def costs_of(document: dict[str, Any]) -> dict[str, Any]:
     """Accuracy on the task against the forwards of an answer, greedy's being 1."""
-    left_out = ("sft-on-cpu", "sft-2-answers", "kd", "s2t-local@entropy")  # where sft and s2t-local stand already
+    left_out = ("s2t", "takeover", "s2t-local@entropy", "s2t-local-paper@weight-0", "s2t-local-on-sft")
     inside = [arm for arm in document["arms"] if ARMS[arm][0].startswith(document["task"]) and arm not in left_out]
     own = {arm: document["arms"][arm] for arm in inside}
+    own["s2t, drafted"] = read_json(DOCS / "results" / "real-pair-earlier.json")["arms"]["s2t"]
     paid = {
         arm: (one["slm_forwards"] + LLM_COST * one["llm_forwards"]) / one["num_problems"] for arm, one in own.items()
     }

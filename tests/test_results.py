@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import runpy
 from pathlib import Path
 
@@ -30,6 +31,49 @@ def test_every_arm_of_the_real_pair_stands_on_the_page_as_in_its_file():
     for name in ("self-consistency vs greedy", "s2t-local vs greedy", "llm vs greedy"):
         pair = document["paired"][name]
         assert f"| {100 * pair['difference']:+.1f} ({interval(pair['ci95'])}) |" in PAGE, name
+
+
+def test_every_arm_of_the_real_pair_follows_from_its_questions():
+    document = read_json(DOCS / "results" / "real-pair.json")
+    with open(DOCS / "results" / "real-pair-questions.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    marks = {arm: {row["question"]: int(row[arm]) for row in rows if row[arm]} for arm in document["arms"]}
+    for arm, found in document["arms"].items():
+        assert (len(marks[arm]), sum(marks[arm].values()) / len(marks[arm])) == (
+            found["num_problems"],
+            found["accuracy"],
+        )
+    for name, pair in document["paired"].items():
+        left, right = (marks[arm] for arm in name.split(" vs "))
+        gains = [left[question] - right[question] for question in left if question in right]
+        assert [len(gains), gains.count(1), gains.count(-1)] == [
+            pair[key] for key in ("num_problems", "wins", "losses")
+        ]
+
+
+def test_what_the_real_pairs_trainings_say_stands_on_the_page_as_in_its_file():
+    trained = read_json(DOCS / "results" / "real-pair.json")["training"]
+    [step, stream, paper, on_sft] = (
+        trained[f"train{name}"]["held_out"] for name in ("", "-stream", "-paper", "-on-sft")
+    )
+    slm, own = step["slm"], (stream["adapter"], step["adapter"], step["slm"])
+    rates, losses = zip(*((percent(found["agreement"]), f"{found['nll']:.3f}") for found in own), strict=True)
+    assert f"{rates[0]} %, where scope `step` has {rates[1]} and the SLM {rates[2]} (NLL {', '.join(losses)})" in PAGE
+    assert f"{percent(on_sft['adapter']['agreement'])} against {percent(on_sft['slm']['agreement'])} % here" in PAGE
+    at, by_itself = percent(paper["adapter"]["agreement"]), percent(paper["slm"]["agreement"])
+    assert f"at {at} % of the held-out groups, the SLM's own order at {by_itself}" in PAGE
+    assert (on_sft["adapter_weight"], paper["adapter_weight"], step["adapter_weight"]) == (0, 0, 0.75)
+    assert slm["agreement"] < step["chosen"]["agreement"]
+
+
+def test_what_the_page_says_of_the_earlier_run_is_what_its_file_says():
+    arms = read_json(DOCS / "results" / "real-pair-earlier.json")["arms"]
+    local = arms["s2t-local"]
+    assert f"{percent(local['accuracy'])} % ({interval(local['ci95'])}) on an H100" in PAGE
+    drafted = [arms[name] for name in ("s2t", "takeover")]
+    rates = [f"{one['llm_forwards'] / one['slm_tokens']:.2f}" for one in drafted]
+    values = [percent(one["accuracy"]) for one in drafted]
+    assert f"{values[0]} and {values[1]} %, at {rates[0]} and {rates[1]} LLM forwards" in PAGE
 
 
 def test_local_sufficiency_of_the_real_pair_stands_on_the_page_as_in_its_file():

@@ -137,3 +137,14 @@ def test_an_adapter_that_is_no_better_than_the_slm_gets_weight_0(new_adapter, ne
     config = trainer.adapter_config(trainer.summary())
     assert config.adapter_weight == 0.0
     assert 0 < config.thresholds["criticality"] < 1
+
+
+@pytest.mark.parametrize(("scope", "is_zero"), [("always", True), ("step", False)])
+def test_a_lora_that_would_change_the_lm_is_zero_where_it_earned_no_weight(scope, is_zero, new_adapter, new_trainer):
+    trainer = new_trainer(new_adapter(scope, is_fresh=True), heldout_problems=0.5, max_steps=2, learning_rate=0.1)
+    trainer.fit()
+    config = replace(trainer.adapter.config, adapter_weight=0.0)
+    last = {name: value for name, value in trainer.weights_to_save(config).items() if "lora_B" in name}
+    assert last and all(bool((value == 0).all()) == is_zero for value in last.values())
+    earned = trainer.weights_to_save(replace(config, adapter_weight=0.5))
+    assert any(bool((value != 0).any()) for name, value in earned.items() if "lora_B" in name)

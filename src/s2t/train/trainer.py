@@ -59,13 +59,14 @@ def _train(config: TrainConfig, processes: Processes) -> dict[str, Any]:
     adapter = SelectorAdapter(loaded, _adapter_config(config, data, loaded))
     trainer = Trainer(config, data, adapter, run, processes)
     trainer.fit()
-    result, weights = trainer.summary(), trainer.full_parameters()
+    result = trainer.summary()
+    adapter.config = trainer.adapter_config(result)
+    weights = trainer.weights_to_save(adapter.config)
     if not processes.is_first:
         return result
     problems = {t.problem_id.rsplit("-", 1)[-1] for t in data.trajectories} | selector_problems(
         None, config.slm, config.revision
     )
-    adapter.config = trainer.adapter_config(result)
     adapter.save(run.file("adapter"), tuple(problems), result, weights)
     write_json(run.file("train.json"), result)
     run.finish()
@@ -278,6 +279,13 @@ class Trainer(Fit):
             thresholds={"criticality": result["criticality_threshold"]},
             adapter_weight=1.0 if held_out is None else held_out["adapter_weight"],
         )
+
+    def weights_to_save(self, config: AdapterConfig) -> dict[str, Tensor]:
+        """All that is trained; under scope `always` a LoRA that earned no weight is zero, since it would change the LM itself."""
+        weights = self.full_parameters()
+        if config.scope != "always" or config.adapter_weight != 0:
+            return weights
+        return {name: torch.zeros_like(value) if "lora_B" in name else value for name, value in weights.items()}
 
     def summary(self) -> dict[str, Any]:
         """Counts, losses at both ends of the run, what the held-out groups say, and how often the adapter triggers."""
