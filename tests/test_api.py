@@ -60,7 +60,8 @@ def local(adapter_folder):
 
 def settings_of(name):
     """Settings under which a strategy has everything it needs on the embedded pair."""
-    return {**SHORT, **({"threshold": 0.5} if takes_threshold(name) else {}), "num_samples": 3}
+    own = {"threshold": 0.5} if takes_threshold(name) else {}
+    return {**SHORT, **own, **({"num_samples": 3} if name in MANY_SAMPLES else {})}
 
 
 def takes_threshold(name):
@@ -447,7 +448,9 @@ def test_the_module_functions_load_and_answer(reasoner):
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_the_command_line_prints_what_the_interface_answers(name, reasoner, local, adapter_folder, capsys):
-    words = ["--llm", "tiny:llm", "--strategy", name, "--max-new-tokens", "16", "--num-samples", "3"]
+    words = ["--llm", "tiny:llm", "--strategy", name, "--max-new-tokens", "16"]
+    if name in MANY_SAMPLES:
+        words += ["--num-samples", "3"]
     if takes_threshold(name):
         words += ["--threshold", "0.5"]
     if name == "s2t-local":

@@ -15,6 +15,8 @@ REFUSED = {
     "top_p": ["generate", "Hi", "--strategy", "llm", "--llm", "tiny:llm", "--top-p", "0.9"],
     "top_k": ["chat", "--strategy", "greedy", "--top-k", "5"],
     "min_p": ["eval", "--strategies", "greedy", "--min-p", "0.1"],
+    "num_samples": ["generate", "Hi", "--strategy", "sample", "--num-samples", "3"],
+    "threshold": ["eval", "--strategies", "greedy,self-consistency", "--threshold", "0.5"],
     "temperature  ": ["collect", "--temperature", "0.5", "--threshold", "1"],
     "adapter": ["collect", "--adapter", "runs/x", "--threshold", "1"],
     "kd_temperature": ["distill", "--kd-temperature", "2"],

@@ -14,7 +14,7 @@ from s2t.config.checks import (
     read_variables,
     require,
 )
-from s2t.config.methods import SAMPLED, TRIGGERS
+from s2t.config.methods import MANY_SAMPLES, SAMPLED, STRATEGIES, TRIGGERS, unit_of
 
 READOUTS = {"rank": ("step", "stream"), "bins": ("candidates", "always", "stream")}
 """How the selector reads candidates -> the scopes its LoRA may have, the default first."""
@@ -32,8 +32,12 @@ DIVERGENCES = ("llm-slm", "slm-llm", "js", "released-code")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 DISTILLATIONS = ("sft", "kd", "on-policy-kd")
 
-READERS: Readers = dict.fromkeys(("temperature", "top_p", "top_k", "min_p"), SAMPLED)
-"""Which strategies read the settings that say how tokens are drawn; with others they would look as if they did something."""
+READERS: Readers = {
+    **dict.fromkeys(("temperature", "top_p", "top_k", "min_p"), SAMPLED),
+    "num_samples": MANY_SAMPLES,
+    "threshold": tuple(name for name in STRATEGIES if unit_of(name) is not None),
+}
+"""Which strategies read a setting that not all of them do; with the others it would look as if it did something."""
 
 
 @dataclass(frozen=True)
