@@ -502,6 +502,37 @@ def test_a_lost_shard_alone_is_made_again(chain, tmp_path):
     assert list(read_groups(tmp_path / "collect")) == list(read_groups(chain.path("collect")))
 
 
+def test_a_paper_adapter_that_earned_no_weight_writes_what_the_base_writes(chain, tmp_path, capsys):
+    """Under scope `always` the LoRA is on every token; one that a handful of groups cannot speak for must not change the LM."""
+    config = TrainConfig(
+        groups=str(chain.path("collect")),
+        out=str(tmp_path / "train"),
+        readout="bins",
+        adapter_scope="always",
+        max_steps=3,
+        learning_rate=0.1,
+        lora_rank=2,
+        batch_groups=20,
+        heldout_problems=0.5,
+    )
+    assert train(config)["held_out"]["adapter_weight"] == 0
+    assert "It was given weight 0" in capsys.readouterr().err
+    found = evaluate(
+        replace(
+            chain.configs["eval"],
+            out=str(tmp_path / "eval"),
+            adapter=f"{config.out}/adapter",
+            strategies="greedy,s2t-local",
+            threshold=0.0,
+        )
+    )
+    assert found["strategies"]["s2t-local"]["trigger_rate"] == pytest.approx(1, abs=0.2)
+    texts: dict[str, list[str]] = {"greedy": [], "s2t-local": []}
+    for row in read_jsonl(tmp_path / "eval" / "results.jsonl"):
+        texts[row["strategy"]].append(row["text"])
+    assert texts["greedy"] == texts["s2t-local"]
+
+
 RESUMED = {
     "measure": (measure, MeasureConfig, {}),
     "collect": (collect, CollectConfig, {"threshold": 0.05}),

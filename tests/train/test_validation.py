@@ -18,13 +18,16 @@ def rank_combine(readings, logprobs, weight):
     return score(readings, logprobs, weight, 1 - weight)
 
 
-def held_out(readings, logprobs, probs, criticality=(0.9, 0.2, 0.1, 0.6), is_critical=(True, False, False, False)):
+def held_out(
+    readings, logprobs, probs, criticality=(0.9, 0.2, 0.1, 0.6), is_critical=(True, False, False, False), problems=None
+):
     return HeldOut(
         torch.tensor(readings).log(),
         torch.tensor(logprobs).log(),
         torch.tensor(probs),
         np.array(criticality, dtype=np.float32),
         np.array(is_critical),
+        np.array([f"problem {i}" for i in range(len(readings))]) if problems is None else np.array(problems),
     )
 
 
@@ -88,6 +91,14 @@ def test_the_threshold_fires_as_often_as_there_are_divergence_points():
     assert found.average_precision() == 1.0
     alike = held_out(LLM, SLM, LLM, is_critical=(False,) * 4)
     assert alike.average_precision() is None
+
+
+def test_groups_of_one_problem_are_one_witness():
+    parts = (LLM * 50, SLM * 50, LLM * 50)
+    assert held_out(*parts).best_weight(rank_combine) == 1.0
+    assert (
+        held_out(*parts, problems=[f"{i % 5}" for i in range(200)]).best_weight(rank_combine) == 0.0
+    )  # 5 of 5: p = 0.0625
 
 
 @pytest.mark.parametrize("scope", ["step", "rank-stream", "candidates"])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from s2t.core.losses import listwise_cross_entropy
-from s2t.core.stats import mcnemar_p_value
+from s2t.core.stats import sign_flip_p_value
 from s2t.train.dataset import Trajectory
 
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -54,6 +54,7 @@ class HeldOut:
     llm_probs: Tensor  # [N, K]
     criticality: np.ndarray  # [M]
     is_critical: np.ndarray  # [M] bool
+    problems: np.ndarray  # [N] str, whose group each is
 
     def quality(self, combine: Combine, weight: float) -> dict[str, float]:
         """NLL (nats: cross-entropy of p_L over the candidates) and agreement with the LLM's choice, at a weight."""
@@ -73,18 +74,27 @@ class HeldOut:
     def best_weight(self, combine: Combine) -> float:
         """The weight of least NLL among those that do better than the SLM's own order; 0 where there is none.
 
-        Better is a lower NLL, and agreeing with the LLM more often by more than chance explains (McNemar's p below `CHANCE`):
-        a selector that is only surer than the SLM, and no more often right, does harm.
+        Better is a lower NLL, and agreeing with the LLM more often by more than chance explains: signs of the problems' gains
+        are flipped, since groups of one problem are alike, and p has to be below `CHANCE`. A selector that is only surer than the
+        SLM, and no more often right, does harm.
         """
-        slm, own = self.slm(), self._agrees(self.slm_logprobs)
-        better = {}
-        for weight in WEIGHTS[1:]:
-            agrees = self._agrees(combine(self.readings, self.slm_logprobs, weight))
-            wins, losses = int((agrees & ~own).sum()), int((own & ~agrees).sum())
-            nll = self.quality(combine, weight)["nll"]
-            if wins > losses and mcnemar_p_value(wins, losses) < CHANCE and nll < slm["nll"]:
-                better[weight] = nll
-        return min(better, key=better.__getitem__, default=0.0)
+        found = {weight: self.quality(combine, weight) for weight in WEIGHTS[1:]}
+        slm = self.slm()
+        better = [
+            weight
+            for weight, one in found.items()
+            if one["nll"] < slm["nll"]
+            and one["agreement"] > slm["agreement"]
+            and sign_flip_p_value(self._gains(combine, weight)) < CHANCE
+        ]
+        return min(better, key=lambda weight: found[weight]["nll"], default=0.0)
+
+    def _gains(self, combine: Combine, weight: float) -> np.ndarray:
+        """Of how many more groups than the SLM's own order a weight takes the LLM's choice, by problem."""
+        scores = combine(self.readings, self.slm_logprobs, weight)
+        gains = self._agrees(scores).int() - self._agrees(self.slm_logprobs).int()  # [N]
+        _, place = np.unique(self.problems, return_inverse=True)
+        return np.bincount(place, gains.cpu().numpy())
 
     def threshold(self) -> float:
         """The criticality that as many steps pass as are divergence points."""
@@ -120,4 +130,5 @@ class HeldOut:
             torch.cat([part.llm_probs for part in parts]),
             np.concatenate([part.criticality for part in parts]),
             np.concatenate([part.is_critical for part in parts]),
+            np.concatenate([part.problems for part in parts]),
         )
