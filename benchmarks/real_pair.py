@@ -2,10 +2,11 @@
 
     python benchmarks/real_pair.py runs/qwen2.5-coder      # -> docs/results/real-pair.json, docs/images/real_pair.png
 
-Beside them docs/results/real-pair-questions.csv: which arm is right at which question (1, 0, or empty where it was not
-asked). An arm that was run alone (`s2t eval --out runs/qwen2.5-coder/ARM`) is read from the folder of its name. Arms and tasks
-whose folders are not there, or not finished, are named and left out. Accuracies have Wilson's 95 % intervals; two arms are
-compared on the problems that both have. s2t's point in the picture is real-pair-earlier.json's, which drafted.
+Beside them docs/results/real-pair-questions.csv, which arm is right at which question (1, 0, or empty where it was not
+asked), and real-pair-summaries.json, the summary of every run. An arm that was run alone
+(`s2t eval --out runs/qwen2.5-coder/ARM`) is read from the folder of its name. Arms and tasks whose folders are not there, or
+not finished, are named and left out. Accuracies have Wilson's 95 % intervals; two arms are compared on the problems that both
+have. s2t's point in the picture is real-pair-earlier.json's, which drafted, unless the run itself did.
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ def main() -> None:
         "training": {name: read_json(found) for name in TRAINED for found in trained(runs / name)},
     }
     write_json(DOCS / "results" / "real-pair.json", document)
+    write_json(DOCS / "results" / "real-pair-summaries.json", summaries(runs, rows))
     write_text(DOCS / "results" / "real-pair-questions.csv", questions(rows))
     write_bytes(DOCS / "images" / "real_pair.png", draw_charts([hits(document), costs_of(document)]))
     print(table(document))
@@ -99,6 +101,12 @@ def read_rows(run: Path, strategy: str) -> dict[str, dict[str, Any]]:
 
 def trained(run: Path) -> list[Path]:
     return [path for name in ("train.json", "distill.json") if (path := run / name).exists()]
+
+
+def summaries(runs: Path, arms: Any) -> dict[str, Any]:
+    """What each run said of itself, but for where its models lay."""
+    found = {run.name: read_json(run / "summary.json") for run in sorted({folder(runs, arm) for arm in arms})}
+    return {name: {key: value for key, value in one.items() if key != "pair"} for name, one in found.items()}
 
 
 def questions(rows: dict[str, dict[str, dict[str, Any]]]) -> str:

@@ -56,6 +56,9 @@ def test_every_arm_of_the_real_pair_follows_from_its_questions():
             found["num_problems"],
             found["accuracy"],
         )
+    runs = [run["strategies"] for run in read_json(DOCS / "results" / "real-pair-summaries.json").values()]
+    said = [one["accuracy"] for strategies in runs for one in strategies.values() if "accuracy" in one]
+    assert len(said) >= 17 and {*said} <= {found["accuracy"] for found in document["arms"].values()}
     for name, pair in document["paired"].items():
         left, right = (marks[arm] for arm in name.split(" vs "))
         gains = [left[question] - right[question] for question in left if question in right]
