@@ -30,7 +30,10 @@ class CollectBench:
         self.groups: dict[str, list[tuple[int, int, tuple[int, ...]]]] = {}
         self.threshold = 0.0
         warm = self._by_prefill(self.requests[:64])
-        self.threshold, _ = threshold_at(np.concatenate([found for found, _ in warm]), 1 - config.rates[-1])
+        values = np.concatenate([found for found, _ in warm])
+        reading, _ = threshold_at(values, 1 - config.rates[-1])
+        # between two readings: the two ways round differently, and a step at the threshold itself would be a group of one alone
+        self.threshold = (reading + values[values > reading].min(initial=reading + 1)) / 2
 
     def contestants(self) -> dict[str, Contestant]:
         """Name -> what runs it once."""
