@@ -87,7 +87,7 @@ def test_what_is_written_is_distributed_as_the_llms_own_samples(slm, llm, strate
     assert statistic_is_small({t: seconds.count(t) for t in set(seconds)}, behind, len(seconds), chi2)
 
 
-@pytest.mark.parametrize("problem", [0, 1, 2])
+@pytest.mark.parametrize("problem", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 2))])
 def test_on_a_real_vocabulary_samples_are_the_llms_too(problem, tiny_slm, tiny_llm):
     """Of the embedded pair, in contexts where both are undecided: the first token of 4,000 drafts, at temperature 1.5."""
     from scipy.stats import chi2
