@@ -48,7 +48,7 @@ TRAINED = ("train", "train-stream", "train-paper", "train-on-sft", "sft", "kd")
 """Stages that train; what they say of themselves is kept."""
 DISTILLED = ("sft", "kd")
 TRANSFER = (("s2t-local", "greedy"), ("sft", "greedy"), ("s2t-local", "sft"))
-SELECTING = ("s2t-local", *(arm for arm in ARMS if arm.startswith("s2t-local") and arm != "s2t-local"))
+SELECTING = tuple(arm for arm in ARMS if arm.startswith("s2t-local"))
 PAIRS = (
     *((arm, "greedy") for arm in ("self-consistency", "llm", "takeover", "s2t", *SELECTING, *DISTILLED)),
     *(("s2t-local", arm) for arm in ("self-consistency", *DISTILLED, "s2t-local-paper")),
@@ -175,9 +175,7 @@ def costs_of(document: dict[str, Any]) -> dict[str, Any]:
     left_out = ("takeover", "s2t-local@entropy", "s2t-local-paper@weight-0", "s2t-local-on-sft")  # others stand there
     inside = [arm for arm in document["arms"] if ARMS[arm][0].startswith(document["task"]) and arm not in left_out]
     own = {arm: document["arms"][arm] for arm in inside}
-    if (
-        "s2t" in own and own["s2t"]["llm_forwards"] >= own["s2t"]["slm_tokens"]
-    ):  # undrafted: an earlier run's point instead
+    if "s2t" in own and own["s2t"]["llm_forwards"] >= own["s2t"]["slm_tokens"]:  # undrafted: an earlier run's point
         del own["s2t"]
         own["s2t, drafted"] = read_json(DOCS / "results" / "real-pair-earlier.json")["arms"]["s2t"]
     paid = {

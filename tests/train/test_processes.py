@@ -336,5 +336,7 @@ def test_parts_of_a_batch_add_up_to_its_losses_and_gradients(scope, count, data,
     for name, value in whole.items():
         torch.testing.assert_close(torch.stack([part[name] for part in parts]).sum(), value, rtol=1e-5, atol=1e-6)
     for value, *shares in zip(gradients, *part_gradients, strict=True):
-        torch.testing.assert_close(torch.stack(shares).sum(0), value, rtol=1e-4, atol=1e-5)
+        assert (
+            torch.stack(shares).sum(0) - value
+        ).norm() <= 1e-5 * value.norm()  # of the whole: entries near 0 only round
     assert len({float(part["ce"].detach()) for part in parts}) > 1
