@@ -18,8 +18,7 @@ import numpy as np
 import torch
 
 from s2t.config import TrainConfig
-from s2t.core.candidates import propose
-from s2t.core.support import entropy, in_parts
+from s2t.core.support import entropy, in_parts, propose
 from s2t.files import load_run, write_json
 from s2t.model.adapter import SelectorAdapter, load_adapter
 from s2t.model.load import load_model

@@ -30,8 +30,8 @@ from s2t.model.adapter import (
     read_adapter_config,
 )
 from s2t.model.card import EVAL_FILE, accuracy_section, measured
-from s2t.model.head import Head
-from s2t.model.load import LoadedModel, load_model, quiet
+from s2t.model.load import load_model, quiet
+from s2t.model.loaded import Head, LoadedModel
 from s2t.model.merged import (
     ADAPTER_FOLDER,
     CONFIG_FILE,

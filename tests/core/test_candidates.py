@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from s2t.core.candidates import best_ids, logprobs_at, mask_forbidden, propose
+from s2t.core.support import best_ids, logprobs_at, mask_forbidden, propose
 from s2t.errors import ConfigError
 
 logit_rows = st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=30)

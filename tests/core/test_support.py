@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from s2t.config import DIVERGENCES
-from s2t.core.candidates import logprobs_at, propose
 from s2t.core.stats import hit_rate_curve
 from s2t.core.support import (
     Distribution,
@@ -20,6 +19,8 @@ from s2t.core.support import (
     divergence,
     entropy,
     kl_divergence,
+    logprobs_at,
+    propose,
     rank_among,
     rank_of,
     resolve_support,

@@ -28,7 +28,8 @@ from s2t.methods import relay, steps
 from s2t.methods.strategies import Strategy, build_strategy
 from s2t.model.adapter import AdapterConfig, SelectorAdapter
 from s2t.model.forecast import ForecastConfig, ForecastHead, save_forecast
-from s2t.model.load import LoadedModel, wrap_model
+from s2t.model.load import wrap_model
+from s2t.model.loaded import LoadedModel
 from s2t.model.router import Router, RouterConfig, save_router
 
 

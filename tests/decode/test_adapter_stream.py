@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from s2t.core.candidates import propose
+from s2t.core.support import propose
 from s2t.decode.loop import Decoder, Request
 from s2t.model.engine import Engine
 

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from s2t.core.candidates import mask_forbidden
-from s2t.core.support import align_vocabulary, divergence, entropy, rank_of
+from s2t.core.support import align_vocabulary, divergence, entropy, mask_forbidden, rank_of
 from s2t.decode import label as label_module
 from s2t.decode.label import Labels, label
 

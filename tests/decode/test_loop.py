@@ -7,8 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from s2t.config import METHODS
-from s2t.decode.draft import DraftLength
-from s2t.decode.loop import Decoder, Request
+from s2t.decode.loop import Decoder, DraftLength, Request
 from s2t.decode.pair import Pair
 from s2t.errors import ConfigError
 from s2t.model.engine import Engine

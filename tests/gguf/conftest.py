@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from s2t.model.adapter import AdapterConfig, SelectorAdapter
-from s2t.model.load import LoadedModel, load_model
+from s2t.model.load import load_model
+from s2t.model.loaded import LoadedModel
 
 _SETTINGS: dict[str, Any] = {
     "head_size": 8,

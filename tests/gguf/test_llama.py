@@ -16,7 +16,7 @@ from s2t.methods.strategies import build_strategy
 from s2t.model.engine import Engine
 from s2t.model.gguf import library
 from s2t.model.gguf.file import read_header
-from s2t.model.gguf.opening import open_engine, open_model, open_selector
+from s2t.model.gguf.opening import open_model, open_selector
 from s2t.model.load import load_model
 from s2t.tasks.problems import load_task
 
@@ -47,7 +47,7 @@ def opened(gguf_file):
 def both(opened, model):
     """An engine of llama.cpp and one of torch with the same weights."""
     loaded = load_model(model) if isinstance(model, str) else model
-    return open_engine(opened(model)[0], 4), Engine(loaded, 4, execution="eager")
+    return opened(model)[0].open_engine(4), Engine(loaded, 4, execution="eager")
 
 
 def assert_same(llama, own, states, expected):
@@ -90,7 +90,7 @@ def test_candidates_equal_one_forward_each(opened):
     candidates = torch.arange(30, 50)[None]
     tree = llama.branch([0], candidates)[0]
     for token, state in zip(candidates[0].tolist(), tree, strict=True):
-        other = open_engine(llama.loaded, 1)
+        other = llama.loaded.open_engine(1)
         torch.testing.assert_close(state, other.extend([0], [[2, 50, 60, 70, token]])[0], rtol=1e-3, atol=1e-3)
 
 
@@ -162,7 +162,7 @@ def test_an_adapter_that_learned_nothing_is_greedy(opened, save_adapter):
 
 def test_reading_under_the_adapter_leaves_the_base_as_it_was(opened, save_adapter):
     slm, selector = opened("tiny:slm", save_adapter())
-    plain, adapted = open_engine(slm, 1), open_engine(slm, 1, selector)
+    plain, adapted = slm.open_engine(1), slm.open_engine(1, selector)
     states = []
     for engine in (plain, adapted):
         engine.extend([0], [[2, 50, 60, 70]])

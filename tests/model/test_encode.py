@@ -11,8 +11,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from s2t.errors import ModelError
-from s2t.model.chat import prompt_ids
-from s2t.model.encode import encode
+from s2t.model.chat import encode, prompt_ids
 from s2t.model.reserved import choose_reserved_ids, spare_tokens_in
 
 CORPUS = ["the cat sat on the mat", "a reserved special token 5 unused 7 control 12", "one two three <|>[]_ 0123456789"]

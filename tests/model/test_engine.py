@@ -8,9 +8,9 @@ from transformers import Qwen2Config
 
 from s2t.errors import ModelError
 from s2t.model import engine as engines
-from s2t.model.cache import GROWTH, check_cacheable
 from s2t.model.engine import Engine
 from s2t.model.load import wrap_model
+from s2t.model.slots import GROWTH, check_cacheable
 
 FAMILIES = ("qwen2", "llama", "gemma", "gemma2-eager", "mistral", "qwen2-sliding")
 every_family = pytest.mark.parametrize("family", FAMILIES)

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from s2t.errors import ConfigError, ModelError
 from s2t.model import load
 from s2t.model.adapter import AdapterConfig, SelectorAdapter
-from s2t.model.load import check_on_one_device, fingerprint, load_model, pick_device, wrap_model
+from s2t.model.load import check_on_one_device, load_model, pick_device, wrap_model
+from s2t.model.loaded import fingerprint
 
 IDS = torch.tensor([[5, 6, 7, 200, 31]])
 

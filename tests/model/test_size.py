@@ -9,8 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from s2t.errors import ModelError
-from s2t.model.chat import prompt_ids
-from s2t.model.encode import encode
+from s2t.model.chat import encode, prompt_ids
 from s2t.model.load import load_model
 from s2t.model.size import TooLong, check_size, least_tokens
 

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from s2t.config import TrainConfig
 from s2t.files import RunFolder
 from s2t.model.adapter import AdapterConfig, SelectorAdapter
-from s2t.model.load import LoadedModel, wrap_model
+from s2t.model.load import wrap_model
+from s2t.model.loaded import LoadedModel
 from s2t.train.dataset import GroupData, Trajectory
 from s2t.train.trainer import Trainer
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from s2t.core.candidates import propose
+from s2t.core.support import propose
 from s2t.model.engine import Engine
 from s2t.train.dataset import make_batch
 from s2t.train.forward import FrozenPrefixes, States, forward, lm_kl

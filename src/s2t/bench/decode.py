@@ -26,7 +26,7 @@ from s2t.methods.strategies import Strategy
 from s2t.methods.triggers import Divergence, Never, Random
 from s2t.model.adapter import AdapterConfig, SelectorAdapter
 from s2t.model.engine import Engine
-from s2t.model.load import LoadedModel
+from s2t.model.loaded import LoadedModel
 from s2t.records import Cost
 
 

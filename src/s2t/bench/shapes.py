@@ -9,7 +9,8 @@ import torch
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from s2t.errors import ConfigError
-from s2t.model.load import LoadedModel, load_model, pick_device, wrap_model
+from s2t.model.load import load_model, pick_device, wrap_model
+from s2t.model.loaded import LoadedModel
 from s2t.model.tiny import embedded_path
 
 PREFIX = "random:"

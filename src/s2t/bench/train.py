@@ -12,7 +12,7 @@ from s2t.bench.shapes import open_model
 from s2t.bench.timing import Contestant
 from s2t.config import BenchConfig, TrainConfig
 from s2t.files import RunFolder
-from s2t.model.load import LoadedModel
+from s2t.model.loaded import LoadedModel
 from s2t.train.dataset import GroupData, Trajectory, make_batch
 from s2t.train.trainer import Trainer
 

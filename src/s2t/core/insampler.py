@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from s2t.core.candidates import argmax_first, best_ids
 from s2t.core.onserver import AT, GROUP, MOST_PASSED, RANKED, READING, ROOM, ROWS, WARMUP, SelectorSettings
 from s2t.core.rule import criticality, expected_bin, finish_reason, fires, winner
+from s2t.core.support import argmax_first, best_ids
 
 _LONGEST_WAIT = 64  # steps that a row waits for the others of its group
 _MOST_NAMES = 4096
@@ -355,7 +355,7 @@ def _look_at(logits: Tensor, places: Sequence[Place], num_candidates: int) -> di
     """Note the candidates' logits of some rows; returns what those that begin a group's row are forced to."""
     index = torch.tensor([i for i, _, _ in places], device=logits.device)
     looked_at = logits[index]
-    values, ids = argmax_first(looked_at, *looked_at.topk(num_candidates), best_ids(looked_at)[:, None])
+    values, ids = argmax_first(*looked_at.topk(num_candidates), best_ids(looked_at)[:, None])
     forced = {}
     for (i, row, written), best, candidates in zip(places, values.tolist(), ids.tolist(), strict=True):
         if row.is_first(written):

@@ -1,7 +1,8 @@
-"""Distances between the two models' next-token distributions, and where the LLM's choice stands in the SLM's order.
+"""The SLM's candidates, distances between the two models' next-token distributions, and where the LLM's choice stands in the
+SLM's order.
 
 Works on logits of any leading shape. The two vocabularies share their token ids; rows of padding at the
-end may differ in number. Knows no model and no threshold.
+end may differ in number. Knows no model, no threshold, and not how a candidate is chosen.
 """
 
 from __future__ import annotations
@@ -15,6 +16,63 @@ from s2t.errors import ConfigError
 
 _LOGITS_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}  # floats, keyed by device type
 _FAR = -200.0  # below the likeliest token, in nats: its exponential is 0 in float32
+
+
+def mask_forbidden(logits: Tensor, forbidden_ids: Tensor, vocab_size: int) -> Tensor:
+    """Float32 logits with forbidden ids and padding rows at -inf; [..., V] -> [..., vocab_size].
+
+    `forbidden_ids` are the reserved ids; rows at or past `vocab_size` belong to no token and are cut off.
+    """
+    logits = logits[..., :vocab_size].float()
+    if forbidden_ids.numel():
+        logits = logits.index_fill(-1, forbidden_ids, float("-inf"))
+    return logits
+
+
+def propose(logits: Tensor, num_candidates: int) -> tuple[Tensor, Tensor]:
+    """The K most likely ids, best first, with their log-probabilities, float32; [B, V] of any precision -> ([B, K], [B, K]).
+
+    The first candidate is the `argmax` (ties to the lower id), so `K = 1` is greedy. K is limited to the tokens that can
+    be generated at all only by the caller; raises ConfigError when K exceeds V.
+    """
+    size = logits.shape[-1]
+    if not 1 <= num_candidates <= size:
+        raise ConfigError(
+            f"num_candidates must be 1..{size} (the vocabulary size), got {num_candidates}; lower --num-candidates."
+        )
+    values, ids = logits.topk(num_candidates, dim=-1)
+    _, ids = argmax_first(values, ids, best_ids(logits).unsqueeze(-1))
+    return ids, logprobs_at(logits, ids)
+
+
+def best_ids(logits: Tensor) -> Tensor:
+    """The likeliest id of each row, ties to the lower one, a NaN before all; [..., V] -> [...].
+
+    On a CPU numpy finds it, which takes a tenth of torch's time over 152,000 numbers; in half precision `max` is the quick one.
+    """
+    if logits.dtype != torch.float32:
+        return logits.max(-1).indices
+    if logits.device.type == "cpu":
+        return torch.from_numpy(logits.detach().numpy().argmax(-1, keepdims=True))[..., 0]
+    return logits.argmax(-1)
+
+
+def argmax_first(values: Tensor, ids: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
+    """`topk` may order equal logits in any way; put the argmax `best` [..., 1] first so that greedy is always candidate 0."""
+    if torch.equal(ids[..., :1], best):
+        return values, ids
+    ids, values = ids.clone(), values.clone()
+    present = ids == best
+    first = ids[..., :1].clone()
+    ids = torch.where(present, first, ids)
+    ids[..., :1] = best
+    return values, ids
+
+
+def logprobs_at(logits: Tensor, ids: Tensor) -> Tensor:
+    """Log-probabilities of listed ids; [n, V] of any precision, [n, K] -> [n, K], float32."""
+    totals = in_parts(lambda rows: rows.float().logsumexp(-1, keepdim=True), logits)  # [n, 1]
+    return logits.gather(-1, ids).float() - totals
 
 
 def align_vocabulary(logits: Tensor, size: int) -> Tensor:
@@ -52,7 +110,8 @@ def divergence(
         raise ConfigError(f"support must be slm-top or llm-top; got {support!r}.")
     support_size = min(support_size, slm_logits.shape[-1])
     top = (slm_logits if support == "slm-top" else llm_logits).topk(support_size, dim=-1)  # [..., S]
-    return bucket_divergence(bucket_probs(llm_logits, top.indices), bucket_probs(slm_logits, top.indices), kind)
+    llm_probs, slm_probs = (Distribution(logits.float()).buckets(top.indices) for logits in (llm_logits, slm_logits))
+    return bucket_divergence(llm_probs, slm_probs, kind)
 
 
 def bucket_divergence(llm_probs: Tensor, slm_probs: Tensor, kind: str = "llm-slm") -> Tensor:

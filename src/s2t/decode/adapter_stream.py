@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from s2t.model.engine import Engine
-from s2t.model.flops import Work
+from s2t.model.loaded import Work
 
 _TOKENS_AT_ONCE = 2**14  # of all rows that catch up in one forward
 

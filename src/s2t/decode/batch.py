@@ -16,7 +16,7 @@ from s2t.decode.adapter_stream import AdapterStream
 from s2t.decode.reference import Reference
 from s2t.decode.rows import Request, Row
 from s2t.model.engine import Engine
-from s2t.model.flops import Work
+from s2t.model.loaded import Work
 from s2t.records import Cost
 
 _PROMPT_TOKENS_AT_ONCE = 2**14

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from s2t.core.candidates import logprobs_at, propose
 from s2t.core.sampling import uniforms
+from s2t.core.support import logprobs_at, propose
 from s2t.decode.loop import Decoder, stream_key
 from s2t.decode.reference import Reference
 from s2t.decode.round import EngineRound

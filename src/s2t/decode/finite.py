@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from s2t.core.candidates import best_ids
+from s2t.core.support import best_ids
 from s2t.model.checkpoint import not_finite
 
 

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from s2t.core.candidates import argmax_first
 from s2t.core.support import (
     Distribution,
     align_vocabulary,
+    argmax_first,
     bucket_divergence,
     bucket_probs,
     divergence,
@@ -27,8 +27,7 @@ from s2t.decode.finite import check_numbers
 from s2t.decode.remote.llm import Listed, RemoteLLM
 from s2t.decode.text_reference import TextReference
 from s2t.model.engine import Engine
-from s2t.model.gguf.opening import is_llama, open_engine
-from s2t.model.load import LoadedModel
+from s2t.model.loaded import LoadedModel
 from s2t.model.text import VocabularyMap
 from s2t.progress import count
 
@@ -79,7 +78,7 @@ def label(
     k = min(num_candidates, slm.vocab_size)
     limit = _tokens_at_once(slm)
     for batch in _batches([len(p) + len(g) for p, g in zip(prompts, generated, strict=True)], limit):
-        reader = _PairReader(open_engine(slm, len(batch)), open_engine(llm, len(batch)), k, support_size, kind, support)
+        reader = _PairReader(slm.open_engine(len(batch)), llm.open_engine(len(batch)), k, support_size, kind, support)
         found = reader.read([prompts[i] for i in batch], [generated[i] for i in batch])
         labels.update(zip(batch, found, strict=True))
         _count(generated, batch)
@@ -106,7 +105,7 @@ def label_listed(
     k = min(num_candidates, slm.vocab_size)
     limit = _tokens_at_once(slm)
     for batch in _batches([len(p) + len(g) for p, g in zip(prompts, generated, strict=True)], limit):
-        reader = _PairReader(open_engine(slm, len(batch)), None, k, support_size, kind, support)
+        reader = _PairReader(slm.open_engine(len(batch)), None, k, support_size, kind, support)
         found = reader.read([prompts[i] for i in batch], [generated[i] for i in batch], [listed[i] for i in batch])
         labels.update(zip(batch, found, strict=True))
         _count(generated, batch)
@@ -155,7 +154,7 @@ def llm_targets(
     forbidden = torch.tensor([i for i in slm.reserved.all if i < slm.vocab_size], device=llm.device).long()
     limit = _tokens_at_once(llm)
     for batch in _batches([len(p) + len(g) for p, g in zip(prompts, generated, strict=True)], limit):
-        engine = open_engine(llm, len(batch))
+        engine = llm.open_engine(len(batch))
         hidden = _states(engine, [prompts[i] for i in batch], [generated[i] for i in batch])
         parts = []
         for chunk in hidden.split(_steps_at_once(llm)):
@@ -198,7 +197,7 @@ def label_by_text(
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
         rows = len(prompts[part])
-        slm, llm = open_engine(vocabulary.slm, rows), open_engine(vocabulary.llm, rows)
+        slm, llm = vocabulary.slm.open_engine(rows), vocabulary.llm.open_engine(rows)
         reader = _PairReader(slm, llm, k, support_size, kind, support)
         labels += reader.read_text(TextReference(llm, vocabulary), prompts[part], llm_prompts[part], generated[part])
         _count(generated, range(*part.indices(len(prompts))))
@@ -206,7 +205,7 @@ def label_by_text(
 
 
 def _tokens_at_once(loaded: LoadedModel) -> int:
-    if is_llama(loaded):  # whose states hold logits
+    if loaded.states_hold_logits:
         return max(_STEPS_AT_ONCE, 2**26 // loaded.vocab_size)
     return _TOKENS_AT_ONCE.get(loaded.device.type, 2**13)
 
@@ -315,7 +314,7 @@ class _PairReader:
         slm, llm = Distribution(slm_logits), Distribution(llm_logits)
         width = min(self.support_size, slm_logits.shape[-1])
         values, top = slm_logits.topk(max(width, self.num_candidates), dim=-1)
-        values, top = argmax_first(slm_logits, values, top, slm.best)
+        values, top = argmax_first(values, top, slm.best)
         ids = top[:, : self.num_candidates]
         if self.kind == "released-code":
             between = divergence(llm_logits, slm_logits, kind=self.kind)

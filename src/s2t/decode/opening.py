@@ -17,7 +17,8 @@ from s2t.decode.remote.selector import check_served
 from s2t.decode.remote.served import ServedSLM
 from s2t.errors import ConfigError
 from s2t.model.gguf.opening import open_model, open_selector
-from s2t.model.load import LoadedModel, load_without_weights
+from s2t.model.load import load_without_weights
+from s2t.model.loaded import LoadedModel
 from s2t.model.merged import is_merged, local_folder
 from s2t.model.outline import load_outline
 from s2t.progress import note

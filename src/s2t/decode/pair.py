@@ -33,8 +33,7 @@ from s2t.methods.strategies import Strategy
 from s2t.model.adapter import BRANCH_SCOPES, AdapterConfig, SelectorReader
 from s2t.model.chat import decode_ids, prompt_ids
 from s2t.model.engine import Engine
-from s2t.model.gguf.opening import MAX_ROWS, is_llama, open_engine
-from s2t.model.load import LoadedModel
+from s2t.model.loaded import LoadedModel
 from s2t.model.stops import Stops, cut
 from s2t.model.text import VocabularyMap, same_tokens
 from s2t.progress import count
@@ -283,13 +282,12 @@ class Pair:
 
     def _engines(self, strategy: Strategy, rows: int) -> tuple[Engine, Reference | None]:
         """The engine that writes, and the LLM beside it where the strategy reads one."""
-        if any(is_llama(model) for model in (self.slm, self.llm) if isinstance(model, LoadedModel)):
-            rows = min(rows, MAX_ROWS)
+        rows = min([rows, *(model.most_rows for model in (self.slm, self.llm) if isinstance(model, LoadedModel))])
         if strategy.name == "llm":
-            return open_engine(self.local_llm(), rows), None
-        engine = open_engine(self.slm, rows, self.adapter if "adapter" in strategy.needs else None)
+            return self.local_llm().open_engine(rows), None
+        engine = self.slm.open_engine(rows, self.adapter if "adapter" in strategy.needs else None)
         if "bare" in strategy.needs:
-            return engine, BareReference(open_engine(self.slm, rows))
+            return engine, BareReference(self.slm.open_engine(rows))
         return engine, self.reference(rows) if strategy.needs_llm else None
 
     def reference(self, num_rows: int) -> Reference:
@@ -297,7 +295,7 @@ class Pair:
         self.check_tokens()
         if isinstance(self.llm, RemoteLLM):
             return RemoteReference(self.llm, num_rows)
-        engine = open_engine(self.local_llm(), num_rows)
+        engine = self.local_llm().open_engine(num_rows)
         return ModelReference(engine) if self.vocabulary is None else TextReference(engine, self.vocabulary)
 
     def label(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from s2t.core.support import align_vocabulary
 from s2t.model.engine import Engine
-from s2t.model.flops import Work
+from s2t.model.loaded import Work
 
 
 class Reference(ABC):

@@ -13,8 +13,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from s2t.core.candidates import logprobs_at
 from s2t.core.rule import finish_reason
+from s2t.core.support import logprobs_at
 from s2t.decode.batch import Batch
 from s2t.decode.branch import branch
 from s2t.decode.rows import Row

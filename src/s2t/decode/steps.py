@@ -6,7 +6,7 @@ from functools import cache
 
 from transformers import PreTrainedTokenizerBase
 
-from s2t.model.encode import encode
+from s2t.model.chat import encode
 from s2t.model.engine import Engine
 from s2t.model.tiny import is_embedded
 

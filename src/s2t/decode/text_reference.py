@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from s2t.core.candidates import mask_forbidden
+from s2t.core.support import mask_forbidden
 from s2t.decode.reference import EngineReference
 from s2t.model.engine import Engine
 from s2t.model.text import VocabularyMap

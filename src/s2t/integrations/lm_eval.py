@@ -24,8 +24,7 @@ except ImportError as error:
 
 from s2t.api import Generation, load
 from s2t.config import MANY_SAMPLES, ChatConfig, ModelConfig
-from s2t.model.chat import chat_text, decode_ids
-from s2t.model.encode import encode
+from s2t.model.chat import chat_text, decode_ids, encode
 from s2t.model.stops import cut
 
 NAME = "s2t"

@@ -32,7 +32,8 @@ from s2t.methods.sample import Sampling
 from s2t.methods.strategies import Strategy
 from s2t.model.adapter import SelectorAdapter, SelectorReader, attached_adapter, load_selector
 from s2t.model.engine import Engine
-from s2t.model.load import LoadedModel, wrap_model
+from s2t.model.load import wrap_model
+from s2t.model.loaded import LoadedModel
 from s2t.model.merged import CONFIG_FILE, is_merged, local_folder, open_merged
 
 STRATEGIES = ("greedy", "s2t-local")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from s2t.config import DecodeConfig
-from s2t.core.candidates import logprobs_at
+from s2t.core.support import logprobs_at
 from s2t.errors import ConfigError
 from s2t.methods.base import Round, Trigger
 

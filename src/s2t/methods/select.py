@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from s2t.core.candidates import best_ids
+from s2t.core.support import best_ids
 from s2t.methods.base import Proposal, Round, Selection, Selector
 
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from s2t.core.candidates import logprobs_at
-from s2t.core.support import entropy
+from s2t.core.support import entropy, logprobs_at
 from s2t.methods.base import Round, Trigger
 
 QUESTION = "\n(Is the last step right? From 0, wrong, to 9, right:) "

@@ -25,8 +25,7 @@ from s2t.errors import MissingExtraError, ModelError
 from s2t.files import write_bytes, write_json, write_text
 from s2t.model.adapter_config import AdapterConfig, adapter_config, check_weights, read_adapter_config
 from s2t.model.card import EVAL_FILE, adapter_card
-from s2t.model.head import Head
-from s2t.model.load import LoadedModel
+from s2t.model.loaded import LoadedModel
 from s2t.model.lora import import_peft, lora_parameters, new_lora, quiet_peft, tuner_layers
 from s2t.model.merged import (
     ADAPTER_FOLDER,
@@ -45,7 +44,8 @@ from s2t.model.reserved import ReservedIds
 
 LORA_FILE = "adapter_model.safetensors"  # PEFT's name
 _WEIGHTS = (LORA_FILE, SELECTOR_FILE)
-_ATTACHED = "_s2t_adapter"
+ATTACHED = "_s2t_adapter"
+"""Where a base model keeps the adapter that is attached to it."""
 BRANCH_SCOPES = ("step", "candidates")
 """Scopes under which the LoRA acts inside the base model's own forward, on the tokens beside it that are read for the choice."""
 
@@ -55,7 +55,7 @@ class SelectorReader:
 
     def __init__(self, loaded: LoadedModel, config: AdapterConfig, base_model: Any, reserved: ReservedIds) -> None:
         self.config, self.loaded, self.base_model, self.reserved = config, loaded, base_model, reserved
-        self.head = Head(loaded.model)
+        self.head = loaded.head
         self.selector = SelectorHeads(config, int(self.head.linear.weight.shape[1])).to(loaded.device)
 
     @property
@@ -109,7 +109,7 @@ class SelectorAdapter(SelectorReader):
         super().__init__(loaded, config, self.peft_model.get_base_model(), reserved_of(config, loaded))
         self.layers = tuner_layers(self.base_model)
         self._acting: bool | None = None
-        self.base_model.__dict__[_ATTACHED] = self
+        self.base_model.__dict__[ATTACHED] = self
         self.act(False)
 
     def act(self, on: bool) -> None:
@@ -140,7 +140,7 @@ class SelectorAdapter(SelectorReader):
         """Give the base model its own layers back; the adapter is of no further use."""
         self.act(True)  # PEFT hands back what it wrapped
         self.peft_model.unload()
-        self.base_model.__dict__.pop(_ATTACHED, None)
+        self.base_model.__dict__.pop(ATTACHED, None)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Everything that training changes: LoRA weights and the selector's own parameters."""
@@ -257,7 +257,7 @@ def selector_problems(adapter: str | Path | None, slm: str, revision: str | None
 
 def attached_adapter(model: nn.Module) -> SelectorAdapter | None:
     """The adapter attached to this base model, if any."""
-    return model.__dict__.get(_ATTACHED)
+    return model.__dict__.get(ATTACHED)
 
 
 def load_adapter(folder: str | Path, loaded: LoadedModel, with_peft: bool = False) -> SelectorAdapter:

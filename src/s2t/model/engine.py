@@ -14,14 +14,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from s2t.model.adapter import BRANCH_SCOPES, SelectorReader, attached_adapter
-from s2t.model.attention import slot_attention
-from s2t.model.cache import SlotCache
-from s2t.model.flops import FlopCount, Work
-from s2t.model.head import Head
+from s2t.model.adapter import ATTACHED, BRANCH_SCOPES, SelectorReader
 from s2t.model.layout import Layout
-from s2t.model.load import LoadedModel
+from s2t.model.loaded import LoadedModel, Work
 from s2t.model.mixtures import mixed_embeddings
+from s2t.model.slots import SlotCache, slot_attention
 from s2t.model.static import StaticSteps
 
 _PROMPT_TOKENS = {"cpu": 512}
@@ -49,33 +46,26 @@ class Engine:
         execution: str | None = None,
         scope: str | None = None,
     ) -> None:
-        self.loaded = loaded
-        self.adapter = adapter
+        self.loaded, self.adapter, self.vocab_size = loaded, adapter, loaded.vocab_size
         self.scope = scope or (adapter.scope if adapter is not None else "")
         self.model = adapter.base_model if adapter is not None else loaded.model
         self.decoder: Any = self.model.get_decoder()
         self.config = self.decoder.config.get_text_config(decoder=True)
-        self.head = Head(self.model)
+        self.head = loaded.head
         self.max_rows = max_rows
         self.lengths = [0] * max_rows
         self.layers: tuple[int, ...] = ()  # earlier ones whose states are returned behind the last one's
         self._branched: dict[int, int] = {}  # row -> length at its last branch
         self.work = [Work() for _ in range(max_rows)]
         self.cache = SlotCache(self.config.num_hidden_layers, max_rows)
-        self.device, self.dtype = loaded.device, loaded.model.dtype
+        self.device, self.dtype = self.model.device, self.model.dtype
         reserved = (adapter.reserved if adapter is not None else loaded.reserved).all
         self.forbidden_ids = torch.tensor([i for i in reserved if i < loaded.vocab_size], device=self.device).long()
-        self._flops = FlopCount(self.model, self.config)
-        self._static = self._static_steps(execution or loaded.execution)
-
-    def _static_steps(self, execution: str) -> StaticSteps | None:
-        if execution == "eager" or (execution == "auto" and self.device.type != "cuda"):
-            return None
-        return StaticSteps(self.decoder, self.config, self.cache, self.max_rows, self.device, execution == "compile")
-
-    @property
-    def vocab_size(self) -> int:
-        return self.loaded.vocab_size
+        self._flops = loaded.flops
+        how = execution or loaded.execution
+        self._static = None
+        if how in ("static", "compile") or (how == "auto" and self.device.type == "cuda"):
+            self._static = StaticSteps(self.decoder, self.config, self.cache, max_rows, self.device, how == "compile")
 
     @property
     def cache_bytes(self) -> int:
@@ -260,7 +250,7 @@ class Engine:
     def _adapted(self, branches_from: int | None, num_tokens: int) -> AbstractContextManager[None]:
         """The adapter on every token, on none, or (scopes `step`, `candidates`) on the tokens from `branches_from` on."""
         if self.adapter is None:
-            if (attached := attached_adapter(self.model)) is not None:
+            if (attached := self.model.__dict__.get(ATTACHED)) is not None:
                 attached.act(False)
             return nullcontext()
         first = num_tokens if branches_from is None else branches_from
@@ -291,10 +281,13 @@ class Engine:
         return [*parts, single] if single else parts
 
     def _advance(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> None:
-        widths = [len(ids) for ids in tokens]
-        self._count(rows, widths, [self.lengths[row] + n / 2 for row, n in zip(rows, widths, strict=True)])
-        for row, n in zip(rows, widths, strict=True):
-            self.lengths[row] += n
+        """Note tokens that were appended, and what they cost."""
+        for row, ids in zip(rows, tokens, strict=True):
+            work, width = self.work[row], len(ids)
+            work.forwards += 1
+            work.processed += width
+            work.flops += self._flops(width, self.lengths[row] + width / 2)
+            self.lengths[row] += width
 
     def _note_branches(self, rows: Sequence[int], width: int, stepping: frozenset[int]) -> None:
         for row in rows:
@@ -303,10 +296,3 @@ class Engine:
             work.forwards += row not in stepping  # else the same forward
             work.processed += width
             work.flops += self._flops(width, self.lengths[row] + 1)
-
-    def _count(self, rows: Sequence[int], widths: Sequence[int], contexts: Sequence[float]) -> None:
-        for row, width, context in zip(rows, widths, contexts, strict=True):
-            work = self.work[row]
-            work.forwards += 1
-            work.processed += width
-            work.flops += self._flops(width, context)

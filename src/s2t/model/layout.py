@@ -10,8 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from s2t.model.attention import Segment
-from s2t.model.tree import causal_mask, tree_mask
+from s2t.model.slots import Segment, causal_mask, tree_mask
 
 _FILLED_GAP = 4  # rows
 

@@ -6,13 +6,11 @@ Weights load from safetensors only and remote code stays off unless asked for. E
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,95 +19,24 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from s2t.errors import ConfigError, ModelError, S2TError
 from s2t.hub import offline_unless_it_answers
-from s2t.model.cache import check_cacheable
 from s2t.model.chat import stop_ids
 from s2t.model.checkpoint import check_complete, check_config, check_generation_config, check_runs
 from s2t.model.gguf.file import Header, find_gguf, names_gguf
 from s2t.model.gguf.tokenizer import load_tokenizer
+from s2t.model.loaded import LoadedModel, fingerprint
 from s2t.model.lora import Lora, find_lora, lora_base, merge_lora
 from s2t.model.merged import MergedConfig, check_revision, local_folder, open_merged
 from s2t.model.quantization import quantization_config
 from s2t.model.quiet import quiet
-from s2t.model.reserved import ReservedIds, choose_reserved_ids
+from s2t.model.slots import check_cacheable
 from s2t.model.tiny import embedded_path, is_embedded
 from s2t.model.why import why_not_loaded
 from s2t.progress import progress
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel  # with 120 MiB of model classes, which llama.cpp does without
+    pass  # with 120 MiB of model classes, which llama.cpp does without
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A causal LM with its tokenizer; `vocab_size` counts real tokens, padding rows excluded."""
-
-    name: str
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    vocab_size: int
-    stop_ids: frozenset[int]
-    execution: str = "auto"  # of its engines: auto, eager, static or compile
-    merged: MergedConfig | None = None  # of a folder that `s2t merge` wrote
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
-    @property
-    def context_length(self) -> int | None:
-        """Tokens that it can read; None where it has no limit.
-
-        Of positions scaled by `longrope` only those before the scale changes: which of its two scales a forward takes depends
-        on the longest row in it, so that rows would not be independent of each other.
-        """
-        text = self.model.config.get_text_config(decoder=True)
-        longest = getattr(text, "max_position_embeddings", None) or None
-        rope: Any = getattr(text, "rope_parameters", None) or {}
-        if rope.get("rope_type") == "longrope":
-            return rope.get("original_max_position_embeddings") or longest
-        return longest
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What runs it: the engine, how its weights are kept, what it can read, and the memory of its weights."""
-        return self.facts_at(self.context_length)
-
-    def facts_at(self, length: int | None) -> dict[str, Any]:
-        """As `facts`, where prompt and answer have so many tokens together at most."""
-        weights = {id(parameter): parameter for parameter in self.model.parameters()}.values()
-        return {
-            "engine": "torch",
-            "quantization": str(self.model.dtype).removeprefix("torch."),
-            "context_length": length,
-            "weights_bytes": sum(parameter.numel() * parameter.element_size() for parameter in weights),
-        }
-
-    @cached_property
-    def num_params(self) -> int:
-        return count_params(self.model)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        if self.merged is not None and self.merged.scope != "always":
-            return str(
-                self.merged.adapter["base_fingerprint"]
-            )  # the base's weights, whatever dtype they were merged in
-        return fingerprint(self.model)
-
-    @cached_property
-    def reserved(self) -> ReservedIds:
-        """The reserved ids of this tokenizer for 16 bins; never generated, with or without an adapter."""
-        if self.merged is not None and self.merged.scope not in ("step", "candidates"):
-            return self.merged.reserved
-        return self.reserved_for(16)
-
-    def reserved_for(self, num_bins: int) -> ReservedIds:
-        """The reserved ids for any number of bins."""
-        head: Any = self.model.get_output_embeddings()
-        rows = int(head.weight.shape[0])
-        return choose_reserved_ids(self.tokenizer.get_vocab(), rows, num_bins)
 
 
 def load_model(
@@ -355,38 +282,6 @@ def pick_device(device: str) -> str:
     except (RuntimeError, AssertionError, ImportError) as error:
         raise ModelError(f"device {device} is none that this torch can use; try auto, cpu or cuda.") from error
     return device
-
-
-def count_params(model: nn.Module) -> int:
-    """Values of all weights, LoRA left out; a weight packed by bitsandbytes counts what it unpacks to."""
-    total = 0
-    for name, parameter in model.named_parameters():
-        packed: Any = getattr(parameter, "quant_state", None)
-        if "lora_" not in name:
-            total += parameter.numel() if packed is None else packed.shape.numel()
-    return total
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Identity of a base model's weights, 16 hex digits, the same for every load dtype.
-
-    Hashes each parameter's name, shape and up to 512 evenly spaced values rounded to bfloat16; LoRA
-    weights are left out, so an adapted model keeps its base's fingerprint.
-    """
-    digest = hashlib.blake2b(digest_size=8)
-    for name, parameter in sorted(model.named_parameters(), key=lambda item: _plain_name(item[0])):
-        if "lora_" in name:
-            continue
-        flat = parameter.detach().reshape(-1)
-        step = max(1, flat.numel() // 512) | 1  # odd, so that it does not fall on one column of a wide matrix
-        flat = flat[::step][:512].to("cpu", torch.bfloat16)
-        digest.update(f"{_plain_name(name)}{tuple(parameter.shape)}".encode())
-        digest.update(flat.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _plain_name(name: str) -> str:
-    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
 def _is_here(name: str) -> bool:

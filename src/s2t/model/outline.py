@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from s2t.model.chat import stop_ids
-from s2t.model.flops import FlopCount
 from s2t.model.gguf.file import Header, find_gguf
-from s2t.model.gguf.flops import GgufFlops
 from s2t.model.gguf.tokenizer import load_tokenizer, stop_ids_of
+from s2t.model.gguf.weights import GgufFlops
 from s2t.model.load import check_is_no_file, load_without_weights, one_line, quiet
+from s2t.model.loaded import FlopCount
 from s2t.model.reserved import choose_reserved_ids
 from s2t.model.tiny import embedded_path, is_embedded
 
@@ -47,8 +47,7 @@ def load_outline(name: str, revision: str | None = None, trust_remote_code: bool
         except Exception:  # whatever a config raises: a tokenizer alone is enough
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             return Outline(name, tokenizer, max(tokenizer.get_vocab().values()) + 1, stop_ids(tokenizer, None))
-    flops = FlopCount(known.model, known.model.config.get_text_config(decoder=True))
-    return Outline(name, known.tokenizer, known.vocab_size, known.stop_ids, known.num_params, flops)
+    return Outline(name, known.tokenizer, known.vocab_size, known.stop_ids, known.num_params, known.flops)
 
 
 def _of_gguf(name: str, header: Header) -> Outline:

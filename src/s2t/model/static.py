@@ -15,9 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s2t.model.attention import Segment, slot_attention
-from s2t.model.cache import SlotCache
-from s2t.model.tree import causal_mask, tree_mask
+from s2t.model.slots import Segment, SlotCache, causal_mask, slot_attention, tree_mask
 
 _MIN_COLUMNS = 256
 _MAX_COMPILED = 256  # shapes; torch.compile gives up after 8 unless told otherwise

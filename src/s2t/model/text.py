@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from s2t.errors import ModelError
-from s2t.model.load import LoadedModel
+from s2t.model.loaded import LoadedModel
 from s2t.model.pieces import bytes_of_tokens
 
 _MOST_TEXTS = 2**18  # whose first token is remembered

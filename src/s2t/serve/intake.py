@@ -21,7 +21,7 @@ from s2t.decode.prompts import ids_key, prompt_key, prompt_length, sample_key
 from s2t.errors import S2TError
 from s2t.methods.sample import Sampling
 from s2t.methods.strategies import Strategy
-from s2t.model.encode import encode
+from s2t.model.chat import encode
 from s2t.model.size import TooLong, check_size, least_tokens
 from s2t.serve.backend import Job
 from s2t.serve.errors import ApiError, clipped

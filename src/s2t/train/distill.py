@@ -24,8 +24,8 @@ from s2t.core.losses import distillation_kl
 from s2t.decode.workload import open_task, problems_outside
 from s2t.errors import ConfigError
 from s2t.files import RunFolder, read_json, versions, write_json
-from s2t.model.head import Head
-from s2t.model.load import LoadedModel, load_model
+from s2t.model.load import load_model
+from s2t.model.loaded import Head, LoadedModel
 from s2t.model.lora import (
     DISTILL_CONFIG,
     find_lora,

@@ -25,7 +25,8 @@ from s2t.files import RunFolder, read_json, write_json
 from s2t.methods.forecast import EVERY
 from s2t.methods.strategies import build_strategy
 from s2t.model.forecast import EDGES, ForecastConfig, ForecastHead, length_bin, save_forecast
-from s2t.model.load import LoadedModel, load_model
+from s2t.model.load import load_model
+from s2t.model.loaded import LoadedModel
 from s2t.progress import counted_as
 from s2t.records import Problem
 from s2t.scale import Shard, to_files, write_missing

@@ -19,14 +19,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
-from s2t.core.candidates import propose
 from s2t.core.losses import lm_preserving_kl
+from s2t.core.support import propose
 from s2t.model.adapter import SelectorAdapter
-from s2t.model.attention import slot_attention
 from s2t.model.beside import Beside, attend_beside
-from s2t.model.head import Head
+from s2t.model.loaded import Head
 from s2t.model.lora import trained_in_half
-from s2t.model.tree import layer_masks
+from s2t.model.slots import layer_masks, slot_attention
 from s2t.progress import count, progress
 from s2t.train.dataset import Batch, Trajectory, pad_ids
 from s2t.train.processes import Processes

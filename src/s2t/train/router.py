@@ -26,7 +26,8 @@ from s2t.errors import DataError, ModelError
 from s2t.files import RunFolder, read_json, write_json
 from s2t.methods.strategies import build_strategy
 from s2t.model.engine import Engine
-from s2t.model.load import LoadedModel, load_model
+from s2t.model.load import load_model
+from s2t.model.loaded import LoadedModel
 from s2t.model.router import Router, features, save_router
 from s2t.model.router import RouterConfig as RouterShape
 from s2t.progress import counted_as

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from s2t.config import RouterConfig
 from s2t.model.engine import Engine
-from s2t.model.load import LoadedModel
+from s2t.model.loaded import LoadedModel
 
 _TOKENS_AT_ONCE = 2**14
 _ROWS, _LEARNING_RATE = 256, 1e-3

@@ -21,7 +21,8 @@ from s2t.core.losses import criticality_loss, listwise_kl, pairwise_margin, sele
 from s2t.errors import DataError, ModelError
 from s2t.files import RunFolder, read_json, versions, write_json
 from s2t.model.adapter import BRANCH_SCOPES, AdapterConfig, SelectorAdapter, selector_problems
-from s2t.model.load import LoadedModel, load_model
+from s2t.model.load import load_model
+from s2t.model.loaded import LoadedModel
 from s2t.progress import note
 from s2t.train.dataset import Batch, GroupData, Trajectory, make_batch, read_group_data
 from s2t.train.fit import Fit

@@ -19,7 +19,7 @@ from s2t.decode.remote.served import ServedSLM
 from s2t.decode.remote.slm import Emit, RemoteDecoder, Writing
 from s2t.decode.remote.wire import Completion
 from s2t.methods.strategies import Strategy
-from s2t.model.load import LoadedModel
+from s2t.model.loaded import LoadedModel
 from s2t.records import Candidates, Step
 
 FIRST_CHUNK, LONGEST_CHUNK = 4, 32

@@ -15,7 +15,7 @@ from torch import Tensor
 from s2t.decode.reference import Reference
 from s2t.decode.remote.llm import Listed, RemoteLLM
 from s2t.decode.remote.wire import CompletionRequest
-from s2t.model.flops import Work
+from s2t.model.loaded import Work
 
 _ROUND_TRIP = 16.0  # forwards of the SLM that a request is worth at least
 _DRAFT_BY_TOKEN = 8  # tokens drafted where each costs a request of its own

@@ -20,7 +20,7 @@ from s2t.decode.remote.wire import Completion, CompletionRequest
 from s2t.errors import ConfigError, ModelError
 from s2t.methods.strategies import Strategy
 from s2t.model.adapter import AdapterConfig, adapter_config
-from s2t.model.load import LoadedModel
+from s2t.model.loaded import LoadedModel
 
 SERVED_SCOPES = ("always", "stream")
 SERVED_STRATEGIES = ("greedy", "s2t-local")

@@ -16,7 +16,7 @@ from s2t.decode.remote.plugged import has_plugin
 from s2t.decode.remote.selector import ServedSelector, check_apart, check_strategy, served_selector
 from s2t.decode.remote.slm import RemoteDecoder
 from s2t.methods.strategies import Strategy
-from s2t.model.load import LoadedModel
+from s2t.model.loaded import LoadedModel
 
 
 @dataclass

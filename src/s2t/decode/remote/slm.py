@@ -19,8 +19,7 @@ import numpy as np
 from s2t.core.onserver import Told
 from s2t.core.rule import finish_reason
 from s2t.core.sampling import uniforms
-from s2t.decode.draft import DraftLength
-from s2t.decode.loop import Request
+from s2t.decode.loop import DraftLength, Request
 from s2t.decode.remote.blocking import BlockingClient
 from s2t.decode.remote.choose import CandidateScorer, Chosen
 from s2t.decode.remote.client import Client
@@ -29,8 +28,7 @@ from s2t.decode.remote.selector import ServedSelector, check_strategy
 from s2t.decode.remote.wire import Completion, CompletionRequest
 from s2t.errors import ConfigError, RemoteError
 from s2t.methods.strategies import Strategy
-from s2t.model.flops import FlopCount, Work
-from s2t.model.load import LoadedModel
+from s2t.model.loaded import LoadedModel, Work
 from s2t.records import Candidates, Cost, Step
 
 REQUEST_COST = 16.0
@@ -93,7 +91,7 @@ class RemoteDecoder:
         head = loaded.model.get_output_embeddings()
         rows = int(head.weight.shape[0])  # type: ignore[union-attr]
         self.forbidden = frozenset(loaded.reserved.all) | frozenset(range(loaded.vocab_size, rows))
-        self._flops = FlopCount(loaded.model, loaded.model.get_decoder().config.get_text_config(decoder=True))
+        self._flops = loaded.flops
         self._plain = CompletionRequest(
             (),
             extra={

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from s2t.core.rule import finish_reason
 from s2t.decode.remote.llm import RemoteLLM
 from s2t.decode.remote.wire import Completion, CompletionRequest
-from s2t.model.encode import encode
+from s2t.model.chat import encode
 from s2t.records import Cost, Step
 
 if TYPE_CHECKING:

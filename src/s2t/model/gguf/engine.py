@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from s2t.model.engine import Engine
-from s2t.model.flops import Work
 from s2t.model.gguf.context import Context
-from s2t.model.gguf.flops import GgufFlops
 from s2t.model.gguf.selector import GgufSelector
 from s2t.model.gguf.weights import GgufModel
+from s2t.model.loaded import Work
 
 _BESIDE = 8  # sequences for what is read beside the rows
 _ROWS_AT_FIRST = 4  # that there is room for at once; the cache grows as rows come
@@ -30,18 +29,18 @@ class GgufEngine(Engine):
     reads_inside = False
 
     def __init__(self, loaded: GgufModel, max_rows: int, adapter: GgufSelector | None = None) -> None:
-        self.loaded, self.adapter = loaded, adapter
+        self.loaded, self.adapter, self.vocab_size = loaded, adapter, loaded.vocab_size
         self.scope = adapter.scope if adapter is not None else ""
         self.max_rows = max_rows
         self.lengths = [0] * max_rows
         self.work = [Work() for _ in range(max_rows)]
         self.device, self.dtype = loaded.device, torch.float32
-        self.head: Any = _Head(loaded.weights.width)
+        self.head: Any = loaded.head
         reserved = (adapter.reserved if adapter is not None else loaded.reserved).all
         self.forbidden_ids = torch.tensor([i for i in reserved if i < loaded.vocab_size]).long()
         self._branched: dict[int, int] = {}
         self._candidates: dict[int, list[int]] = {}
-        self._flops = GgufFlops(loaded.header)
+        self._flops = loaded.flops
         self._static = None
         self.layers = ()
         self._context: Context | None = None
@@ -160,16 +159,3 @@ class GgufEngine(Engine):
             self.context.grow(
                 max(needed, min(2 * needed, most)), [row for row, length in enumerate(self.lengths) if length]
             )
-
-
-class _Head:
-    """Logits out of states: they stand in them already."""
-
-    def __init__(self, width: int) -> None:
-        self.width = width
-
-    def __call__(self, states: Tensor) -> Tensor:
-        """[..., H + V] -> [..., V], float32, fresh."""
-        return states[..., self.width :].clone()
-
-    own = __call__

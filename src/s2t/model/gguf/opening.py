@@ -7,16 +7,14 @@ from typing import Any
 
 from s2t.errors import ConfigError
 from s2t.model.adapter import SelectorReader, load_selector, selector_config
-from s2t.model.engine import Engine
 from s2t.model.gguf.file import Header, find_gguf
 from s2t.model.gguf.library import INSTALL, has_llama
-from s2t.model.load import LoadedModel, load_model, one_line
+from s2t.model.load import load_model, one_line
+from s2t.model.loaded import LoadedModel
 from s2t.model.merged import check_revision, local_folder, open_merged
 from s2t.model.tiny import is_embedded
 from s2t.progress import note
 
-MAX_ROWS = 64
-"""Sequences that llama.cpp writes at once here, well under its own limit."""
 _TORCH_ALONE = {"device_map": None, "quantization": None, "trust_remote_code": False, "execution": "auto"}
 
 
@@ -69,25 +67,9 @@ def _why_not(name: str, header: Header | None, options: dict[str, Any], adapter:
 
 def open_selector(adapter: str | Path | None, loaded: LoadedModel) -> SelectorReader | None:
     """As `load_selector`, for the engine that the model was loaded for."""
-    if is_llama(loaded):
+    if loaded.states_hold_logits:
         from s2t.model.gguf.selector import load_gguf_selector
 
         found: Any = loaded
         return load_gguf_selector(adapter, found)
     return load_selector(adapter, loaded)
-
-
-def open_engine(loaded: LoadedModel, max_rows: int, adapter: SelectorReader | None = None) -> Engine:
-    """An engine of so many rows, of the kind that the model was loaded for."""
-    if is_llama(loaded):
-        from s2t.model.gguf.engine import GgufEngine
-
-        model: Any = loaded
-        selector: Any = adapter
-        return GgufEngine(model, max_rows, selector)
-    return Engine(loaded, max_rows, adapter)
-
-
-def is_llama(loaded: LoadedModel) -> bool:
-    """Whether llama.cpp runs this model."""
-    return getattr(loaded, "header", None) is not None

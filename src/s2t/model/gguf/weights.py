@@ -6,19 +6,24 @@ import hashlib
 import weakref
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from s2t.errors import ModelError
 from s2t.model.chat import stop_ids
 from s2t.model.gguf.file import Header
 from s2t.model.gguf.library import default_threads, last_error, llama
 from s2t.model.gguf.tokenizer import WHOLE, load_tokenizer, stop_ids_of
-from s2t.model.load import LoadedModel, give_back_freed_memory
+from s2t.model.load import give_back_freed_memory
+from s2t.model.loaded import FlopCount, LoadedModel
 from s2t.model.merged import MergedConfig
 from s2t.model.reserved import ReservedIds, choose_reserved_ids
 from s2t.progress import note
+
+if TYPE_CHECKING:
+    from s2t.model.gguf.engine import GgufEngine
 
 CACHE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 30}  # ggml's numbers
 CACHE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -70,6 +75,21 @@ class GgufModel(LoadedModel):
     cache_dtype: str = "float16"
     threads: int = 1
     max_context: int | None = None
+    most_rows: ClassVar[int] = 64  # well under llama.cpp's own limit
+    states_hold_logits: ClassVar[bool] = True
+
+    def open_engine(self, max_rows: int, adapter: Any = None) -> GgufEngine:
+        from s2t.model.gguf.engine import GgufEngine
+
+        return GgufEngine(self, max_rows, adapter)
+
+    @cached_property
+    def head(self) -> Any:
+        return _Head(self.weights.width)
+
+    @cached_property
+    def flops(self) -> FlopCount:
+        return GgufFlops(self.header)
 
     @property
     def device(self) -> torch.device:
@@ -166,3 +186,27 @@ def _check_tokens(name: str, weights: Weights, tokenizer: Any, is_given: bool) -
     if not is_given:
         raise ModelError(f"{what}; convert the model again with a current llama.cpp, or use its folder.")
     note(f"{what}; s2t goes by the file's own tokenizer, other programs may not")
+
+
+class _Head:
+    """Logits out of states: they stand in them already."""
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """[..., H + V] -> [..., V], float32, fresh."""
+        return states[..., self.width :].clone()
+
+    own = __call__
+
+
+class GgufFlops(FlopCount):
+    """As the torch engine counts, from the shapes in a file's header."""
+
+    def __init__(self, header: Header) -> None:
+        embedding = header.shapes.get("token_embd.weight", (0, 0))
+        is_tied = "output.weight" not in header.shapes
+        size = embedding[0] * embedding[1]
+        self.per_token = 2.0 * (header.num_params - (0 if is_tied else size))
+        self.per_attended = 4.0 * header.of_model("block_count", 0) * header.of_model("embedding_length", 0)

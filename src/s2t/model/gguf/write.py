@@ -18,7 +18,7 @@ from s2t.model.gguf.file import read_header
 from s2t.model.gguf.library import last_error, llama
 from s2t.model.gguf.lora import finish, rotated
 from s2t.model.gguf.tokenizer import WHOLE, name_of_pre_tokenizer
-from s2t.model.load import LoadedModel
+from s2t.model.loaded import LoadedModel
 
 QUANTIZATIONS = {
     **{"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q6_k": 18, "q5_k_m": 17, "q5_k_s": 16, "q5_0": 8, "q4_k_m": 15},
