@@ -27,7 +27,6 @@ from s2t.bench.timing import in_turns, machine, memory_bytes, peak_memory_bytes,
 from s2t.bench.train import TrainBench
 from s2t.config import BenchConfig, DecodeConfig, TaskConfig
 from s2t.decode.label import label
-from s2t.decode.loop import Request
 from s2t.decode.opening import open_pair
 from s2t.decode.pair import Pair
 from s2t.decode.workload import open_task, requests_for
@@ -35,6 +34,7 @@ from s2t.methods.select import S2TLocal
 from s2t.methods.strategies import Strategy, build_strategy
 from s2t.methods.triggers import Random
 from s2t.model.engine import Engine
+from s2t.records import Request
 
 CPU = torch.device("cpu")
 SHAPE = "random:qwen2.5-0.5b"

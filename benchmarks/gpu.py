@@ -23,11 +23,12 @@ from s2t.bench import bench
 from s2t.bench.decode import DecodeBench, local_name
 from s2t.bench.timing import Contestant, in_turns, machine, ratio
 from s2t.config import BenchConfig
-from s2t.decode.loop import Decoder, Request
+from s2t.decode.loop import Decoder
 from s2t.methods.strategies import Strategy
 from s2t.methods.triggers import Never
 from s2t.model.engine import Engine
 from s2t.model.load import pick_device
+from s2t.records import Request
 
 WAYS = ("eager", "static", "compile")  # of running a step; static is CUDA graphs on a GPU
 

@@ -17,11 +17,12 @@ import torch
 from s2t.bench.decode import DecodeBench, exact_keys
 from s2t.bench.timing import machine
 from s2t.config import BenchConfig
-from s2t.decode.loop import Decoder, Request
+from s2t.decode.loop import Decoder
 from s2t.methods.select import S2TLocal
 from s2t.methods.strategies import Strategy
 from s2t.methods.triggers import Never, Random
 from s2t.model.engine import Engine
+from s2t.records import Request
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

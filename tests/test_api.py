@@ -15,13 +15,12 @@ from s2t import api
 from s2t.cli import main as cli
 from s2t.config import MANY_SAMPLES, METHODS, NEEDS_LLM, WRITERS
 from s2t.decode.pair import Pair
-from s2t.decode.rows import Generated
 from s2t.errors import ConfigError, S2TError
 from s2t.model.adapter import AdapterConfig, SelectorAdapter
 from s2t.model.chat import prompt_ids
 from s2t.model.load import load_model
 from s2t.model.quantization import quantization_config
-from s2t.records import Cost
+from s2t.records import Cost, Generated
 
 PROMPT = "Ava has 3 apples and buys 4 more. How many apples has she?"
 PROMPTS = [PROMPT, "Tom reads 5 pages a day. How many pages does he read in 6 days?", "2 + 2 = ?"]
@@ -277,11 +276,10 @@ def test_self_consistency_keeps_its_samples_and_counts_them_all(reasoner):
 )
 def test_samples_vote_on_their_answers(texts, winner, reasoner, monkeypatch):
     made = iter(texts)
-    monkeypatch.setattr(
-        api.Reasoner, "_generation", lambda self, plan, sequence: api.Generation(next(made), [], [], Cost(1), "")
-    )
+    monkeypatch.setattr(type(reasoner.pair), "text", lambda self, *asked: next(made))
     plan = reasoner._plan("self-consistency", 0, {})
-    assert reasoner._answer(plan, [Generated() for _ in texts]).text == texts[winner]
+    [answer] = reasoner._answers(replace(plan, num_samples=len(texts)), [Generated() for _ in texts])
+    assert answer.text == texts[winner] and len(answer.samples) == len(texts)
 
 
 # Laws of the strategies
@@ -369,6 +367,28 @@ def test_a_calibration_file_gives_the_threshold(reasoner, tmp_path):
     for path in (tmp_path, tmp_path / "calibration.json"):
         done = reasoner.generate(PROMPT, "s2t", calibration=str(path), **SHORT)
         assert done.token_ids == reasoner.generate(PROMPT, "s2t", threshold=0.5, **SHORT).token_ids
+
+
+def test_settings_that_come_again_are_not_checked_again_unless_something_may_have_changed(
+    reasoner, tmp_path, monkeypatch
+):
+    checked = []
+    own = type(reasoner)._checked
+    monkeypatch.setattr(type(reasoner), "_checked", lambda self, *asked: checked.append(asked) or own(self, *asked))
+    stops = ["7"]
+    first = reasoner.generate(PROMPT, "s2t", threshold=0.5, stop=stops, **SHORT)
+    assert reasoner.generate(PROMPT, "s2t", threshold=0.5, stop=["7"], **SHORT) == first and len(checked) == 1
+    stops[0] = "no such text"
+    later = reasoner.generate(PROMPT, "s2t", threshold=0.5, stop=stops, **SHORT)
+    assert later == reasoner.generate(PROMPT, "s2t", threshold=0.5, **SHORT) and len(checked) == 3
+    with pytest.raises(ConfigError, match="max_new_tokens must be"):
+        [reasoner.generate(PROMPT, "greedy", max_new_tokens=count) for count in (1, True)]
+
+    file = tmp_path / "calibration.json"
+    for threshold in (0.5, 50.0):
+        file.write_text(f'{{"thresholds": {{"divergence": {threshold}}}}}')
+        done = reasoner.generate(PROMPT, "s2t", calibration=str(file), **SHORT)
+        assert done.num_triggered == reasoner.generate(PROMPT, "s2t", threshold=threshold, **SHORT).num_triggered
 
 
 # Refusals

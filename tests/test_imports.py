@@ -140,6 +140,13 @@ def test_no_module_is_imported_in_a_circle_or_from_above(shape):
     assert len(graph) > 150 and shape.circles(graph) == [] and shape.arrows_up(graph) == []
 
 
+def test_one_answer_runs_through_few_functions_and_files_and_not_deep(shape):
+    """A new method is one file: what every answer comes by stays small enough to be read."""
+    answers = shape.answers()
+    assert answers["s2t"]["functions"] <= 120 and answers["s2t"]["files"] <= 18 and answers["s2t"]["depth"] <= 12
+    assert all(answers["greedy"][what] < answers["s2t"][what] for what in ("functions", "files", "depth"))
+
+
 def test_a_circle_and_an_arrow_up_would_be_found(shape):
     graph = {
         "s2t.core.a": {"s2t.model.b"},

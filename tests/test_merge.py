@@ -23,8 +23,9 @@ from s2t.files import RunFolder, write_json
 from s2t.merge import merge
 from s2t.model import merged as merged_module
 from s2t.model.adapter import AdapterConfig, MergedSelector, SelectorAdapter, load_adapter, load_selector
-from s2t.model.engine import Engine, Head
+from s2t.model.engine import Engine
 from s2t.model.load import load_model, load_without_weights
+from s2t.model.loaded import Head
 from s2t.model.merged import ADAPTER_FOLDER, base_model, is_merged, read_merged
 
 torch.set_num_threads(1)

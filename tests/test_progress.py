@@ -11,11 +11,11 @@ import pytest
 from s2t import progress
 from s2t.config import DecodeConfig
 from s2t.decode.label import label
-from s2t.decode.loop import Request
 from s2t.decode.pair import Pair
 from s2t.methods.strategies import build_strategy
 from s2t.model import load
 from s2t.progress import Bar, count, counted_as
+from s2t.records import Request
 from s2t.scale import open_workers, to_files, write_missing
 
 

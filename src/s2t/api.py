@@ -11,7 +11,6 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, overload
 
-from transformers import PreTrainedTokenizerBase
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from s2t.config import (
@@ -28,17 +27,14 @@ from s2t.config import (
     check_effects,
     needs_of,
 )
-from s2t.decode.loop import Request
 from s2t.decode.opening import open_pair
 from s2t.decode.pair import Pair
-from s2t.decode.prompts import ids_key, prompt_key, sample_key
-from s2t.decode.rows import Generated
 from s2t.decode.workload import strategy_of
 from s2t.errors import ConfigError
 from s2t.methods.sample import choose_sample
 from s2t.methods.strategies import Strategy
 from s2t.model.stops import StoppingText
-from s2t.records import Cost, Step
+from s2t.records import Cost, Generated, Request, Step
 from s2t.tasks.graders import canonical_answer, extract_answer
 
 Prompt = str | list[dict[str, str]]
@@ -130,6 +126,7 @@ class Reasoner:
 
     def __init__(self, pair: Pair) -> None:
         self.pair = pair
+        self._last: tuple[str, _Call] | None = None  # what was asked for last, and what it came to
 
     @overload
     def generate(
@@ -160,7 +157,8 @@ class Reasoner:
         """
         prompts, is_one = _as_prompts(prompt)
         plan = self._plan(strategy, seed, settings, config)
-        answers = self._answers(plan, plan.requests(prompts), trace)
+        requests = plan.numbered([self.pair.request(0, one, **plan.told) for one in prompts])
+        answers = self._answers(plan, self.pair.write(plan.strategy, requests, trace=trace, **plan.limits))
         return answers[0] if is_one else answers
 
     def complete(
@@ -180,8 +178,8 @@ class Reasoner:
             raise ConfigError(
                 f"strategy {plan.strategy.name} takes the context out of a text; pass the prompt to generate."
             )
-        requests = [(self.pair.request_of_ids(0, list(ids)), ids_key(ids)) for ids in prompts]
-        return self._answers(plan, plan.numbered(requests), trace)
+        requests = plan.numbered([self.pair.request_of_ids(0, list(ids)) for ids in prompts])
+        return self._answers(plan, self.pair.write(plan.strategy, requests, trace=trace, **plan.limits))
 
     def check(self, strategy: str | None = None, **settings: Any) -> None:
         """Raise as `generate` would for these settings, before there is a prompt."""
@@ -205,28 +203,24 @@ class Reasoner:
         prompts, is_one = _as_prompts(prompt)
         if not is_one:
             raise ConfigError("stream answers one prompt; pass a list of prompts to generate.")
-        requests = plan.requests(prompts)
+        requests = plan.numbered([self.pair.request(0, one, **plan.told) for one in prompts])
         if plan.num_samples > 1:
-            return iter([answer.text for answer in self._answers(plan, requests, trace=False)])
+            written = self.pair.write(plan.strategy, requests, trace=False, **plan.limits)
+            return iter([answer.text for answer in self._answers(plan, written)])
         steps = self.pair.steps(plan.strategy, requests, plan.config.max_new_tokens, plan.config.stop)
         return self._pieces(plan, steps)
 
-    def _answers(self, plan: _Call, requests: Sequence[Request], trace: bool) -> list[Generation]:
-        config = plan.config
-        done = self.pair.write(
-            plan.strategy,
-            requests,
-            config.max_new_tokens,
-            keep_steps=True,
-            trace=trace,
-            stop=config.stop,
-            batch_size=config.batch_size,
-        )
-        size = plan.num_samples
-        return [self._answer(plan, done[start : start + size]) for start in range(0, len(done), size)]
-
     def _plan(self, name: str | None, seed: int, settings: dict[str, Any], config: DecodeConfig | None = None) -> _Call:
-        """Settings and strategy of one call, checked against what was loaded."""
+        """Settings and strategy of one call, checked against what was loaded; those of the last call are remembered.
+
+        Thresholds that stand in a file are read anew, since the file may have changed.
+        """
+        asked = repr((name, seed, settings, config))
+        if self._last is None or self._last[0] != asked or self._last[1].config.calibration is not None:
+            self._last = asked, self._checked(name, seed, settings, config)
+        return self._last[1]
+
+    def _checked(self, name: str | None, seed: int, settings: dict[str, Any], config: DecodeConfig | None) -> _Call:
         name = self.pair.default_strategy if name is None else name
         given = [key for key, value in settings.items() if value is not None]
         if config is not None:
@@ -239,16 +233,13 @@ class Reasoner:
         if config is None:
             config = build_config(DecodeConfig, flags=settings)
             config.check_decode()
-        needs = needs_of(name, config.trigger)
         self.pair.check_has(name, config.trigger)
-        return _Call(
-            self.pair,
-            config,
-            strategy_of(name, config, self.pair.selector_config if "adapter" in needs else None, seed),
-        )
+        trained = self.pair.selector_config if "adapter" in needs_of(name, config.trigger) else None
+        num_samples = config.num_samples if name in MANY_SAMPLES else 1
+        return _Call(self.pair, config, strategy_of(name, config, trained, seed), num_samples)
 
     def _pieces(self, plan: _Call, steps: Iterable[Step]) -> Iterator[str]:
-        text = StoppingText(plan.tokenizer, plan.config.stop)
+        text = StoppingText(self.pair.tokenizer_of(plan.strategy.name), plan.config.stop)
         stop_ids = self.pair.stop_ids_of(plan.strategy.name)
         for step in steps:
             is_stop_id = step.finish_reason == "stop" and step.token_id in stop_ids
@@ -257,25 +248,26 @@ class Reasoner:
         if rest := text.finish():
             yield rest
 
-    def _answer(self, plan: _Call, sequences: Sequence[Generated]) -> Generation:
-        samples = [self._generation(plan, sequence) for sequence in sequences]
-        if len(samples) == 1:
-            return samples[0]
-        answers = [_answer_of(sample.text) for sample in samples]
-        certainties = [sequence.mean_value for sequence in sequences]
-        winner = samples[choose_sample(plan.strategy.name, answers, certainties)]
-        return replace(winner, cost=sum((sample.cost for sample in samples), Cost()), samples=samples)
-
-    def _generation(self, plan: _Call, done: Generated) -> Generation:
-        return Generation(
-            text=self.pair.text(done, plan.config.stop, plan.strategy.name),
-            token_ids=done.token_ids,
-            steps=done.steps,
-            cost=done.cost,
-            finish_reason=done.finish_reason,
-            num_triggered=done.num_triggered,
-            num_flips=done.num_flips,
-        )
+    def _answers(self, plan: _Call, written: Sequence[Generated]) -> list[Generation]:
+        """The answers that sequences are: each its own, or the winner among the samples of a prompt."""
+        size, answers = plan.num_samples, []
+        for start in range(0, len(written), size):
+            own = written[start : start + size]
+            samples = [
+                Generation(
+                    self.pair.text(done, plan.config.stop, plan.strategy.name),
+                    *(done.token_ids, done.steps, done.cost, done.finish_reason, done.num_triggered, done.num_flips),
+                )
+                for done in own
+            ]
+            if size == 1:
+                answers += samples
+                continue
+            votes = [_answer_of(sample.text) for sample in samples]
+            winner = samples[choose_sample(plan.strategy.name, votes, [done.mean_value for done in own])]
+            cost = sum((sample.cost for sample in samples), Cost())
+            answers.append(replace(winner, cost=cost, samples=samples))
+        return answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,29 +277,26 @@ class _Call:
     pair: Pair
     config: DecodeConfig
     strategy: Strategy
+    num_samples: int
+    told: dict[str, Any] = field(init=False)
+    """What `Pair.request` is told beside the prompt."""
+    limits: dict[str, Any] = field(init=False)
+    """What `Pair.write` is told beside strategy and requests."""
 
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return self.pair.tokenizer_of(self.strategy.name)
+    def __post_init__(self) -> None:
+        config = self.config
+        limits = {"max_new_tokens": config.max_new_tokens, "stop": config.stop, "batch_size": config.batch_size}
+        object.__setattr__(self, "limits", {"keep_steps": True, **limits})
+        object.__setattr__(self, "told", {"system": config.system, "reads_bare": "bare" in self.strategy.needs})
 
-    @property
-    def num_samples(self) -> int:
-        return self.config.num_samples if self.strategy.name in MANY_SAMPLES else 1
-
-    def requests(self, prompts: Sequence[Prompt]) -> list[Request]:
-        """One request per prompt and sample; random numbers depend on the prompt's own text."""
-        system, reads_bare = self.config.system, "bare" in self.strategy.needs
-        requests = [self.pair.request(0, p, system=system, reads_bare=reads_bare) for p in prompts]
-        return self.numbered([(one, prompt_key(p, system)) for one, p in zip(requests, prompts, strict=True)])
-
-    def numbered(self, prompts: Sequence[tuple[Request, str]]) -> list[Request]:
-        """One request per prompt and sample; a key that comes again gets other random numbers the second time."""
+    def numbered(self, prompts: Sequence[Request]) -> list[Request]:
+        """One request per prompt and sample; a prompt that comes again gets other random numbers the second time."""
         requests: list[Request] = []
         seen: dict[str, int] = {}
-        for request, key in prompts:
+        for request in prompts:
             for _ in range(self.num_samples):
-                place = seen[key] = seen.get(key, -1) + 1
-                requests.append(replace(request, index=len(requests), key=sample_key(key, place)))
+                place = seen[request.key] = seen.get(request.key, -1) + 1
+                requests.append(replace(request, index=len(requests), key=f"{request.key}/{place}"))
         return requests
 
 

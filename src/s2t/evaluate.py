@@ -19,10 +19,8 @@ import numpy as np
 from s2t.combine import combine
 from s2t.config import HOW_IT_RUNS, MANY_SAMPLES, METHODS, NEEDS_LLM, OVER_ANSWERS, EvalConfig
 from s2t.decode.label import Labels
-from s2t.decode.loop import Request
 from s2t.decode.opening import check_needs, open_pair
 from s2t.decode.pair import Pair
-from s2t.decode.rows import Generated
 from s2t.decode.workload import (
     ServerReport,
     check_shards,
@@ -40,7 +38,7 @@ from s2t.methods.strategies import Strategy, build_strategy
 from s2t.model.adapter import AdapterConfig, selector_config, selector_problems
 from s2t.model.card import EVAL_FILE, measured, with_accuracy
 from s2t.progress import counted_as
-from s2t.records import Cost, Grade, Problem, Result
+from s2t.records import Cost, Generated, Grade, Problem, Request, Result
 from s2t.scale import Shard, to_files, write_missing
 from s2t.summary import Run, summarize
 from s2t.tasks.problems import Task, check_disjoint

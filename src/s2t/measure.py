@@ -19,7 +19,6 @@ from s2t.core.calibration import threshold_at
 from s2t.core.stats import clustered_rate_interval, hit_rate_curve
 from s2t.decode.label import Labels
 from s2t.decode.opening import check_needs, open_pair
-from s2t.decode.rows import Generated
 from s2t.decode.workload import (
     ServerReport,
     check_shards,
@@ -33,7 +32,7 @@ from s2t.errors import DataError
 from s2t.files import RunFolder, load_run, read_tables, write_json, write_table
 from s2t.methods.strategies import build_strategy
 from s2t.progress import counted_as
-from s2t.records import Problem
+from s2t.records import Generated, Problem
 from s2t.scale import Shard, to_files, write_missing
 from s2t.tasks.problems import Task
 

@@ -18,9 +18,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from s2t.combine import combine
 from s2t.config import DecodeConfig, EvalConfig
-from s2t.decode.loop import Request
 from s2t.decode.pair import Pair
-from s2t.decode.rows import Generated
 from s2t.decode.workload import open_task
 from s2t.evaluate import evaluate
 from s2t.files import iter_jsonl, write_json
@@ -31,6 +29,7 @@ from s2t.model.forecast import ForecastConfig, ForecastHead, save_forecast
 from s2t.model.load import wrap_model
 from s2t.model.loaded import LoadedModel
 from s2t.model.router import Router, RouterConfig, save_router
+from s2t.records import Generated, Request
 
 
 @pytest.fixture

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from s2t.core.support import propose
-from s2t.decode.loop import Decoder, Request
+from s2t.decode.loop import Decoder
 from s2t.model.engine import Engine
+from s2t.records import Request
 
 HALF = {"trigger": "random", "threshold": 0.5}
 

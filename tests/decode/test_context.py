@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 import s2t
 from s2t.cli.main import main
 from s2t.config import ServeConfig
-from s2t.decode.loop import Request
 from s2t.decode.pair import Pair
-from s2t.decode.prompts import context_length
 from s2t.errors import ContextError
+from s2t.records import Request
 
 CONTEXT = 256  # of the models of these tests
 
@@ -37,7 +37,9 @@ def test_an_answer_ends_where_the_context_does(name, strategy, slm, llm):
 
 def test_the_shorter_context_of_a_pair_counts(slm, random_model):
     other = random_model(max_position_embeddings=200)
-    assert context_length([slm]) == CONTEXT and context_length([slm, other]) == 200 and context_length([]) is None
+    unlimited = SimpleNamespace(context_length=None)
+    lengths = [Pair(slm, llm).context_length for llm in (None, other, unlimited)]
+    assert lengths == [CONTEXT, 200, CONTEXT] and Pair(unlimited).context_length is None
 
 
 def test_a_prompt_without_room_for_a_token_is_refused(strategy, slm):

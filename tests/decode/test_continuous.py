@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from s2t.decode.continuous import OwnRequest
-from s2t.decode.loop import Request
 from s2t.decode.pair import Pair
 from s2t.methods.sample import Sampling
+from s2t.records import Request
 
 LENGTH = 24
 

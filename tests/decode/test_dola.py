@@ -9,11 +9,11 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from s2t.decode.loop import Decoder
-from s2t.decode.rows import Request
 from s2t.files import read_json
 from s2t.methods import contrast
 from s2t.model.engine import Engine
 from s2t.model.load import load_model, wrap_model
+from s2t.records import Request
 
 RELEASE = read_json(Path(__file__).with_name("dola_release.json"))
 

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from s2t.cli.main import main
-from s2t.decode.finite import best_tokens
 from s2t.decode.label import label, llm_targets
-from s2t.decode.loop import Request
+from s2t.decode.loop import best_tokens
 from s2t.decode.pair import Pair
 from s2t.errors import ModelError
+from s2t.records import Request
 
 PROMPT = [5, 9, 12, 30, 7]
 BAD = [float("nan"), float("inf")]

@@ -7,10 +7,11 @@ import torch
 from transformers import DynamicCache
 
 from s2t.config import METHODS
-from s2t.decode.loop import Decoder, DraftLength, Request
+from s2t.decode.loop import Decoder, DraftLength
 from s2t.decode.pair import Pair
 from s2t.errors import ConfigError
 from s2t.model.engine import Engine
+from s2t.records import Request
 
 EVERY_STEP = {"trigger": "entropy", "threshold": -1.0}
 HALF = {"trigger": "random", "threshold": 0.5}

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import pytest
 
 from s2t.config import GenerateConfig, ModelConfig
-from s2t.decode.loop import Request
 from s2t.decode.opening import open_pair
 from s2t.errors import ConfigError, ModelError
+from s2t.records import Request
 
 
 @dataclass

@@ -13,13 +13,14 @@ import torch
 
 from s2t.config import DecodeConfig
 from s2t.core.support import kl_divergence
-from s2t.decode.loop import Decoder, Request
+from s2t.decode.loop import Decoder
 from s2t.decode.pair import Pair
 from s2t.decode.steps import StepTexts
 from s2t.errors import ConfigError
 from s2t.methods import relay
 from s2t.methods.strategies import build_strategy
 from s2t.model.engine import Engine
+from s2t.records import Request
 
 TOP_1 = {"top_k": 1}
 CRITICALITY = {"trigger": "criticality", "scope": "step"}

@@ -75,7 +75,7 @@ def test_k_is_the_given_one_else_the_adapters_else_8():
 def test_only_methods_that_say_so_read_the_llm_beside_the_slm():
     thresholds = dict.fromkeys(TRIGGERS, 0.5)
     names = [name for name in WRITERS if name not in ("r2r", "forecast")]  # which need a trained folder to be built
-    needs = {name for name in names if build_strategy(name, DecodeConfig(), thresholds).needs_llm}
+    needs = {name for name in names if "llm" in build_strategy(name, DecodeConfig(), thresholds).needs}
     ours, others = (
         {"s2t", "takeover"},
         {"speculative", "specreason", "smart", "glimprouter", "relay", "contrastive", "released"},

@@ -14,8 +14,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from s2t.errors import ConfigError, ModelError
-from s2t.model.chat import Detokenizer, chat_text, decode_ids, prompt_ids, stop_ids
+from s2t.model.chat import Detokenizer, decode_ids, prompt_ids, stop_ids
 from s2t.model.stops import Stops
+from s2t.model.template import render
 
 TEXTS = ["hello world", "héllo 🙂🙃 日本語", "a\n\n  b\t", "👩‍👩‍👧 family", "", "½ × 3 = 1½"]
 BOS_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }} {% endfor %}"
@@ -160,7 +161,7 @@ TAKES_SYSTEM = "{% for message in messages %}<{{ message['role'] }}>{{ message['
 
 def rendered(tokenizer, template, turns):
     tokenizer.chat_template = template
-    return chat_text(tokenizer, turns)
+    return render(tokenizer, turns)
 
 
 SYSTEM, USER = {"role": "system", "content": " Be brief.\n"}, {"role": "user", "content": "two"}

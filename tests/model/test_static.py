@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from s2t.bench.decode import untrained_adapter
-from s2t.decode.loop import Decoder, Request
+from s2t.decode.loop import Decoder
 from s2t.methods.select import S2TLocal
 from s2t.methods.strategies import Strategy
 from s2t.methods.triggers import Random
 from s2t.model.engine import Engine
 from s2t.model.static import _columns, _power
+from s2t.records import Request
 
 FAMILIES = ("qwen2", "llama", "gemma", "gemma2-eager", "mistral", "qwen2-sliding")
 PROMPTS = [[5, 9, 12, 30, 7], [8, 40, 77, 21, 300, 301, 302, 19], [99, 98, 97, 500, 501, 7, 7], [4, 6, 8, 11, 10, 40]]

@@ -9,12 +9,12 @@ import pytest
 
 import s2t
 from s2t.config import CollectConfig, DistillConfig, EvalConfig, GenerateConfig, StudyConfig, build_config
-from s2t.decode.opening import open_pair
-from s2t.decode.prompts import note_unread
+from s2t.decode.opening import note_unread, open_pair
 from s2t.errors import ConfigError, ModelError
 from s2t.model import template
-from s2t.model.chat import chat_text, prompt_ids
+from s2t.model.chat import prompt_ids
 from s2t.model.load import load_model
+from s2t.model.template import render
 from s2t.model.tiny import embedded_path
 
 USER, SYSTEM = {"role": "user", "content": "hi"}, {"role": "system", "content": "Be brief."}
@@ -52,7 +52,7 @@ def tokenizer():
 
 def written(tokenizer, source, turns, **variables):
     tokenizer.chat_template = source
-    return chat_text(tokenizer, turns, **variables)
+    return render(tokenizer, turns, **variables)
 
 
 # Forms
@@ -211,7 +211,7 @@ def test_a_slow_start_is_waited_for_longer_than_a_rendering(monkeypatch):
 def test_the_packages_own_template_needs_no_process_and_is_written_the_same(tokenizer):
     template._RENDERER.close()
     turns = [{"role": "user", "content": "1 + 1 = {{ 2 }}"}, {"role": "assistant", "content": "2"}, USER]
-    text = chat_text(tokenizer, turns)
+    text = render(tokenizer, turns)
     assert template._RENDERER._process is None
     assert written(tokenizer, tokenizer.chat_template + "{# of somebody else #}", turns) == text
     assert template._RENDERER._process is not None

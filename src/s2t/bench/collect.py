@@ -10,10 +10,10 @@ import numpy as np
 from s2t.bench.timing import Contestant
 from s2t.config import BenchConfig, DecodeConfig, TaskConfig
 from s2t.core.calibration import threshold_at
-from s2t.decode.loop import Request
 from s2t.decode.opening import open_pair
 from s2t.decode.workload import open_task, requests_for
 from s2t.methods.strategies import build_strategy
+from s2t.records import Request
 
 _STORED = 16  # candidates of a group
 

@@ -18,16 +18,16 @@ from s2t.bench.timing import Contestant
 from s2t.config import BenchConfig
 from s2t.core.sampling import uniforms
 from s2t.decode.label import label
-from s2t.decode.loop import Decoder, Request
+from s2t.decode.loop import Decoder
 from s2t.decode.reference import ModelReference
 from s2t.errors import ConfigError
-from s2t.methods.select import S2T, S2TLocal
+from s2t.methods.select import S2T, Divergence, S2TLocal
 from s2t.methods.strategies import Strategy
-from s2t.methods.triggers import Divergence, Never, Random
+from s2t.methods.triggers import Never, Random
 from s2t.model.adapter import AdapterConfig, SelectorAdapter
 from s2t.model.engine import Engine
 from s2t.model.loaded import LoadedModel
-from s2t.records import Cost
+from s2t.records import Cost, Request
 
 
 class DecodeBench:
@@ -105,7 +105,7 @@ class DecodeBench:
     ) -> Iterator[object]:
         config, rows = self.config, len(self.prompts)
         engine = Engine(adapter.loaded if adapter is not None else self.base, rows, adapter)
-        reference = ModelReference(Engine(self.llm, rows)) if strategy.needs_llm and self.llm is not None else None
+        reference = ModelReference(Engine(self.llm, rows)) if "llm" in strategy.needs and self.llm is not None else None
         decoder = Decoder(engine, strategy, reference, config.max_new_tokens, traces)
         keys = exact_keys(rate, rows, config.max_new_tokens, strategy.warmup_steps, config.seed)
         requests = [Request(i, ids, key) for (i, ids), key in zip(enumerate(self.prompts.tolist()), keys, strict=True)]

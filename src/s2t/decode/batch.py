@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -14,51 +15,60 @@ from torch import Tensor
 
 from s2t.decode.adapter_stream import AdapterStream
 from s2t.decode.reference import Reference
-from s2t.decode.rows import Request, Row
 from s2t.model.engine import Engine
 from s2t.model.loaded import Work
-from s2t.records import Cost
+from s2t.records import Cost, Request
 
 _PROMPT_TOKENS_AT_ONCE = 2**14
 
 
-class Batch:
-    """The rows that are being written, and the requests that wait for one; `draws` makes a request's uniforms of a stream."""
+@dataclass(slots=True, eq=False)
+class Row:
+    """One sequence in its slot: either ready (the state of its next token is known), or with tokens to feed."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        reference: Reference | None,
-        max_new_tokens: int,
-        ends: Callable[[int, int], bool] | None,
-        draws: Callable[[Request, int], np.ndarray],
-        has_stream: bool,
-    ) -> None:
-        self.engine, self.reference, self.max_new_tokens, self.ends = engine, reference, max_new_tokens, ends
-        self._draws = draws
-        self.stream = AdapterStream(engine) if has_stream else None
-        self.waiting: deque[Request] = deque()
-        self.rows: list[Row] = []
-        self.hidden: Tensor | None = None  # [max_rows, H], of each row's next token
-        self.costs: dict[int, Cost] = {}  # of finished requests
+    request: Request
+    slot: int
+    feed: list[int]
+    limit: int  # of steps
+    steps: int = 0
+    flips: int = 0
+    is_ready: bool = False
+    is_finished: bool = False
+    last: int = -1  # the last token of prompt and answer so far
+    twin: Row | None = None  # a row that reads the same prompt in the same forward
+    streams: dict[int, np.ndarray] = field(default_factory=dict)  # uniforms, made when first drawn
+    held: int = 0  # tokens for which the span goes on that the row is in
+    tail: str = ""  # the last characters written
+    is_start: bool = True  # whether the next token begins a step of the text
+    mixture: list[int] = field(default_factory=list)  # what the fed token's embedding is the mean of
+
+
+@dataclass(slots=True, eq=False)
+class Batch:
+    """The rows that are being written, and the requests that wait for one."""
+
+    engine: Engine
+    reference: Reference | None
+    stream: AdapterStream | None
+    max_new_tokens: int
+    ends: Callable[[int, int], bool] | None
+    draws_of: Callable[[Request, int], np.ndarray]  # the uniforms of a request's stream
+    waiting: deque[Request] = field(default_factory=deque)
+    rows: list[Row] = field(default_factory=list)
+    hidden: Tensor | None = None  # [max_rows, H], of each row's next token
+    costs: dict[int, Cost] = field(default_factory=dict)  # of finished requests
 
     def reserve(self, length: int) -> None:
         """Make room for rows of so many tokens, candidates behind them included."""
         for engine in (self.engine, *([self.stream.engine] if self.stream is not None else [])):
             engine.reserve(length)
 
-    def states_of(self, rows: Sequence[Row]) -> Tensor:
-        """The states that the next tokens of ready rows come from; [n, H]."""
-        assert self.hidden is not None
-        slots = [row.slot for row in rows]
-        return self.hidden[: len(slots)] if slots == list(range(len(slots))) else self.hidden[slots]
-
     def draws(self, rows: Sequence[Row], offsets: Sequence[int], stream: int = 0) -> Tensor:
         """The uniforms of some steps, `offset` steps behind what each row has written; 0 past the last; float64 [n].
 
         Streams are independent of each other: what is drafted, accepted and drawn anew shares no number.
         """
-        own = [row.draws if stream == 0 else self._stream(row, stream) for row in rows]
+        own = [self._stream(row, stream) for row in rows]
         draws = [
             drawn[row.steps + at] if row.steps + at < len(drawn) else 0.0
             for row, at, drawn in zip(rows, offsets, own, strict=True)
@@ -67,7 +77,7 @@ class Batch:
 
     def _stream(self, row: Row, stream: int) -> np.ndarray:
         if stream not in row.streams:
-            row.streams[stream] = self._draws(row.request, stream)
+            row.streams[stream] = self.draws_of(row.request, stream)
         return row.streams[stream]
 
     def name_of(self, is_llm: bool) -> str:
@@ -86,7 +96,7 @@ class Batch:
             request = self.waiting.popleft()
             prompt = tuple(request.prompt_ids)
             limit, twin = request.max_new_tokens or self.max_new_tokens, first.get(prompt)
-            row = Row(request, len(self.rows), list(prompt), self._draws(request, 0), limit, last=prompt[-1], twin=twin)
+            row = Row(request, len(self.rows), list(prompt), limit, last=prompt[-1], twin=twin)
             if twin is None:
                 first[prompt] = row
                 num_tokens += len(prompt)

@@ -15,16 +15,16 @@ from torch import Tensor
 
 from s2t.core.sampling import uniforms
 from s2t.core.support import logprobs_at, propose
+from s2t.decode.batch import Row
 from s2t.decode.loop import Decoder, stream_key
 from s2t.decode.reference import Reference
 from s2t.decode.round import EngineRound
-from s2t.decode.rows import Request, Row
 from s2t.decode.steps import StepTexts
 from s2t.methods.sample import Sampling
 from s2t.methods.strategies import Strategy
 from s2t.model.adapter import SelectorReader
 from s2t.model.engine import Engine
-from s2t.records import Candidates, Step
+from s2t.records import Candidates, Request, Step
 
 Likeliest = dict[int, tuple[Candidates, float | None]]
 """Place -> the likeliest tokens there, and criticality where it can be read."""

@@ -23,9 +23,9 @@ from s2t.core.support import (
     rank_among,
     rows_at_once,
 )
-from s2t.decode.finite import check_numbers
 from s2t.decode.remote.llm import Listed, RemoteLLM
 from s2t.decode.text_reference import TextReference
+from s2t.model.checkpoint import not_finite
 from s2t.model.engine import Engine
 from s2t.model.loaded import LoadedModel
 from s2t.model.text import VocabularyMap
@@ -163,7 +163,7 @@ def llm_targets(
                 ids = rows.topk(size, dim=-1).indices
                 parts.append((ids.int().cpu().numpy(), bucket_probs(rows / temperature, ids).cpu().numpy()))
         ends = np.cumsum([len(generated[i]) for i in batch])[:-1]
-        check_numbers([part[1] for part in parts], llm.name)
+        _check_numbers([part[1] for part in parts], llm.name)
         columns = [np.split(np.concatenate([part[c] for part in parts]), ends) for c in range(2)]
         found.update((i, Targets(*both)) for i, both in zip(batch, zip(*columns, strict=True), strict=True))
         _count(generated, batch)
@@ -287,9 +287,9 @@ class _PairReader:
     def _check(self, columns: Sequence[np.ndarray]) -> None:
         """Raise ModelError where a model's distribution was none: the SLM's own readings first, then those of both."""
         of_both, entropies, _, _, logprobs, llm_probs = columns
-        check_numbers([entropies, logprobs], self.slm.loaded.name)
+        _check_numbers([entropies, logprobs], self.slm.loaded.name)
         if self.llm is not None:
-            check_numbers([of_both, llm_probs], self.llm.loaded.name)
+            _check_numbers([of_both, llm_probs], self.llm.loaded.name)
 
     def _llm_logits(
         self, prompts: Sequence[Sequence[int]], generated: Sequence[Sequence[int]]
@@ -323,3 +323,9 @@ class _PairReader:
             between = bucket_divergence(llm.buckets(support), slm.buckets(support), self.kind)
         rank = rank_among(slm_logits, llm.best[:, 0], values, top)
         return between, slm.entropy(), rank.int(), ids.int(), slm.logprobs(ids), llm.logprobs(ids).exp()
+
+
+def _check_numbers(columns: Iterable[np.ndarray], name: str) -> None:
+    """Raise ModelError where one of some arrays that were read from a model holds NaN."""
+    if any(np.isnan(column).any() for column in columns):
+        raise not_finite(name)

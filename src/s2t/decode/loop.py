@@ -18,19 +18,20 @@ from torch import Tensor
 
 from s2t.core.sampling import uniforms
 from s2t.core.support import best_ids, propose
-from s2t.decode.batch import Batch
-from s2t.decode.finite import best_tokens, numbers
+from s2t.decode.adapter_stream import AdapterStream
+from s2t.decode.batch import Batch, Row
 from s2t.decode.reference import Reference
 from s2t.decode.round import EngineRound, candidates_of, known
-from s2t.decode.rows import Request, Row
 from s2t.decode.steps import StepTexts, earlier_layers
 from s2t.errors import ConfigError
 from s2t.methods.base import Proposal
 from s2t.methods.strategies import Strategy
+from s2t.model.checkpoint import not_finite
 from s2t.model.engine import Engine
-from s2t.records import Cost, Step
+from s2t.records import Cost, Request, Step
 
 _LOGITS_AT_ONCE = 2**27  # floats that the drafts of all rows may hold
+_PRIOR_STEPS = 50  # a row starts as if one flip had been seen in this many steps
 
 Adjust = Callable[[Sequence[int], Tensor], Tensor]
 """Request indices and the model's own logits of their next tokens, [n, V] -> the logits to go on with, [n, V]."""
@@ -58,12 +59,13 @@ class Decoder:
         assert adjust is None or reference is None, "adjusted logits are not for the LLM beside the loop"
         _check(engine, strategy, reference)
         assert texts is not None or not strategy.has_spans, "spans end with steps of the text"
+        selector = strategy.selector
         self.engine, self.strategy, self.reference = engine, strategy, reference
         self.max_new_tokens, self.trace, self.adjust = max_new_tokens, trace, adjust
         self.texts = texts if strategy.has_spans else None
-        engine.layers = earlier_layers(engine, strategy.selector.layers) if strategy.selector is not None else ()
-        has_stream = "adapter" in strategy.needs and engine.scope == "stream"
-        self.batch = Batch(engine, reference, max_new_tokens, ends, self._draws, has_stream)
+        engine.layers = earlier_layers(engine, selector.layers) if selector is not None and selector.layers else ()
+        stream = AdapterStream(engine) if "adapter" in strategy.needs and engine.scope == "stream" else None
+        self.batch = Batch(engine, reference, stream, max_new_tokens, ends, self._draws)
         self.costs: dict[int, Cost] = self.batch.costs
         self._draft_length = self._policy()
 
@@ -106,7 +108,7 @@ class Decoder:
             logits = round.own_logits if len(fired) == len(round.rows) else round.own_logits[fired]
             candidates = Proposal(*propose(logits, strategy.num_candidates))
             selection = strategy.selector.choose(round, fired, candidates)
-            round.note_choice(fired, candidates, selection, self.batch.name_of(strategy.needs_llm))
+            round.note_choice(fired, candidates, selection, "llm" in strategy.needs)
         round.finish()
         return round
 
@@ -123,20 +125,25 @@ class Decoder:
             active = []
         rows, offsets, hidden, logits, greedy, tokens = [], [], [], [], [], []
         tails: dict[Row, str] = {}
-        depth, states = 0, batch.states_of(active) if active else torch.empty(0)
+        depth, states = 0, torch.empty(0)
+        if active:
+            slots = [row.slot for row in active]
+            assert batch.hidden is not None
+            states = batch.hidden[: len(slots)] if slots == list(range(len(slots))) else batch.hidden[slots]
         while active:
             hidden.append(states)
-            logits.append(self._logits(active, states))
+            logits.append(self.engine.own_logits(states) if self.adjust is None else self._adjusted(active, states))
             rows += active
             offsets += [depth] * len(active)
             greedy += best_tokens(logits[-1], self.engine.loaded.name)
             tokens += self._tokens(active, logits[-1], greedy[-len(active) :], depth)
             depth += 1
-            going = self._going(active, tokens[-len(active) :], depth, tails)
-            if not going:
+            if self.reference is None:
                 break
+            going = self._going(active, tokens[-len(active) :], depth, tails)
             active = [row for row, _ in going]
-            states = self.engine.extend([row.slot for row in active], [[token] for _, token in going])
+            if active:
+                states = self.engine.extend([row.slot for row in active], [[token] for _, token in going])
         if not rows:
             return EngineRound(batch, [], [], states, states, [], [], self.texts)
         at_once = len(hidden) == 1
@@ -146,9 +153,9 @@ class Decoder:
             self._mix(round)
         return round
 
-    def _logits(self, rows: Sequence[Row], states: Tensor) -> Tensor:
-        if self.adjust is None:
-            return self.engine.own_logits(states)
+    def _adjusted(self, rows: Sequence[Row], states: Tensor) -> Tensor:
+        """The logits of some rows' next tokens, as `adjust` has them."""
+        assert self.adjust is not None
         adjusted = self.adjust([row.request.index for row in rows], self.engine.head(states))
         return self.engine.mask(adjusted.clone())  # whoever adjusts may keep what it returned
 
@@ -156,8 +163,6 @@ class Decoder:
         self, rows: Sequence[Row], tokens: Sequence[int], depth: int, tails: dict[Row, str]
     ) -> list[tuple[Row, int]]:
         """The rows that draft on behind these tokens; `tails`, the text before each row's token, moves on with them."""
-        if self.reference is None:
-            return []
         going = [
             (row, token)
             for row, token in zip(rows, tokens, strict=True)
@@ -206,8 +211,9 @@ class Decoder:
         strategy = self.strategy
         values = strategy.trigger.read(round) if round.rows else None
         if values is not None:
-            name = self.batch.name_of("llm" in strategy.trigger.needs)
-            round.values = numbers(values.tolist(), name)
+            round.values = values.tolist()
+            if any(map(math.isnan, round.values)):
+                raise not_finite(self.batch.name_of("llm" in strategy.trigger.needs))
         if self.trace and round.rows:
             self._trace(round)
         if values is None:
@@ -251,7 +257,7 @@ def _check(engine: Engine, strategy: Strategy, reference: Reference | None) -> N
         raise ConfigError(
             f"strategy {strategy.name} reads layers or embeddings of the model, which llama.cpp keeps; pass --engine torch."
         )
-    if strategy.needs_llm and reference is None:
+    if "llm" in strategy.needs and reference is None:
         raise ConfigError(f"strategy {strategy.name} reads the LLM at inference; pass --llm.")
     if reference is not None and reference.max_draft is not None and strategy.draft_tokens > reference.max_draft:
         raise ConfigError(
@@ -270,9 +276,6 @@ def _check(engine: Engine, strategy: Strategy, reference: Reference | None) -> N
         strategy.selector.check(engine.adapter)
     if "adapter" in strategy.needs and engine.adapter is None:
         raise ConfigError(f"strategy {strategy.name} needs --adapter, a folder written by `s2t train`.")
-
-
-_PRIOR_STEPS = 50  # a row starts as if one flip had been seen in this many steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,3 +297,12 @@ class DraftLength:
             return self.fixed
         rate, ratio = (flips + 1) / (steps + _PRIOR_STEPS), self.cost_ratio
         return max(1, min(self.ceiling, round(math.sqrt(ratio**2 + 2 * ratio / rate) - ratio)))
+
+
+def best_tokens(logits: Tensor, name: str) -> list[int]:
+    """The likeliest token of each row; [n, V] -> n. Raises ModelError where a row holds NaN or infinity, or nothing but -inf."""
+    best = best_ids(logits)[:, None]  # of a NaN, where there is one
+    tokens = torch.where(logits.gather(-1, best).isfinite(), best, -1)[:, 0].tolist()
+    if min(tokens, default=0) < 0:
+        raise not_finite(name)
+    return tokens

@@ -5,13 +5,13 @@ It loads what some strategies need and no more: an LLM that none of them reads i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from s2t.config import ChatConfig, EngineConfig, ModelConfig, RemoteConfig, ServedConfig
 from s2t.decode.needs import check_needs, needs_by_name
 from s2t.decode.pair import Pair
-from s2t.decode.prompts import note_unread
 from s2t.decode.remote.llm import RemoteLLM, remote_settings
 from s2t.decode.remote.selector import check_served
 from s2t.decode.remote.served import ServedSLM
@@ -97,3 +97,10 @@ def _adapter(config: ModelConfig) -> str | None:
 
 def _variables(config: ModelConfig) -> dict[str, Any]:
     return config.template_variables if isinstance(config, ChatConfig) else {}
+
+
+def note_unread(variables: Mapping[str, Any], models: Sequence[LoadedModel | RemoteLLM]) -> None:
+    """Say on stderr which variables no chat template of these models reads: a slip in a name would change nothing."""
+    templates = " ".join(str(model.tokenizer.chat_template or "") for model in models)
+    if unread := [name for name in variables if not re.search(rf"\b{re.escape(name)}\b", templates)]:
+        note(f"the chat template of {models[0].name} does not read {', '.join(unread)}; the prompts are as without.")

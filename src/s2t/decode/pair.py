@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,8 +19,7 @@ from s2t.config import needs_of
 from s2t.core.support import resolve_support
 from s2t.decode.continuous import ContinuousDecoder
 from s2t.decode.label import ExactAt, Labels, label, label_by_text, label_listed
-from s2t.decode.loop import Decoder, Request
-from s2t.decode.prompts import checked_ids, context_length, fit, without_context
+from s2t.decode.loop import Decoder
 from s2t.decode.reference import BareReference, ModelReference, Reference
 from s2t.decode.remote.llm import RemoteLLM
 from s2t.decode.remote.reference import RemoteReference
@@ -25,10 +27,9 @@ from s2t.decode.remote.selector import check_served
 from s2t.decode.remote.served import ServedSLM
 from s2t.decode.remote.slm import RemoteDecoder
 from s2t.decode.remote.writer import RemoteWriter
-from s2t.decode.rows import Generated
 from s2t.decode.steps import StepTexts
 from s2t.decode.text_reference import TextReference
-from s2t.errors import ConfigError, ModelError
+from s2t.errors import ConfigError, ContextError, ModelError
 from s2t.methods.strategies import Strategy
 from s2t.model.adapter import BRANCH_SCOPES, AdapterConfig, SelectorReader
 from s2t.model.chat import decode_ids, prompt_ids
@@ -37,7 +38,7 @@ from s2t.model.loaded import LoadedModel
 from s2t.model.stops import Stops, cut
 from s2t.model.text import VocabularyMap, same_tokens
 from s2t.progress import count
-from s2t.records import Cost, Step
+from s2t.records import Cost, Generated, Request, Step
 
 R = TypeVar("R", bound=Request)
 
@@ -85,10 +86,11 @@ class Pair:
         """What writes where nobody says: s2t-local where something selects beside the SLM."""
         return "greedy" if self.selector_config is None else "s2t-local"
 
-    @property
+    @cached_property
     def context_length(self) -> int | None:
         """Tokens that prompt and answer may have together, by what the models can read; None for no limit."""
-        return context_length(model for model in (self.slm, self.llm) if model is not None)
+        lengths = [model.context_length for model in (self.slm, self.llm) if model is not None]
+        return min((length for length in lengths if length), default=None)
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -155,7 +157,6 @@ class Pair:
         self,
         index: int,
         messages: str | Sequence[dict[str, str]],
-        key: str = "",
         system: str | None = None,
         variables: Mapping[str, Any] | None = None,
         max_tokens: int | None = None,
@@ -163,21 +164,23 @@ class Pair:
     ) -> Request:
         """A request for the answer to a user message, or to a list of messages, in the tokens of both models; as `prompt`.
 
-        `reads_bare` (the pair's own unless given) says that it brings the prompt without its context, too.
+        Its random numbers depend on these messages. `reads_bare` (the pair's own unless given) says that it brings the prompt
+        without its context, too.
         """
         told = (messages, system, variables, max_tokens)
         for_llm = None if self.llm is None or self.has_one_tokenizer else self.prompt(*told, of=self.llm)
         is_bare = self.reads_bare if reads_bare is None else reads_bare
         bare = self.prompt(without_context(messages), *told[1:]) if is_bare else None
+        key = messages if isinstance(messages, str) and system is None else json.dumps([system, messages])
         return Request(index, self.prompt(*told), key, for_llm, bare_prompt_ids=bare)
 
-    def request_of_ids(self, index: int, ids: list[int], key: str = "") -> Request:
+    def request_of_ids(self, index: int, ids: list[int]) -> Request:
         """A request for the continuation of prompt ids; an LLM with other tokens reads their text."""
         for_llm, vocabulary = None, self.vocabulary
         if vocabulary is not None:
             [encoded] = vocabulary.llm_codec.encode([vocabulary.slm_codec.join(ids)])
             for_llm = checked_ids(vocabulary.llm, encoded)
-        return Request(index, checked_ids(self.slm, ids), key, for_llm)
+        return Request(index, checked_ids(self.slm, ids), str(list(ids)), for_llm)
 
     def tokenizer_of(self, strategy: str) -> PreTrainedTokenizerBase:
         """The tokenizer whose ids a strategy writes."""
@@ -192,7 +195,8 @@ class Pair:
         ids = sequence.token_ids
         if sequence.finish_reason == "stop" and ids[-1] in self.stop_ids_of(strategy):
             ids = ids[:-1]
-        return cut(decode_ids(self.tokenizer_of(strategy), ids), stop)
+        text = decode_ids(self.tokenizer_of(strategy), ids)
+        return cut(text, stop) if stop else text
 
     # Writing
 
@@ -244,9 +248,14 @@ class Pair:
         longest answer among them.
         """
         is_remote = strategy.name == "llm" and isinstance(self.llm, RemoteLLM)
-        fitted = fit(requests, max_new_tokens, None if is_remote else self.context_length)
-        longest = max((request.max_new_tokens or 1 for request in fitted), default=1)
-        return [as_read(strategy.name, request) for request in fitted], longest
+        length = None if is_remote else self.context_length
+        fitted = []
+        for request in requests:
+            room = int(min(request.max_new_tokens or max_new_tokens, room_for(request, length)))
+            fitted.append(replace(request, max_new_tokens=room))
+        if strategy.name == "llm":
+            fitted = [as_read("llm", request) for request in fitted]
+        return fitted, max((request.max_new_tokens or 1 for request in fitted), default=1)
 
     def decoder(
         self,
@@ -264,7 +273,8 @@ class Pair:
         if strategy.name == "llm" and isinstance(self.llm, RemoteLLM):
             return RemoteWriter(self.llm, max_new_tokens, ends, stop)
         engine, reference = self._engines(strategy, rows)
-        return Decoder(engine, strategy, reference, max_new_tokens, trace, ends, texts=self._texts(strategy))
+        texts = self._texts(strategy) if strategy.has_spans else None
+        return Decoder(engine, strategy, reference, max_new_tokens, trace, ends, texts=texts)
 
     def continuous(
         self, strategy: Strategy, max_length: int, ends: Callable[[int, int], bool] | None = None
@@ -274,11 +284,12 @@ class Pair:
         adapter = self.adapter
         is_read = adapter is not None and (adapter.scope in BRANCH_SCOPES or engine.adapter is adapter)
         reader = adapter if is_read and strategy.name != "llm" else None
-        return ContinuousDecoder(engine, strategy, reference, max_length, ends, reader, self._texts(strategy))
+        texts = self._texts(strategy) if strategy.has_spans else None
+        return ContinuousDecoder(engine, strategy, reference, max_length, ends, reader, texts)
 
-    def _texts(self, strategy: Strategy) -> StepTexts | None:
-        """The steps of the text, where the strategy asks for them."""
-        return StepTexts.of(self.slm.tokenizer, self.slm.name, strategy.step_end) if strategy.has_spans else None
+    def _texts(self, strategy: Strategy) -> StepTexts:
+        """The steps of the text, for a strategy that asks for them."""
+        return StepTexts.of(self.slm.tokenizer, self.slm.name, strategy.step_end)
 
     def _engines(self, strategy: Strategy, rows: int) -> tuple[Engine, Reference | None]:
         """The engine that writes, and the LLM beside it where the strategy reads one."""
@@ -288,12 +299,12 @@ class Pair:
         engine = self.slm.open_engine(rows, self.adapter if "adapter" in strategy.needs else None)
         if "bare" in strategy.needs:
             return engine, BareReference(self.slm.open_engine(rows))
-        return engine, self.reference(rows) if strategy.needs_llm else None
+        return engine, self.reference(rows) if "llm" in strategy.needs else None
 
     def reference(self, num_rows: int) -> Reference:
         """The LLM beside so many rows: by token, by text, or on its servers."""
-        self.check_tokens()
         if isinstance(self.llm, RemoteLLM):
+            self.check_tokens()
             return RemoteReference(self.llm, num_rows)
         engine = self.local_llm().open_engine(num_rows)
         return ModelReference(engine) if self.vocabulary is None else TextReference(engine, self.vocabulary)
@@ -340,6 +351,30 @@ def as_read(strategy: str, request: R) -> R:
     return replace(request, prompt_ids=request.llm_prompt_ids)
 
 
+def checked_ids(model: LoadedModel | RemoteLLM, ids: list[int]) -> list[int]:
+    """The ids of a prompt; raises ModelError where there are none, or one that the model has no row for."""
+    if not ids:
+        raise ModelError("the prompt is empty after tokenizing; give some text.")
+    if (least := min(ids)) < 0:
+        raise ModelError(f"the prompt holds the id {least}; token ids are 0 to {model.vocab_size - 1}.")
+    if max(ids) >= model.vocab_size:
+        token = model.tokenizer.convert_ids_to_tokens(max(ids))
+        raise ModelError(f"the prompt holds {token}, which {model.name} has no embedding for; take it out.")
+    return ids
+
+
+def room_for(request: Request, length: int | None, what: str = "the prompt") -> float:
+    """Tokens that an answer may have where the models read `length` (None: any number); ContextError where there are none."""
+    if length is None:
+        return math.inf
+    if (count := request.num_prompt_tokens) >= length:
+        raise ContextError(
+            f"{what} has {count} tokens, and the models read up to {length} of prompt and answer together; shorten it, or "
+            "use models that read more."
+        )
+    return length - count
+
+
 def _as_llm_cost(cost: Cost) -> Cost:
     return replace(
         Cost(cost.generated),
@@ -347,3 +382,14 @@ def _as_llm_cost(cost: Cost) -> Cost:
         llm_processed=cost.slm_processed,
         llm_flops=cost.slm_flops,
     )
+
+
+def without_context(messages: str | Sequence[dict[str, str]]) -> str | list[dict[str, str]]:
+    """A prompt with the last sentence of its last message alone: what is asked, without what it is asked about."""
+    if isinstance(messages, str):
+        return _last_sentence(messages)
+    return [*messages[:-1], messages[-1] | {"content": _last_sentence(messages[-1]["content"])}]
+
+
+def _last_sentence(text: str) -> str:
+    return re.split(r"(?<=[.!?\n])\s+", text.strip())[-1]

@@ -29,15 +29,10 @@ class Reference(ABC):
     is_slm: bool = False
     """Whether it is the SLM itself, reading the prompt without its context; its work is then the SLM's."""
 
-    @property
-    def name(self) -> str:
-        """What the LLM is called."""
-        return "the LLM"
-
-    @property
-    @abstractmethod
-    def work(self) -> list[Work]:
-        """What each row cost so far."""
+    name: str = "the LLM"
+    """What it is called."""
+    work: list[Work]
+    """What each row cost so far."""
 
     @abstractmethod
     def cost_ratio(self, slm_params: int) -> float:
@@ -46,6 +41,9 @@ class Reference(ABC):
     @abstractmethod
     def start(self, row: int, prompt_ids: Sequence[int]) -> None:
         """Begin a sequence in a slot, with the LLM's own prompt; nothing is computed yet."""
+
+    def read(self, drafts: Mapping[int, Sequence[int]]) -> None:  # noqa: B027
+        """Read these drafts of some rows, where that is done at once for all of them; before `logits` and `ask`."""
 
     @abstractmethod
     def logits(
@@ -91,15 +89,7 @@ class EngineReference(Reference):
     """An LLM in this process: row b of its engine follows row b of the SLM's."""
 
     def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-
-    @property
-    def name(self) -> str:
-        return self.engine.loaded.name
-
-    @property
-    def work(self) -> list[Work]:
-        return self.engine.work
+        self.engine, self.name, self.work = engine, engine.loaded.name, engine.work
 
     def cost_ratio(self, slm_params: int) -> float:
         return self.engine.loaded.num_params / slm_params
@@ -129,8 +119,15 @@ class ModelReference(EngineReference):
 
     def start(self, row: int, prompt_ids: Sequence[int]) -> None:
         """Begin a sequence in a slot; nothing is computed yet."""
-        super().start(row, prompt_ids)
+        self.engine.reset(row)
         self.pending[row] = list(prompt_ids)
+
+    def read(self, drafts: Mapping[int, Sequence[int]]) -> None:
+        """The states that each row's d drafted tokens are predicted from, [d, H]: one forward for all unread rows."""
+        if late := [row for row in drafts if row not in self._states]:
+            unread = [[*self.pending[row], *drafts[row][:-1]] for row in late]
+            states = self.engine.read(late, unread, [len(drafts[row]) for row in late])
+            self._states.update(zip(late, states, strict=True))
 
     def logits(
         self,
@@ -140,30 +137,19 @@ class ModelReference(EngineReference):
         forbidden_ids: Tensor,
     ) -> Tensor:
         """The LLM's masked logits at some (row, offset) of the drafts, on the SLM's vocabulary; slm_logits [n, V] -> [n, V]."""
-        states = self.states(drafts)
-        hidden = torch.stack([states[row][offset] for row, offset in wanted])  # [n, H']
+        hidden = torch.stack([self._states[row][offset] for row, offset in wanted])  # [n, H']
         size = slm_logits.shape[-1]
         logits = align_vocabulary(self.engine.head.own(hidden).to(slm_logits.device), size)
         return logits.index_fill_(-1, forbidden_ids, float("-inf"))  # fresh: masked in place
 
     @torch.inference_mode()
     def ask(self, drafts: Mapping[int, Sequence[int]], suffix_ids: Sequence[int], answer_ids: Sequence[int]) -> Tensor:
-        """One more forward, over the last drafted token and the suffix; the rest of the draft is read as `logits` reads it."""
-        self.states(drafts)
+        """One more forward, over the last drafted token and the suffix."""
         rows = list(drafts)
         lengths = [self.engine.lengths[row] for row in rows]
         hidden = self.engine.extend(rows, [[drafts[row][-1], *suffix_ids] for row in rows])  # [r, H']
         self.engine.crop(rows, lengths)
         return self.engine.head(hidden)[:, list(answer_ids)]
-
-    def states(self, drafts: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
-        """The states that each row's d drafted tokens are predicted from, row -> [d, H]; one forward for all unread rows."""
-        late = [row for row in drafts if row not in self._states]
-        if late:
-            unread = [[*self.pending[row], *drafts[row][:-1]] for row in late]
-            hidden = self.engine.read(late, unread, [len(drafts[row]) for row in late])
-            self._states |= dict(zip(late, hidden, strict=True))
-        return {row: self._states[row] for row in drafts}
 
     def settle(self, row: int, draft: Sequence[int], accepted: Sequence[int]) -> None:
         """End a row's round: keep what was read of the accepted tokens, which agree with the draft up to the last one."""

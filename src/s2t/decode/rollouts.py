@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from s2t.decode.loop import Request
 from s2t.decode.pair import Pair
 from s2t.methods.strategies import Strategy
 from s2t.model.chat import decode_ids
+from s2t.records import Request
 
 
 def continued(

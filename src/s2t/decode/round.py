@@ -15,9 +15,8 @@ from torch import Tensor
 
 from s2t.core.rule import finish_reason
 from s2t.core.support import logprobs_at
-from s2t.decode.batch import Batch
+from s2t.decode.batch import Batch, Row
 from s2t.decode.branch import branch
-from s2t.decode.rows import Row
 from s2t.decode.steps import StepTexts
 from s2t.methods.base import Ahead, Proposal, Round, Selection
 from s2t.methods.strategies import Strategy
@@ -101,6 +100,7 @@ class EngineRound(Round):
         drafted = self.drafts
         places = [drafted[i] for i in rows]
         drafts = {self.rows[own[0]].slot: [self.tokens[place] for place in own] for own in places}
+        reference.read(drafts)
         return reference.ask(drafts, texts.ids(question), [texts.ids(answer)[-1] for answer in answers])
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -124,7 +124,9 @@ class EngineRound(Round):
         assert reference is not None, "the method needs the LLM"
         wanted = range(len(self.rows)) if places is None else places
         own = self.own_logits if every else self.own_logits[list(wanted)]
-        logits = reference.logits(*self._asked(wanted), own, self.batch.engine.forbidden_ids)
+        asked, drafts = self._asked(wanted)
+        reference.read(drafts)
+        logits = reference.logits(asked, drafts, own, self.batch.engine.forbidden_ids)
         if places is None:
             self._llm_logits = logits
         return logits
@@ -132,6 +134,8 @@ class EngineRound(Round):
     def llm_logprobs(self, places: Sequence[int], ids: Tensor, must_order: bool = False) -> Tensor:
         assert self.batch.reference is not None
         logprobs = logprobs_at(self.own_llm_logits(places), ids)
+        if self.num_listed is None:
+            return logprobs
         return self.batch.reference.look_up(*self._asked(places), ids, logprobs, must_order)
 
     def _asked(self, places: Sequence[int]) -> tuple[list[tuple[int, int]], dict[int, list[int]]]:
@@ -214,20 +218,19 @@ class EngineRound(Round):
 
     def _note_text(self, row: Row, place: int, token: int) -> None:
         """What the row's text and span are behind a token that was accepted."""
-        if self.texts is None:
-            return
+        assert self.texts is not None
         row.is_start, row.tail = self.texts.ends(row.tail, token), self.texts.after(row.tail, token)
         row.held = 0 if row.is_start and self._ends_with_steps else self._left.get(place, 0)
 
     # How it ends
 
-    def note_choice(self, fired: Sequence[int], candidates: Proposal, selection: Selection, name: str) -> None:
-        """Note what a selector chose; raises ModelError where a number that was to be read, from the model `name`, is none."""
+    def note_choice(self, fired: Sequence[int], candidates: Proposal, selection: Selection, is_llm: bool) -> None:
+        """Note what a selector chose; raises ModelError where a number that it was to read, from the LLM or the SLM, is none."""
         tokens, index = selection.token_ids.tolist(), selection.index.tolist()
         read = {"scores": selection.scores, "llm_probs": selection.llm_probs}
         numbers = {field: known(values) for field, values in read.items() if values is not None}
         if self.num_listed is None and any(None in row for rows in numbers.values() for row in rows):
-            raise not_finite(name)
+            raise not_finite(self.batch.name_of(is_llm))
         for i, (place, own) in enumerate(zip(fired, candidates_of(candidates), strict=True)):
             self._chosen[place] = tokens[i], index[i]
             detail = self.details.setdefault(place, {})
@@ -296,7 +299,8 @@ class EngineRound(Round):
         token = self._chosen[place][0] if place in self._chosen else self.tokens[place]
         row.steps, row.last = row.steps + 1, token
         row.flips += place in self._chosen and token != self.tokens[place]
-        self._note_text(row, place, token)
+        if self.texts is not None:
+            self._note_text(row, place, token)
         is_stop = token in batch.engine.loaded.stop_ids or (
             batch.ends is not None and batch.ends(row.request.index, token)
         )

@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from s2t.config import DecodeConfig, ShardConfig, TaskConfig
-from s2t.decode.loop import Request
-from s2t.decode.pair import Pair
-from s2t.decode.prompts import check_fits
+from s2t.decode.pair import Pair, room_for
 from s2t.decode.remote.counts import merge_reports
 from s2t.errors import DataError
 from s2t.files import RunFolder, read_json, read_tables, write_json
@@ -19,7 +17,7 @@ from s2t.methods.strategies import Strategy, build_strategy
 from s2t.model.adapter import AdapterConfig
 from s2t.model.merged import base_model
 from s2t.model.tiny import is_embedded
-from s2t.records import Problem
+from s2t.records import Problem, Request
 from s2t.scale import RayWorkers, open_workers
 from s2t.tasks.problems import Task, load_task
 from s2t.workers import Workers
@@ -98,7 +96,7 @@ def requests_for(
     requests = []
     for place, problem in enumerate(problems):
         request = pair.request(place * num_samples, task.prompt(problem), system=system)
-        check_fits(request, pair.context_length, f"problem {problem.problem_id}")
+        room_for(request, pair.context_length, f"problem {problem.problem_id}")
         for k in range(num_samples):
             requests.append(replace(request, index=request.index + k, key=f"{problem.problem_id}/{k}"))
     return requests

@@ -24,8 +24,9 @@ except ImportError as error:
 
 from s2t.api import Generation, load
 from s2t.config import MANY_SAMPLES, ChatConfig, ModelConfig
-from s2t.model.chat import chat_text, decode_ids, encode
+from s2t.model.chat import decode_ids, encode
 from s2t.model.stops import cut
+from s2t.model.template import render
 
 NAME = "s2t"
 _Base: Any = HFLM  # its decorator is untyped
@@ -97,7 +98,7 @@ class S2TLM(_Base):
         self._is_templated = True
         options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
         told = self.reasoner.pair.variables | self.chat_template_args
-        return chat_text(self.tokenizer, chat_history, **(told | options))
+        return render(self.tokenizer, chat_history, **(told | options))
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Texts for (context, generation arguments) pairs, in order; requests with the same arguments run together."""

@@ -24,7 +24,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from s2t.config import DecodeConfig, build_config
-from s2t.decode.loop import Decoder, Request
+from s2t.decode.loop import Decoder
 from s2t.decode.workload import strategy_of
 from s2t.errors import ConfigError, ModelError
 from s2t.integrations import asked
@@ -35,6 +35,7 @@ from s2t.model.engine import Engine
 from s2t.model.load import wrap_model
 from s2t.model.loaded import LoadedModel
 from s2t.model.merged import CONFIG_FILE, is_merged, local_folder, open_merged
+from s2t.records import Request
 
 STRATEGIES = ("greedy", "s2t-local")
 SETTINGS = ("trigger", "threshold", "calibration", "num_candidates", "warmup_steps")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from s2t.config import CALIBRATED, METHODS, TRIGGER_NEEDS, TRIGGERS, DecodeConfig, Method
 from s2t.errors import ConfigError
@@ -34,26 +34,20 @@ class Strategy:
     draft_tokens: int = 0
     """Tokens drafted per LLM forward; 0 adapts to the row's rate of flips, 1 is step by step."""
     seed: int = 0
+    needs: tuple[str, ...] = field(init=False)
+    """llm, adapter, bare: what trigger and selector read beside the SLM (strategy `llm` runs the LLM in its place)."""
+    has_spans: bool = field(init=False)
+    """Whether a place that fires holds what follows, so that the loop has to know the text's steps."""
 
-    @property
-    def needs_llm(self) -> bool:
-        """True when the LLM is read beside the SLM (the `llm` strategy runs it in the SLM's place instead)."""
-        return "llm" in self.needs
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """llm, adapter: what trigger and selector read beside the SLM."""
-        return (*self.trigger.needs, *(METHODS[self.name].needs if self.selector is not None else ()))
+    def __post_init__(self) -> None:
+        own = METHODS[self.name].needs if self.selector is not None else ()
+        object.__setattr__(self, "needs", (*self.trigger.needs, *own))
+        object.__setattr__(self, "has_spans", self.trigger.reads_text or self.span_tokens > 1)
 
     @property
     def ends_with_steps(self) -> bool:
         """Whether a span is over where the step of the text is."""
         return self.trigger.by_step or not self.trigger.reads_text
-
-    @property
-    def has_spans(self) -> bool:
-        """Whether a place that fires holds what follows, so that the loop has to know the text's steps."""
-        return self.trigger.reads_text or self.span_tokens > 1
 
 
 def build_strategy(

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from s2t.errors import ConfigError, ModelError
 from s2t.model.checkpoint import check_ids
-from s2t.model.reserved import spare_tokens_in
+from s2t.model.reserved import SPARE_TOKEN, spare_tokens_in
 from s2t.model.size import check_size
 from s2t.model.template import render
 
@@ -45,7 +45,8 @@ def prompt_ids(
     and TooLong, before tokenizing, for a text that cannot become as few as `max_tokens` tokens.
     """
     text, is_templated = prompt_text(tokenizer, messages, system, variables)
-    check_size(tokenizer, text, max_tokens)
+    if max_tokens is not None:
+        check_size(tokenizer, text, max_tokens)
     return encode(tokenizer, text, add_special_tokens=not is_templated)
 
 
@@ -56,23 +57,17 @@ def prompt_text(
     variables: Mapping[str, Any] | None = None,
 ) -> tuple[str, bool]:
     """As `prompt_ids`, before it is tokenized, and whether a chat template wrote it."""
-    turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
-    check_messages(turns)
+    if isinstance(messages, str):
+        turns = [{"role": "user", "content": messages}]
+    else:
+        check_messages(turns := list(messages))
     if system is not None:
         if any(turn["role"] == "system" for turn in turns):
             raise ConfigError("the messages begin with a system message already; pass no system beside it.")
         turns = [{"role": "system", "content": system}, *turns]
     if tokenizer.chat_template is None:
         return "\n\n".join(turn["content"] for turn in turns), False
-    return chat_text(tokenizer, turns, **(variables or {})), True
-
-
-def chat_text(tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, str]], **options: Any) -> str:
-    """Messages as the chat template writes them, with the start of an answer; `options` go to the template.
-
-    Where the template refuses the system message, or leaves it out, it is put before the first user message.
-    """
-    return render(tokenizer, turns, **({"add_generation_prompt": True} | options))
+    return render(tokenizer, turns, **(variables or {})), True
 
 
 def check_messages(turns: Sequence[Any]) -> None:
@@ -180,7 +175,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bo
         text.encode()
     except UnicodeEncodeError as error:
         raise ModelError("the prompt holds a lone surrogate, which is no Unicode text; take it out.") from error
-    spelled = spare_tokens_in(text)
+    spelled = spare_tokens_in(text) if SPARE_TOKEN.search(text) else None
     if spelled and not spelled.isdisjoint(tokenizer.get_vocab()):
         ids = list(_twin(tokenizer, spelled).encode(text, add_special_tokens=add_special_tokens).ids)
     else:

@@ -6,6 +6,7 @@ Neighbouring rows share a segment, which reads its rows of the cache in place.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,14 +16,14 @@ from s2t.model.slots import Segment, causal_mask, tree_mask
 _FILLED_GAP = 4  # rows
 
 
+@dataclass(slots=True)
 class Layout:
     """The tokens of one forward in one flat line, and the segments that say where in the cache they belong."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.segments: list[Segment] = []
-        self.num_tokens = 0
-        self._ids: list[Tensor] = []
+    device: torch.device
+    segments: list[Segment] = field(default_factory=list)
+    num_tokens: int = 0
+    _ids: list[Tensor] = field(default_factory=list)
 
     def add_tokens(self, rows: Sequence[int], tokens: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[int]:
         """Lay out tokens[i] behind row rows[i]; returns the flat place of each row's first token.

@@ -8,7 +8,7 @@ merge would add.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from s2t.errors import ModelError
 
@@ -24,6 +24,10 @@ SPARE_TOKENS = (
 )
 
 
+SPARE_TOKEN = re.compile("|".join(pattern.pattern.replace("(", "(?:") for _, pattern in SPARE_TOKENS))
+"""Any of them."""
+
+
 @dataclass(frozen=True, slots=True)
 class ReservedIds:
     """R bin ids and two criticality ids (yes, no); `kind` says where they come from."""
@@ -31,10 +35,10 @@ class ReservedIds:
     bins: tuple[int, ...]
     criticality: tuple[int, int]
     kind: str
+    all: tuple[int, ...] = field(init=False)
 
-    @property
-    def all(self) -> tuple[int, ...]:
-        return (*self.bins, *self.criticality)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "all", (*self.bins, *self.criticality))
 
 
 def choose_reserved_ids(vocab: dict[str, int], num_rows: int, num_bins: int) -> ReservedIds:
@@ -55,7 +59,7 @@ def choose_reserved_ids(vocab: dict[str, int], num_rows: int, num_bins: int) -> 
 
 def spare_tokens_in(text: str) -> frozenset[str]:
     """Every spelling of a spare token, of any family, that a text holds."""
-    return frozenset(match[0] for _, pattern in SPARE_TOKENS for match in pattern.finditer(text))
+    return frozenset(SPARE_TOKEN.findall(text))
 
 
 def _split(ids: list[int], kind: str) -> ReservedIds:

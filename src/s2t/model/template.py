@@ -44,17 +44,25 @@ class TemplateRefused(ModelError):
 
 
 def render(tokenizer: Any, turns: Turns, **options: Any) -> str:
-    """Messages as the tokenizer's chat template writes them, whatever form it wants them in; `options` are its variables.
+    """Messages as the tokenizer's chat template writes them, whatever form it wants them in, with the start of an answer.
 
-    A template that takes no system message gets it before the first user message, one that takes content as a list of parts
-    gets parts. Raises ModelError, one line, for messages that the template refuses or leaves out, and for a template that
-    fails, or needs too much time, memory or room.
+    `options` are its variables. A template that takes no system message gets it before the first user message, one that takes
+    content as a list of parts gets parts. Raises ModelError, one line, for messages that the template refuses or leaves out, and
+    for a template that fails, or needs too much time, memory or room.
     """
+    options = {"add_generation_prompt": True, **options}
     if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
         return _written_by(tokenizer, turns, options)
-    template = _Template.of(tokenizer, options)
-    form = template.form(tuple(turn["role"] for turn in turns))
-    return template.render(form.applied(turns))
+    try:
+        source = str(tokenizer.get_chat_template(None, None))
+    except ValueError as error:
+        raise ModelError(f"the chat template of this model cannot be chosen: {' '.join(str(error).split())}") from error
+    variables = json.dumps({**tokenizer.special_tokens_map, **options}, default=str, sort_keys=True)
+    form_of = (
+        _form if len(variables) <= _KEPT_CHARS else _form.__wrapped__
+    )  # a longer one is not kept: it would fill the memory
+    template = _Template(source, variables)
+    return template.render(form_of(template, tuple(turn["role"] for turn in turns)).applied(turns))
 
 
 def _written_by(tokenizer: Any, turns: Turns, options: dict[str, Any]) -> str:
@@ -72,21 +80,6 @@ class _Template:
 
     source: str
     variables: str  # JSON
-
-    def form(self, roles: tuple[str, ...]) -> _Form:
-        """As `_form`, which keeps what it found; not for variables so long that keeping them would fill the memory."""
-        return (_form if len(self.variables) <= _KEPT_CHARS else _form.__wrapped__)(self, roles)
-
-    @classmethod
-    def of(cls, tokenizer: Any, options: dict[str, Any]) -> _Template:
-        variables = {**tokenizer.special_tokens_map, **options}
-        try:
-            source = tokenizer.get_chat_template(None, None)
-        except ValueError as error:
-            raise ModelError(
-                f"the chat template of this model cannot be chosen: {' '.join(str(error).split())}"
-            ) from error
-        return cls(str(source), json.dumps(variables, default=str, sort_keys=True))
 
     def render(self, turns: Turns) -> str:
         options = {**json.loads(self.variables), "conversations": [list(turns)], "chat_template": self.source}

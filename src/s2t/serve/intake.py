@@ -15,14 +15,13 @@ from typing import Any
 
 from s2t.config import ServeConfig, read_variables
 from s2t.decode.continuous import OwnRequest
-from s2t.decode.loop import Request
 from s2t.decode.pair import Pair, as_read
-from s2t.decode.prompts import ids_key, prompt_key, prompt_length, sample_key
 from s2t.errors import S2TError
 from s2t.methods.sample import Sampling
 from s2t.methods.strategies import Strategy
 from s2t.model.chat import encode
 from s2t.model.size import TooLong, check_size, least_tokens
+from s2t.records import Request
 from s2t.serve.backend import Job
 from s2t.serve.errors import ApiError, clipped
 from s2t.serve.schema import Body, ChatBody, CompletionBody
@@ -88,8 +87,7 @@ class Intake:
         except S2TError as error:
             raise ApiError(400, str(error), "chat_template_kwargs") from error
         try:
-            key = prompt_key(turns, system)
-            request = self.pair.request(0, turns, key, system, body.variables | variables, self.max_length)
+            request = self.pair.request(0, turns, system, body.variables | variables, self.max_length)
         except TooLong as error:
             raise self._too_long(f"at least {error.least} tokens of prompt", "messages") from error
         except S2TError as error:
@@ -115,7 +113,7 @@ class Intake:
             ids = prompt
         if len(ids) > self.max_length:  # before an LLM with other tokens has to read them as text
             raise TooLong(len(ids), self.max_length)
-        return self.pair.request_of_ids(0, ids, ids_key(ids))
+        return self.pair.request_of_ids(0, ids)
 
     def _plan(self, body: Body, strategy: str, prompts: Sequence[Request]) -> Plan:
         if body.stream_options is not None and not body.stream:
@@ -137,7 +135,7 @@ class Intake:
                 request = OwnRequest(
                     next(self._numbers),
                     prompt.prompt_ids,
-                    sample_key(prompt.key, place),
+                    f"{prompt.key}/{place}",
                     prompt.llm_prompt_ids,
                     limit,
                     sampling,
@@ -201,7 +199,7 @@ class Intake:
 
     def _limit(self, body: Body, prompt: Request) -> int:
         """Tokens that may be written behind a prompt."""
-        length = prompt_length(prompt)
+        length = prompt.num_prompt_tokens
         asked = body.token_limit
         if length + (asked or 1) > self.max_length:
             wanted = f"{length} tokens of prompt" + (f" and {asked} of answer" if asked else "")

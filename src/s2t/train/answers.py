@@ -19,15 +19,13 @@ import pyarrow as pa
 
 from s2t.config import DecodeConfig, DistillConfig
 from s2t.decode.label import Targets, llm_targets
-from s2t.decode.loop import Request
 from s2t.decode.opening import open_pair
-from s2t.decode.rows import Generated
 from s2t.decode.workload import check_shards, open_task, requests_for, shards_of, task_for_workers
 from s2t.errors import ConfigError, DataError, ModelError
 from s2t.files import RunFolder, read_tables, write_table
 from s2t.methods.strategies import build_strategy
 from s2t.progress import counted_as
-from s2t.records import Problem
+from s2t.records import Generated, Problem, Request
 from s2t.scale import Shard, open_workers, to_files, write_missing
 from s2t.tasks.problems import Task
 from s2t.train.processes import Processes

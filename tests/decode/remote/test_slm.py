@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from s2t.core.insampler import Plugin
-from s2t.decode.loop import Decoder, Request
+from s2t.decode.loop import Decoder
 from s2t.decode.remote import slm as remote
 from s2t.decode.remote.selector import ServedSelector, check_apart, served_selector
 from s2t.decode.remote.slm import RemoteDecoder
 from s2t.decode.remote.wire import Completion
 from s2t.errors import ConfigError, RemoteError
 from s2t.model.engine import Engine
+from s2t.records import Request
 
 HALF = {"trigger": "random", "threshold": 0.5}
 SETTINGS = [{"threshold": 0.5}, HALF, {"trigger": "random", "threshold": 1.5}, {"trigger": "never"}]

@@ -11,7 +11,6 @@ import numpy as np
 
 from s2t.core.sampling import uniforms
 from s2t.decode.continuous import OwnRequest, StepReading
-from s2t.decode.loop import Request
 from s2t.decode.remote.blocking import BlockingClient
 from s2t.decode.remote.client import Client
 from s2t.decode.remote.selector import ServedSelector
@@ -20,7 +19,7 @@ from s2t.decode.remote.slm import Emit, RemoteDecoder, Writing
 from s2t.decode.remote.wire import Completion
 from s2t.methods.strategies import Strategy
 from s2t.model.loaded import LoadedModel
-from s2t.records import Candidates, Step
+from s2t.records import Candidates, Request, Step
 
 FIRST_CHUNK, LONGEST_CHUNK = 4, 32
 """Tokens asked for at once of a sequence that somebody watches: as many as are written already, between these."""

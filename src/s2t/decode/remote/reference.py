@@ -27,14 +27,9 @@ class RemoteReference(Reference):
     def __init__(self, llm: RemoteLLM, num_rows: int) -> None:
         self.llm = llm
         self.num_listed = llm.num_listed
-        self._work = [Work() for _ in range(num_rows)]
+        self.work = [Work() for _ in range(num_rows)]
         self.prefixes: list[list[int]] = [[] for _ in range(num_rows)]
         self._read: dict[tuple[int, int], Listed] = {}  # (row, offset) -> one position, in this round
-
-    @property
-    def work(self) -> list[Work]:
-        """What each row cost so far."""
-        return self._work
 
     def cost_ratio(self, slm_params: int) -> float:
         """What one request costs, in forwards of the SLM; the draft's length follows from it."""
@@ -44,7 +39,7 @@ class RemoteReference(Reference):
 
     def start(self, row: int, prompt_ids: Sequence[int]) -> None:
         """Begin a sequence in a slot; nothing is asked yet."""
-        self._work[row] = Work()
+        self.work[row] = Work()
         self.prefixes[row] = list(prompt_ids)
 
     def settle(self, row: int, draft: Sequence[int], accepted: Sequence[int]) -> None:
@@ -55,7 +50,7 @@ class RemoteReference(Reference):
 
     def move(self, source: int, target: int) -> None:
         """Let the sequence of slot `source` live in slot `target`, with what was told of it in this round."""
-        self._work[target], self.prefixes[target] = self._work[source], self.prefixes[source]
+        self.work[target], self.prefixes[target] = self.work[source], self.prefixes[source]
         for row, offset in [place for place in self._read if place[0] == source]:
             self._read[target, offset] = self._read.pop((row, offset))
 
@@ -143,7 +138,7 @@ class RemoteReference(Reference):
 
     def _count(self, row: int, requests: Sequence[CompletionRequest]) -> None:
         """A request counts as one forward over its whole prompt, an upper bound where the server has the prefix cached."""
-        work, flops = self._work[row], self.llm.outline.flops
+        work, flops = self.work[row], self.llm.outline.flops
         for request in requests:
             width = len(request.prompt_ids)
             work.forwards += 1

@@ -19,7 +19,7 @@ import numpy as np
 from s2t.core.onserver import Told
 from s2t.core.rule import finish_reason
 from s2t.core.sampling import uniforms
-from s2t.decode.loop import DraftLength, Request
+from s2t.decode.loop import DraftLength
 from s2t.decode.remote.blocking import BlockingClient
 from s2t.decode.remote.choose import CandidateScorer, Chosen
 from s2t.decode.remote.client import Client
@@ -29,7 +29,7 @@ from s2t.decode.remote.wire import Completion, CompletionRequest
 from s2t.errors import ConfigError, RemoteError
 from s2t.methods.strategies import Strategy
 from s2t.model.loaded import LoadedModel, Work
-from s2t.records import Candidates, Cost, Step
+from s2t.records import Candidates, Cost, Request, Step
 
 REQUEST_COST = 16.0
 """What a request costs a server, in tokens of a full batch; from it and the rate of flips follow chunk lengths."""

@@ -12,7 +12,7 @@ from s2t.model.chat import encode
 from s2t.records import Cost, Step
 
 if TYPE_CHECKING:
-    from s2t.decode.loop import Request
+    from s2t.records import Request
 
 _NEVER = -100.0  # the strongest bias a server takes
 
