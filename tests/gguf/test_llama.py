@@ -94,6 +94,18 @@ def test_candidates_equal_one_forward_each(opened):
         torch.testing.assert_close(state, other.extend([0], [[2, 50, 60, 70, token]])[0], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("info", [b"AVX2 = 1 | REPACK = 1 | ", b"AVX512 = 1 | AMX_INT8 = 1 | "])
+def test_weights_are_not_repacked_for_amx_whose_code_ends_the_process(info, gguf_file, monkeypatch):
+    api, seen = library.llama(), []
+    own = api.llama_model_load_from_file
+    monkeypatch.setattr(api, "llama_print_system_info", lambda: info)
+    monkeypatch.setattr(
+        api, "llama_model_load_from_file", lambda path, params: seen.append(params) or own(path, params)
+    )
+    open_model(str(gguf_file("tiny:slm")), {"dtype": "float32"}, "llama.cpp", threads=1)
+    assert [params.use_extra_bufts for params in seen] == [b"AMX" not in info]
+
+
 def problems(pair, count):
     task = load_task(TASK, "plain")
     return requests_for(pair, task, task.problems("test", count, 0))

@@ -37,6 +37,8 @@ class Weights:
         api = llama()
         params = api.llama_model_default_params()
         params.n_gpu_layers = 0
+        params.use_extra_bufts = b"AMX_INT8 = 1" not in api.llama_print_system_info()
+        # compiled by gcc, the code for AMX ends the process with a fault (ggml-org/llama.cpp, issue 20824)
         self.pointer = api.llama_model_load_from_file(str(header.path).encode(), params)
         if not self.pointer:
             raise ModelError(f"llama.cpp cannot load {header.path}: {last_error() or 'it gives no reason'}.")
