@@ -215,12 +215,13 @@ class Reasoner:
 
         Thresholds that stand in a file are read anew, since the file may have changed.
         """
-        asked = repr((name, seed, settings, config))
-        if self._last is None or self._last[0] != asked or self._last[1].config.calibration is not None:
-            self._last = asked, self._checked(name, seed, settings, config)
-        return self._last[1]
+        asked, last = repr((name, seed, settings, config)), self._last
+        if last is None or last[0] != asked or last[1].pair is not self.pair or last[1].config.calibration is not None:
+            last = self._last = asked, self._checked(name, seed, settings, config)
+        return last[1]
 
     def _checked(self, name: str | None, seed: int, settings: dict[str, Any], config: DecodeConfig | None) -> _Call:
+        """As `_plan`, whatever was asked for last."""
         name = self.pair.default_strategy if name is None else name
         given = [key for key, value in settings.items() if value is not None]
         if config is not None:

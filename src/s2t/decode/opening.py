@@ -9,8 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from s2t.config import ChatConfig, EngineConfig, ModelConfig, RemoteConfig, ServedConfig
-from s2t.decode.needs import check_needs, needs_by_name
+from s2t.config import METHODS, ChatConfig, EngineConfig, ModelConfig, RemoteConfig, ServedConfig, needs_of
 from s2t.decode.pair import Pair
 from s2t.decode.remote.llm import RemoteLLM, remote_settings
 from s2t.decode.remote.selector import check_served
@@ -104,3 +103,29 @@ def note_unread(variables: Mapping[str, Any], models: Sequence[LoadedModel | Rem
     templates = " ".join(str(model.tokenizer.chat_template or "") for model in models)
     if unread := [name for name in variables if not re.search(rf"\b{re.escape(name)}\b", templates)]:
         note(f"the chat template of {models[0].name} does not read {', '.join(unread)}; the prompts are as without.")
+
+
+def check_needs(config: ModelConfig, strategies: Sequence[str], with_llm: bool = False) -> None:
+    """Raise ConfigError where strategies need an LLM or an adapter and the settings name none; loads nothing."""
+    needs = needs_by_name(config, strategies)
+    names = ", ".join(dict.fromkeys(_who(name, "llm") for name, found in needs.items() if "llm" in found))
+    if config.llm is None and (names or with_llm):
+        hint = " (its tokenizer, beside --llm-url)" if isinstance(config, RemoteConfig) and config.llm_urls else ""
+        raise ConfigError(f"{f'strategy {names}' if names else 'this'} needs the LLM; pass --llm MODEL{hint}.")
+    lacking = [_who(name, "adapter") for name, found in needs.items() if "adapter" in found]
+    has_none = getattr(config, "adapter", None) is None
+    if lacking and has_none and not is_merged(local_folder(config.slm, config.revision)):
+        others = ",".join(name for name, found in needs.items() if "adapter" not in found) or "greedy"
+        hint = f"; without one: --strategies {others}" if hasattr(config, "strategies") else ""
+        raise ConfigError(f"strategy {', '.join(lacking)} needs --adapter, a folder written by `s2t train`{hint}.")
+
+
+def needs_by_name(config: ModelConfig, strategies: Sequence[str]) -> dict[str, frozenset[str]]:
+    """What each strategy, or strategy@trigger, reads beside the SLM, by name."""
+    return {name: needs_of(name, str(getattr(config, "trigger", "auto"))) for name in strategies}
+
+
+def _who(name: str, need: str) -> str:
+    """Who needs something: the strategy, or the strategy with its trigger where it is the trigger that does."""
+    base = name.partition("@")[0]
+    return base if need in METHODS[base].needs else name

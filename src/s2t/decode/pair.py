@@ -306,8 +306,8 @@ class Pair:
         if isinstance(self.llm, RemoteLLM):
             self.check_tokens()
             return RemoteReference(self.llm, num_rows)
-        engine = self.local_llm().open_engine(num_rows)
-        return ModelReference(engine) if self.vocabulary is None else TextReference(engine, self.vocabulary)
+        vocabulary, engine = self.vocabulary, self.local_llm().open_engine(num_rows)
+        return ModelReference(engine) if vocabulary is None else TextReference(engine, vocabulary)
 
     def label(
         self,

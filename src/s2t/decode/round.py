@@ -16,12 +16,12 @@ from torch import Tensor
 from s2t.core.rule import finish_reason
 from s2t.core.support import logprobs_at
 from s2t.decode.batch import Batch, Row
-from s2t.decode.branch import branch
 from s2t.decode.steps import StepTexts
 from s2t.methods.base import Ahead, Proposal, Round, Selection
 from s2t.methods.strategies import Strategy
 from s2t.model.adapter import SelectorReader
 from s2t.model.checkpoint import not_finite
+from s2t.model.engine import Engine
 from s2t.records import Candidates, Step
 
 
@@ -326,3 +326,26 @@ def candidates_of(proposal: Proposal) -> list[Candidates]:
     """The candidates of each place, as Steps have them."""
     pairs = zip(proposal.ids.tolist(), proposal.logprobs.tolist(), strict=True)
     return [Candidates(tuple(ids), tuple(logprobs)) for ids, logprobs in pairs]
+
+
+@torch.inference_mode()
+def branch(engine: Engine, rows: Sequence[int], first: Tensor, depth: int, reads_end: bool) -> Ahead:
+    """One branch of each row: its candidate [f] and the greedy tokens behind it, `depth` in all or to a stop id.
+
+    What comes back has no axis of candidates: states [f, H] of the last tokens, under the adapter, log-probabilities and counts
+    [f]. The rows are as before.
+    """
+    lengths = [engine.lengths[row] for row in rows]
+    last = first.clone()
+    logprobs, counts = torch.zeros(len(rows), device=last.device), torch.ones(len(rows), device=last.device)
+    for _ in range(depth - 1):
+        live = [i for i, token in enumerate(last.tolist()) if token not in engine.loaded.stop_ids]
+        if not live:
+            break
+        hidden = engine.extend([rows[i] for i in live], [[int(last[i])] for i in live])
+        best = engine.logits(hidden).log_softmax(-1).max(-1)
+        last[live], counts[live] = best.indices, counts[live] + 1
+        logprobs[live] += best.values
+    states = engine.branch(rows, last[:, None])[:, 0] if reads_end else None
+    engine.crop(rows, lengths)
+    return Ahead(states, logprobs, counts)

@@ -17,7 +17,6 @@ from torch import Tensor
 from s2t.model.adapter import ATTACHED, BRANCH_SCOPES, SelectorReader
 from s2t.model.layout import Layout
 from s2t.model.loaded import LoadedModel, Work
-from s2t.model.mixtures import mixed_embeddings
 from s2t.model.slots import SlotCache, slot_attention
 from s2t.model.static import StaticSteps
 
@@ -296,3 +295,12 @@ class Engine:
             work.forwards += row not in stepping  # else the same forward
             work.processed += width
             work.flops += self._flops(width, self.lengths[row] + 1)
+
+
+def mixed_embeddings(model: Any, ids: Tensor, mixed: Mapping[int, Sequence[int]]) -> Tensor:
+    """Embeddings of a flat line of tokens [1, N], at some places the mean over several ids; [1, N, H]."""
+    table = model.get_input_embeddings()
+    embeddings = table(ids).clone()
+    for place, several in mixed.items():
+        embeddings[0, place] = table(torch.tensor(list(several), device=ids.device)).mean(0)
+    return embeddings
