@@ -55,7 +55,7 @@ class Batch:
     draws_of: Callable[[Request, int], np.ndarray]  # the uniforms of a request's stream
     waiting: deque[Request] = field(default_factory=deque)
     rows: list[Row] = field(default_factory=list)
-    hidden: Tensor | None = None  # [max_rows, H], of each row's next token
+    hidden: Tensor | None = None  # [max_rows, H], that each row's next token is predicted from
     costs: dict[int, Cost] = field(default_factory=dict)  # of finished requests
 
     def reserve(self, length: int) -> None:
@@ -109,7 +109,7 @@ class Batch:
                 self.reference.start(row.slot, prompt if own is None else own)
 
     def retire(self) -> None:
-        """Free the slots of finished rows; the last rows move into the gaps; the SLM's in one copy."""
+        """Free the slots of finished rows; the last rows move into the gaps, their cells of the SLM's cache in one copy."""
         count = len(self.rows)
         finished = sorted((row for row in self.rows if row.is_finished), key=lambda row: -row.slot)
         before = {row: row.slot for row in self.rows} if finished else {}

@@ -2,7 +2,8 @@
 
 Each round proposes a token per row (a whole draft where an LLM reads along), reads the trigger, lets the selector
 choose where it fired, retires finished rows, admits waiting ones, and runs one forward: accepted tokens, prompts of
-new rows, and the candidates of triggered rows side by side. Token ids only, never text.
+new rows, and the candidates of triggered rows side by side. A draft takes a forward per token of it, and the LLM one for all
+drafts. Token ids only, never text.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ class Decoder:
         self._draft_length = self._policy()
 
     def _policy(self) -> DraftLength:
+        """How long drafts are; a selector that reads states has those of next tokens alone, so nothing is drafted behind them."""
         if self.reference is None:
             return DraftLength(fixed=1)
         if self.reference.max_draft is not None:

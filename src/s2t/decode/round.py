@@ -53,10 +53,11 @@ class EngineRound(Round):
         self.taken: list[int] = []  # the places of these steps
         self._chosen: dict[int, tuple[int, int]] = {}  # place -> token, index among the candidates
         self._waiting: dict[int, Tensor | None] = {}
-        """Places whose rows feed their greedy tokens until they have chosen -> states [K, H] of a branch that may be kept."""
+        """Places that are being chosen for, whose rows feed their greedy tokens meanwhile -> None, or under scope `always` the
+        candidates' states [K, H]."""
         self.num_listed = batch.reference.num_listed if batch.reference is not None else None
         self._llm_logits: Tensor | None = None
-        self._has_run = False
+        self._has_gone_on = False
         self._ends_with_steps = False
 
     # What methods may ask for
@@ -160,7 +161,7 @@ class EngineRound(Round):
         order = sorted(range(len(slots)), key=slots.__getitem__)
         if order == list(range(len(slots))):
             states = self._read(slots, ids)
-        else:  # rows have moved
+        else:  # `retire` moved rows, and the engine takes them in the order of their slots
             states = self._read([slots[i] for i in order], None if ids is None else ids[order])
             states = states[torch.tensor(order).argsort().to(states.device)]
         if self.batch.engine.scope == "always":  # what was read is what the next token comes from
@@ -225,7 +226,7 @@ class EngineRound(Round):
     # How it ends
 
     def note_choice(self, fired: Sequence[int], candidates: Proposal, selection: Selection, is_llm: bool) -> None:
-        """Note what a selector chose; raises ModelError where a number that it was to read, from the LLM or the SLM, is none."""
+        """Note what a selector chose; raises ModelError where a number that it read, of the LLM or the SLM, is NaN."""
         tokens, index = selection.token_ids.tolist(), selection.index.tolist()
         read = {"scores": selection.scores, "llm_probs": selection.llm_probs}
         numbers = {field: known(values) for field, values in read.items() if values is not None}
@@ -239,7 +240,7 @@ class EngineRound(Round):
 
     def finish(self) -> None:
         """Accept what is due, and run the forward that all rows wait for, unless a selector has asked for it."""
-        if not self._has_run:
+        if not self._has_gone_on:
             self._go_on()
             self.batch.forward()
         for place, states in self._waiting.items():
@@ -248,8 +249,8 @@ class EngineRound(Round):
 
     def _go_on(self) -> None:
         """Accept the tokens of rows that wait for nothing, let new rows in, and have those that wait feed their greedy tokens."""
-        assert not self._has_run, "states are asked for once a round"
-        self._has_run = True
+        assert not self._has_gone_on, "states are asked for once a round"
+        self._has_gone_on = True
         for row, places in self.places.items():
             if places[0] in self._waiting:
                 row.is_ready, row.feed = False, [self.greedy[places[0]]]

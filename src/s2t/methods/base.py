@@ -219,7 +219,7 @@ class Selector(ABC):
     lookahead: int | None = None
     """Tokens that it reads behind a place before it chooses, where they are more than candidates."""
     reads_states: ClassVar[bool] = False
-    """Whether it asks for states under the adapter, which there are of a row's next token alone."""
+    """Whether it asks for states under the adapter, which there are of a row's next token alone: nothing is drafted for it."""
 
     @classmethod
     def of(cls, config: DecodeConfig) -> Selector:

@@ -1,4 +1,4 @@
-"""The engine: batched prefill, step, branch, accept and crop over any Hugging Face causal LM; token ids only, never text.
+"""The engine: batched prefill, step, branch and crop over any Hugging Face causal LM; token ids only, never text.
 
 Rows are slots of one preallocated cache and have lengths of their own. A forward returns the last hidden
 states, which `logits` turns into a distribution and the adapter into scores; nothing is computed twice.
@@ -181,7 +181,7 @@ class Engine:
         """One forward over K candidates per row, all at the next position, each seeing the prefix and itself.
 
         candidate_ids [n, K] -> hidden states [n, K, H] (under the adapter, if there is one). Row lengths do
-        not change: follow with `accept` to keep one candidate, or with `extend` to go on from the prefix.
+        not change: follow with `keep_branch` to keep one candidate, or with `extend` to go on from the prefix.
         """
         return self.step((), (), rows, candidate_ids)[1]
 
