@@ -277,8 +277,8 @@ def test_self_consistency_keeps_its_samples_and_counts_them_all(reasoner):
 def test_samples_vote_on_their_answers(texts, winner, reasoner, monkeypatch):
     made = iter(texts)
     monkeypatch.setattr(type(reasoner.pair), "text", lambda self, *asked: next(made))
-    plan = reasoner._plan("self-consistency", 0, {})
-    [answer] = reasoner._answers(replace(plan, num_samples=len(texts)), [Generated() for _ in texts])
+    plan = reasoner._plan("self-consistency", 0, {"num_samples": len(texts)})
+    [answer] = reasoner._answers(plan, [Generated() for _ in texts])
     assert answer.text == texts[winner] and len(answer.samples) == len(texts)
 
 
@@ -384,11 +384,24 @@ def test_settings_that_come_again_are_not_checked_again_unless_something_may_hav
     with pytest.raises(ConfigError, match="max_new_tokens must be"):
         [reasoner.generate(PROMPT, "greedy", max_new_tokens=count) for count in (1, True)]
 
+    other = type(reasoner)(reasoner.pair)
+    with pytest.raises(ConfigError, match="needs the LLM"):
+        for pair in (reasoner.pair, Pair(reasoner.pair.slm)):
+            other.pair = pair
+            other.generate(PROMPT, "s2t", threshold=0.5, **SHORT)
+
     file = tmp_path / "calibration.json"
     for threshold in (0.5, 50.0):
         file.write_text(f'{{"thresholds": {{"divergence": {threshold}}}}}')
         done = reasoner.generate(PROMPT, "s2t", calibration=str(file), **SHORT)
         assert done.num_triggered == reasoner.generate(PROMPT, "s2t", threshold=threshold, **SHORT).num_triggered
+
+
+def test_an_adapter_that_a_pair_is_given_later_is_heeded(local):
+    reasoner = type(local)(replace(local.pair, adapter=None))
+    assert reasoner.generate(PROMPT, **SHORT) == local.generate(PROMPT, "greedy", **SHORT)
+    reasoner.pair.adapter = local.pair.adapter
+    assert reasoner.generate(PROMPT, **SHORT) == local.generate(PROMPT, "s2t-local", **SHORT)
 
 
 # Refusals

@@ -33,6 +33,7 @@ from s2t.decode.workload import strategy_of
 from s2t.errors import ConfigError
 from s2t.methods.sample import choose_sample
 from s2t.methods.strategies import Strategy
+from s2t.model.adapter_config import AdapterConfig
 from s2t.model.stops import StoppingText
 from s2t.records import Cost, Generated, Request, Step
 from s2t.tasks.graders import canonical_answer, extract_answer
@@ -54,6 +55,7 @@ class _LoadConfig(ServedConfig, ChatConfig, EngineConfig, ModelConfig):
         self.check_remote()
 
 
+_FILES = ("calibration", "router", "forecast", "critical")  # settings that name them
 _LOAD_SETTINGS = frozenset({item.name for item in fields(_LoadConfig)} - {"slm"})
 
 
@@ -126,7 +128,7 @@ class Reasoner:
 
     def __init__(self, pair: Pair) -> None:
         self.pair = pair
-        self._last: tuple[str, _Call] | None = None  # what was asked for last, and what it came to
+        self._last: _Call | None = None
 
     @overload
     def generate(
@@ -211,17 +213,21 @@ class Reasoner:
         return self._pieces(plan, steps)
 
     def _plan(self, name: str | None, seed: int, settings: dict[str, Any], config: DecodeConfig | None = None) -> _Call:
-        """Settings and strategy of one call, checked against what was loaded; those of the last call are remembered.
+        """Settings and strategy of one call, checked against what was loaded.
 
-        Thresholds that stand in a file are read anew, since the file may have changed.
+        Those of the last call are remembered, unless they name files, which may have changed since.
         """
-        asked, last = repr((name, seed, settings, config)), self._last
-        if last is None or last[0] != asked or last[1].pair is not self.pair or last[1].config.calibration is not None:
-            last = self._last = asked, self._checked(name, seed, settings, config)
-        return last[1]
+        asked, selector = repr((name, seed, settings, config)), self.pair.selector_config
+        last = self._last
+        if last is None or last.asked != asked or last.selector is not selector or last.pair is not self.pair:
+            last = _Call(asked, self.pair, selector, *self._checked(name, seed, settings, config))
+            self._last = None if any(getattr(last.config, file) for file in _FILES) else last
+        return last
 
-    def _checked(self, name: str | None, seed: int, settings: dict[str, Any], config: DecodeConfig | None) -> _Call:
-        """As `_plan`, whatever was asked for last."""
+    def _checked(
+        self, name: str | None, seed: int, settings: dict[str, Any], config: DecodeConfig | None
+    ) -> tuple[DecodeConfig, Strategy]:
+        """The settings, and the strategy that they make."""
         name = self.pair.default_strategy if name is None else name
         given = [key for key, value in settings.items() if value is not None]
         if config is not None:
@@ -236,8 +242,7 @@ class Reasoner:
             config.check_decode()
         self.pair.check_has(name, config.trigger)
         trained = self.pair.selector_config if "adapter" in needs_of(name, config.trigger) else None
-        num_samples = config.num_samples if name in MANY_SAMPLES else 1
-        return _Call(self.pair, config, strategy_of(name, config, trained, seed), num_samples)
+        return config, strategy_of(name, config, trained, seed)
 
     def _pieces(self, plan: _Call, steps: Iterable[Step]) -> Iterator[str]:
         text = StoppingText(self.pair.tokenizer_of(plan.strategy.name), plan.config.stop)
@@ -273,12 +278,14 @@ class Reasoner:
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """What one call does, before any token is written."""
+    """What one call does, before any token is written: what was asked for, of which models, and what it came to."""
 
+    asked: str
     pair: Pair
+    selector: AdapterConfig | None
     config: DecodeConfig
     strategy: Strategy
-    num_samples: int
+    num_samples: int = field(init=False)
     told: dict[str, Any] = field(init=False)
     """What `Pair.request` is told beside the prompt."""
     limits: dict[str, Any] = field(init=False)
@@ -286,6 +293,7 @@ class _Call:
 
     def __post_init__(self) -> None:
         config = self.config
+        object.__setattr__(self, "num_samples", config.num_samples if self.strategy.name in MANY_SAMPLES else 1)
         limits = {"max_new_tokens": config.max_new_tokens, "stop": config.stop, "batch_size": config.batch_size}
         object.__setattr__(self, "limits", {"keep_steps": True, **limits})
         object.__setattr__(self, "told", {"system": config.system, "reads_bare": "bare" in self.strategy.needs})

@@ -1,4 +1,5 @@
-"""Frozen records passed between floors; plain data, no models, no files, no behaviour beyond views of themselves.
+"""Records passed between floors; plain data, no models, no files, no behaviour beyond views of themselves. All are frozen but
+`Generated`, which grows by steps.
 
 Everything the loop, the workflows and the report exchange is one of these, so each floor can be read
 and tested without the others.

@@ -16,7 +16,7 @@ from s2t.core.losses import (
     pairwise_margin,
     selection_cross_entropy,
 )
-from s2t.core.support import bucket_probs
+from s2t.core.support import Distribution
 
 groups = st.integers(0, 10_000)
 
@@ -131,7 +131,7 @@ def test_distillation_is_a_lower_bound_of_the_full_kl_and_zero_for_equal_models(
     generator = torch.Generator().manual_seed(seed)
     llm, slm = (3 * torch.randn(4, 9, generator=generator) for _ in range(2))
     ids = llm.topk(size, dim=-1).indices
-    probs = bucket_probs(llm / temperature, ids)
+    probs = Distribution(llm / temperature).buckets(ids)
     slm.requires_grad_(True)
     loss = distillation_kl(slm, ids, probs, temperature)
     full = F.kl_div((slm / temperature).log_softmax(-1), (llm / temperature).softmax(-1), reduction="sum")

@@ -11,7 +11,7 @@ import s2t
 from s2t.cli.main import main
 from s2t.config import ServeConfig
 from s2t.decode.pair import Pair
-from s2t.errors import ContextError
+from s2t.errors import ConfigError, ContextError
 from s2t.records import Request
 
 CONTEXT = 256  # of the models of these tests
@@ -115,3 +115,8 @@ def test_a_limit_past_the_context_is_cut_in_every_command(tmp_path, capsys):
     ]
     for command in (["eval", "--strategies", "greedy"], ["measure"], ["collect", "--threshold", "1"]):
         assert main([*command, *words, "--out", str(tmp_path / command[0])]) == 0
+
+
+def test_what_are_no_messages_is_one_line_before_anything_is_made_of_them(slm):
+    with pytest.raises(ConfigError, match="a message must be"):
+        Pair(slm).request(0, [{"role": "user", "content": b"1 + 1 ="}])

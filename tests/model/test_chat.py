@@ -199,7 +199,15 @@ def test_what_a_template_refuses_is_one_line(bos_tokenizer):
 
 
 @pytest.mark.parametrize(
-    "messages", [[], ["hi"], [{"role": "user"}], [{"role": "user", "content": 3}], [{"content": "hi"}]]
+    "messages",
+    [
+        [],
+        ["hi"],
+        [{"role": "user"}],
+        [{"role": "user", "content": 3}],
+        [{"role": "user", "content": b"hi"}],
+        [{"content": "hi"}],
+    ],
 )
 def test_what_are_no_messages_is_refused(messages, tokenizer):
     with pytest.raises(ConfigError, match="message"):

@@ -155,3 +155,10 @@ def test_a_tokenizer_without_a_fast_backend_refuses_the_text():
     assert encode(Slow(), "fine", True) == [1]  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="<unused7>"):
         encode(Slow(), "see <unused7>", True)  # type: ignore[arg-type]
+
+
+def test_spellings_of_two_families_that_overlap_are_both_found(tiny_slm):
+    text = "Say >>UNUSED_1<<|reserved_12|> now"
+    assert spare_tokens_in(text) == {">>UNUSED_1<<", "<|reserved_12|>"}
+    ids = prompt_ids(tiny_slm.tokenizer, text)
+    assert set(ids).isdisjoint(tiny_slm.reserved.all) and "<|reserved_12|>" in tiny_slm.tokenizer.decode(ids)

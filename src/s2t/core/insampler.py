@@ -355,7 +355,8 @@ def _look_at(logits: Tensor, places: Sequence[Place], num_candidates: int) -> di
     """Note the candidates' logits of some rows; returns what those that begin a group's row are forced to."""
     index = torch.tensor([i for i, _, _ in places], device=logits.device)
     looked_at = logits[index]
-    values, ids = argmax_first(*looked_at.topk(num_candidates), best_ids(looked_at)[:, None])
+    values, ids = looked_at.topk(num_candidates)
+    ids = argmax_first(ids, best_ids(looked_at)[:, None])
     forced = {}
     for (i, row, written), best, candidates in zip(places, values.tolist(), ids.tolist(), strict=True):
         if row.is_first(written):

@@ -40,8 +40,7 @@ def propose(logits: Tensor, num_candidates: int) -> tuple[Tensor, Tensor]:
         raise ConfigError(
             f"num_candidates must be 1..{size} (the vocabulary size), got {num_candidates}; lower --num-candidates."
         )
-    values, ids = logits.topk(num_candidates, dim=-1)
-    _, ids = argmax_first(values, ids, best_ids(logits).unsqueeze(-1))
+    ids = argmax_first(logits.topk(num_candidates, dim=-1).indices, best_ids(logits).unsqueeze(-1))
     return ids, logprobs_at(logits, ids)
 
 
@@ -57,16 +56,13 @@ def best_ids(logits: Tensor) -> Tensor:
     return logits.argmax(-1)
 
 
-def argmax_first(values: Tensor, ids: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
+def argmax_first(ids: Tensor, best: Tensor) -> Tensor:
     """`topk` may order equal logits in any way; put the argmax `best` [..., 1] first so that greedy is always candidate 0."""
     if torch.equal(ids[..., :1], best):
-        return values, ids
-    ids, values = ids.clone(), values.clone()
-    present = ids == best
-    first = ids[..., :1].clone()
-    ids = torch.where(present, first, ids)
+        return ids
+    ids = torch.where(ids == best, ids[..., :1], ids)
     ids[..., :1] = best
-    return values, ids
+    return ids
 
 
 def logprobs_at(logits: Tensor, ids: Tensor) -> Tensor:
@@ -159,16 +155,8 @@ def spread(ids: Tensor, logprobs: Tensor, size: int) -> Tensor:
     return filled[:, :size]
 
 
-def bucket_probs(logits: Tensor, ids: Tensor) -> Tensor:
-    """Probabilities of listed ids and of all others together; [..., V], [..., S] -> [..., S + 1], float32.
-
-    The rest is summed from its own tokens: `1 - sum` in float32 would lose it below 1e-7, and its logarithm with it.
-    """
-    return Distribution(logits.float()).buckets(ids)
-
-
 def bucket_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
-    """Logarithms of `bucket_probs`, fit for gradients; [..., V], [..., S] -> [..., S + 1], or [..., S] where S = V.
+    """Logarithms of `Distribution.buckets`, fit for gradients; [..., V], [..., S] -> [..., S + 1], or [..., S] where S = V.
 
     The listed ids must differ from each other.
     """
@@ -241,7 +229,10 @@ class Distribution:
         ).clamp_min(0)
 
     def buckets(self, ids: Tensor) -> Tensor:
-        """As `bucket_probs`; [..., S] -> [..., S + 1]."""
+        """Probabilities of listed ids and of all others together; [..., S] -> [..., S + 1].
+
+        The rest is summed from its own tokens: `1 - sum` in float32 would lose it below 1e-7, and its logarithm with it.
+        """
         listed = self._weights.gather(-1, ids)
         rest = self._weights.scatter_(-1, ids, 0.0).sum(-1, keepdim=True)
         self._weights.scatter_(-1, ids, listed)

@@ -18,7 +18,6 @@ from s2t.core.support import (
     align_vocabulary,
     argmax_first,
     bucket_divergence,
-    bucket_probs,
     divergence,
     rank_among,
     rows_at_once,
@@ -161,7 +160,7 @@ def llm_targets(
             logits = align_vocabulary(engine.head.own(chunk), slm.vocab_size).index_fill_(-1, forbidden, float("-inf"))
             for rows in map(Tensor.float, logits.split(rows_at_once(logits.shape[-1], logits.device))):
                 ids = rows.topk(size, dim=-1).indices
-                parts.append((ids.int().cpu().numpy(), bucket_probs(rows / temperature, ids).cpu().numpy()))
+                parts.append((ids.int().cpu().numpy(), Distribution(rows / temperature).buckets(ids).cpu().numpy()))
         ends = np.cumsum([len(generated[i]) for i in batch])[:-1]
         _check_numbers([part[1] for part in parts], llm.name)
         columns = [np.split(np.concatenate([part[c] for part in parts]), ends) for c in range(2)]
@@ -314,7 +313,7 @@ class _PairReader:
         slm, llm = Distribution(slm_logits), Distribution(llm_logits)
         width = min(self.support_size, slm_logits.shape[-1])
         values, top = slm_logits.topk(max(width, self.num_candidates), dim=-1)
-        values, top = argmax_first(values, top, slm.best)
+        top = argmax_first(top, slm.best)
         ids = top[:, : self.num_candidates]
         if self.kind == "released-code":
             between = divergence(llm_logits, slm_logits, kind=self.kind)

@@ -63,7 +63,7 @@ class Decoder:
         selector = strategy.selector
         self.engine, self.strategy, self.reference = engine, strategy, reference
         self.max_new_tokens, self.trace, self.adjust = max_new_tokens, trace, adjust
-        self.texts = texts if strategy.has_spans else None
+        self.texts = texts
         engine.layers = earlier_layers(engine, selector.layers) if selector is not None and selector.layers else ()
         stream = AdapterStream(engine) if "adapter" in strategy.needs and engine.scope == "stream" else None
         self.batch = Batch(engine, reference, stream, max_new_tokens, ends, self._draws)
@@ -145,7 +145,7 @@ class Decoder:
             going = self._going(active, tokens[-len(active) :], depth, tails)
             active = [row for row, _ in going]
             if active:
-                states = self.engine.extend([row.slot for row in active], [[token] for _, token in going])
+                states, _ = self.engine.step([row.slot for row in active], [[token] for _, token in going])
         if not rows:
             return EngineRound(batch, [], [], states, states, [], [], self.texts)
         at_once = len(hidden) == 1

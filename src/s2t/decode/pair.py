@@ -168,11 +168,12 @@ class Pair:
         without its context, too.
         """
         told = (messages, system, variables, max_tokens)
+        ids = self.prompt(*told)
         for_llm = None if self.llm is None or self.has_one_tokenizer else self.prompt(*told, of=self.llm)
         is_bare = self.reads_bare if reads_bare is None else reads_bare
         bare = self.prompt(without_context(messages), *told[1:]) if is_bare else None
         key = messages if isinstance(messages, str) and system is None else json.dumps([system, messages])
-        return Request(index, self.prompt(*told), key, for_llm, bare_prompt_ids=bare)
+        return Request(index, ids, key, for_llm, bare_prompt_ids=bare)
 
     def request_of_ids(self, index: int, ids: list[int]) -> Request:
         """A request for the continuation of prompt ids; an LLM with other tokens reads their text."""

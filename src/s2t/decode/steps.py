@@ -39,12 +39,10 @@ class StepTexts:
 
 
 def earlier_layers(engine: Engine, part: str) -> tuple[int, ...]:
-    """Every second layer of the lower or the upper half (of more than 40 layers: the first or the last 20); () for no part.
+    """Every second layer of the lower or the upper half (of more than 40 layers: the first or the last 20).
 
     The embeddings, layer 0, are left out where they are the output's as well. Source: Chuang et al. 2024 (arXiv 2309.03883).
     """
-    if not part:
-        return ()
     count = int(engine.config.num_hidden_layers)
     is_tied = bool(getattr(engine.model.config.get_text_config(decoder=True), "tie_word_embeddings", False))
     first = 0 if not is_tied else min(2, count - 1)

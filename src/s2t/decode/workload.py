@@ -96,7 +96,7 @@ def requests_for(
     requests = []
     for place, problem in enumerate(problems):
         request = pair.request(place * num_samples, task.prompt(problem), system=system)
-        room_for(request, pair.context_length, f"problem {problem.problem_id}")
+        room_for(request, pair.context_length, f"problem {problem.problem_id}")  # raises where there is none
         for k in range(num_samples):
             requests.append(replace(request, index=request.index + k, key=f"{problem.problem_id}/{k}"))
     return requests

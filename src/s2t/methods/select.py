@@ -1,4 +1,5 @@
-"""Selectors: what a triggered step takes. S2T asks the LLM, S2T-LOCAL the SLM itself, under its adapter."""
+"""Select to Think: where to choose (divergence, criticality), and what is taken there: S2T asks the LLM, S2T-LOCAL the SLM
+itself, under its adapter. Other triggers stand in `methods.triggers` and files of their own."""
 
 from __future__ import annotations
 

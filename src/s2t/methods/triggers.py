@@ -1,4 +1,7 @@
-"""Triggers: each reads one number per place, in its own unit, and fires where that passes the threshold."""
+"""Triggers of no method's own: each reads one number per place, in its own unit, and fires where that passes the threshold.
+
+Divergence and criticality stand with the method, in `methods.select`.
+"""
 
 from __future__ import annotations
 

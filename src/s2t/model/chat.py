@@ -1,4 +1,9 @@
-"""Messages to prompt ids, stop ids, and incremental detokenizing; the only place where ids meet text."""
+"""Messages to prompt ids, stop ids, and incremental detokenizing; the only place where ids meet text.
+
+No text, whoever wrote it, becomes a spare token; those are reserved for reading scores. A text that spells one is encoded by a
+twin of the tokenizer that does not know the spare tokens by their names, so that the spelling comes out as plain characters in
+their ordinary context; all other special tokens work as ever.
+"""
 
 from __future__ import annotations
 
@@ -175,7 +180,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bo
         text.encode()
     except UnicodeEncodeError as error:
         raise ModelError("the prompt holds a lone surrogate, which is no Unicode text; take it out.") from error
-    spelled = spare_tokens_in(text) if SPARE_TOKEN.search(text) else None
+    spelled = spare_tokens_in(text) if SPARE_TOKEN.search(text) else frozenset()
     if spelled and not spelled.isdisjoint(tokenizer.get_vocab()):
         ids = list(_twin(tokenizer, spelled).encode(text, add_special_tokens=add_special_tokens).ids)
     else:
@@ -187,6 +192,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bo
 
 
 def _twin(tokenizer: Any, spelled: frozenset[str]) -> Tokenizer:
+    """The tokenizer without the names of spare tokens, made once."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ModelError(

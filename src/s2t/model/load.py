@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,9 +32,6 @@ from s2t.model.slots import check_cacheable
 from s2t.model.tiny import embedded_path, is_embedded
 from s2t.model.why import why_not_loaded
 from s2t.progress import progress
-
-if TYPE_CHECKING:
-    pass  # with 120 MiB of model classes, which llama.cpp does without
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

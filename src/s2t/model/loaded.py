@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A causal LM with its tokenizer; `vocab_size` counts real tokens, padding rows excluded."""
+    """A causal LM with its tokenizer; `vocab_size` counts real tokens, padding rows excluded.
+
+    What is known of its weights is kept, so its layers are not to be changed for others; `replace` makes one that knows none.
+    """
 
     name: str
     model: PreTrainedModel

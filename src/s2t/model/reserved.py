@@ -25,7 +25,7 @@ SPARE_TOKENS = (
 
 
 SPARE_TOKEN = re.compile("|".join(pattern.pattern.replace("(", "(?:") for _, pattern in SPARE_TOKENS))
-"""Any of them."""
+"""Found in a text where any of them is; which ones, one pattern after the other says, since spellings may overlap."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ def choose_reserved_ids(vocab: dict[str, int], num_rows: int, num_bins: int) -> 
 
 def spare_tokens_in(text: str) -> frozenset[str]:
     """Every spelling of a spare token, of any family, that a text holds."""
-    return frozenset(SPARE_TOKEN.findall(text))
+    return frozenset(match[0] for _, pattern in SPARE_TOKENS for match in pattern.finditer(text))
 
 
 def _split(ids: list[int], kind: str) -> ReservedIds:

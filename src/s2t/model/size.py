@@ -37,9 +37,9 @@ class TooLong(ModelError):
         self.least = least
 
 
-def check_size(tokenizer: Any, text: str, max_tokens: int | None) -> None:
-    """Raise TooLong where a text must become more than `max_tokens` tokens, if there is such a limit."""
-    if max_tokens is not None and len(text) > max_tokens and (least := least_tokens(tokenizer, text)) > max_tokens:
+def check_size(tokenizer: Any, text: str, max_tokens: int) -> None:
+    """Raise TooLong where a text must become more than `max_tokens` tokens."""
+    if len(text) > max_tokens and (least := least_tokens(tokenizer, text)) > max_tokens:
         raise TooLong(least, max_tokens)
 
 
