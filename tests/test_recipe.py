@@ -34,7 +34,9 @@ def followed(tmp_path_factory):
         assert not (root / first.removeprefix("# ")).exists(), "the recipe's names are taken"
         (root / first.removeprefix("# ")).write_text(rest, encoding="utf-8")
     registry, laws = root / "src/s2t/config/methods.py", root / "tests/decode/test_loop.py"
+    ends = root / "tests/decode/test_extremes.py"
     places = ((registry, "TRIGGERS = {"), (registry, "METHODS = {"), (laws, "RUNS = {"))
+    places += ((ends, "NEVER_OR_ALWAYS = {"), (ends, "MIDDLE = {"))
     for line, (path, table) in zip(lines, places, strict=True):
         append(path, table, line)
     return root
@@ -64,7 +66,8 @@ def test_a_new_trigger_and_a_new_selector_are_a_file_and_a_line_each(followed, s
 
 
 def test_the_new_ones_keep_the_laws_and_have_a_test_of_their_own(followed):
-    files = ("tests/decode/test_loop.py", "tests/decode/test_margin.py")
-    out = run(followed, "pytest", "-q", "-rA", "-p", "no:cacheprovider", *files, "-k", "product-margin or test_margin")
-    assert int(re.findall(r"(\d+) passed", out)[0]) >= 4
-    assert "PASSED tests/decode/test_margin.py" in out and "PASSED tests/decode/test_loop.py" in out
+    files = [f"tests/decode/test_{name}.py" for name in ("loop", "margin", "extremes")]
+    names = "product or test_margin or every_method"
+    out = run(followed, "pytest", "-q", "-rA", "-p", "no:cacheprovider", *files, "-k", names)
+    assert int(re.findall(r"(\d+) passed", out)[0]) >= 9
+    assert all(f"PASSED {file}" in out for file in files)

@@ -16,6 +16,7 @@ REFUSED = {
     "top_k": ["chat", "--strategy", "greedy", "--top-k", "5"],
     "min_p": ["eval", "--strategies", "greedy", "--min-p", "0.1"],
     "num_samples": ["generate", "Hi", "--strategy", "sample", "--num-samples", "3"],
+    "trigger": ["generate", "Hi", "--strategy", "greedy", "--trigger", "entropy"],
     "threshold": ["eval", "--strategies", "greedy,self-consistency", "--threshold", "0.5"],
     "temperature  ": ["collect", "--temperature", "0.5", "--threshold", "1"],
     "adapter": ["collect", "--adapter", "runs/x", "--threshold", "1"],

@@ -119,7 +119,8 @@ def test_every_method_stands_in_the_tables():
     plain = {"greedy", "sample", "llm", "self-consistency", "self-certainty", "s2t-local"}
     for table in (NEVER_OR_ALWAYS, MIDDLE):
         missing = {*WRITERS} - plain - {method_of(name) for name in table}
-        assert missing == ({"confidence"} if table is MIDDLE else set()), "confidence writes what greedy writes"
+        where = "MIDDLE" if table is MIDDLE else "NEVER_OR_ALWAYS"
+        assert missing == ({"confidence"} if table is MIDDLE else set()), f"{where} has no line for {missing}"
     among = {name for name, _, _ in AMONG_ANSWERS.values()}
     assert {*OVER_ANSWERS} - among == {"deepconf"}, "deepconf's ends are in test_among_answers.py, by hand"
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from s2t.errors import ConfigError
+
 
 @dataclass(frozen=True, slots=True)
 class Method:
@@ -111,8 +113,16 @@ def unit_of(name: str, trigger: str = "auto") -> str | None:
 
 
 def needs_of(name: str, trigger: str = "auto") -> frozenset[str]:
-    """llm, adapter, bare: what a strategy, or strategy@trigger, reads beside the SLM; `trigger` is the setting of that name."""
+    """llm, adapter, bare: what a strategy, or strategy@trigger, reads beside the SLM; `trigger` is the setting of that name.
+
+    Raises ConfigError where the strategy does not take the trigger: one that needs an LLM, say, for a method that has none.
+    """
     base, _, own = name.partition("@")
     method = METHODS[base]
     found = own or (trigger if method.takes_triggers and trigger != "auto" else method.trigger)
+    can_read = {*method.needs, "adapter"}
+    if method.takes_triggers and not can_read.issuperset(TRIGGER_NEEDS.get(found, ())):
+        fitting = (name for name in reversed(TRIGGERS) if can_read.issuperset(TRIGGER_NEEDS.get(name, ())))
+        allowed = ", ".join(dict.fromkeys((method.trigger, *fitting)))
+        raise ConfigError(f"strategy {base} takes trigger {allowed}; got {found!r}.")
     return frozenset((*method.needs, *TRIGGER_NEEDS.get(found, ())))

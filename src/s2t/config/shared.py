@@ -14,7 +14,7 @@ from s2t.config.checks import (
     read_variables,
     require,
 )
-from s2t.config.methods import MANY_SAMPLES, SAMPLED, STRATEGIES, TRIGGERS, unit_of
+from s2t.config.methods import MANY_SAMPLES, SAMPLED, STRATEGIES, TRIGGERED, TRIGGERS, unit_of
 
 READOUTS = {"rank": ("step", "stream"), "bins": ("candidates", "always", "stream")}
 """How the selector reads candidates -> the scopes its LoRA may have, the default first."""
@@ -35,6 +35,7 @@ DISTILLATIONS = ("sft", "kd", "on-policy-kd")
 READERS: Readers = {
     **dict.fromkeys(("temperature", "top_p", "top_k", "min_p"), SAMPLED),
     "num_samples": MANY_SAMPLES,
+    "trigger": TRIGGERED,
     "threshold": tuple(name for name in STRATEGIES if unit_of(name) is not None),
 }
 """Which strategies read a setting that not all of them do; with the others it would look as if it did something."""

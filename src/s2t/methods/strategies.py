@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from s2t.config import CALIBRATED, METHODS, TRIGGER_NEEDS, TRIGGERS, DecodeConfig, Method
+from s2t.config import CALIBRATED, METHODS, TRIGGERS, DecodeConfig, Method, needs_of
 from s2t.errors import ConfigError
 from s2t.methods.base import Selector, Trigger, find
 from s2t.methods.sample import Sampling
@@ -93,14 +93,8 @@ def _trigger(name: str, method: Method, config: DecodeConfig) -> Trigger:
         if config.trigger != "auto":
             raise ConfigError(f"strategy {name} has a trigger of its own; leave --trigger out, got {config.trigger!r}.")
         return find(method.trigger).of(config)
-    wanted = method.trigger if config.trigger == "auto" else config.trigger
-    found: type[Trigger] = find(TRIGGERS[wanted])
-    can_read = {*method.needs, "adapter"}
-    if not set(found.needs) <= can_read:
-        fitting = (trigger for trigger in reversed(TRIGGERS) if set(TRIGGER_NEEDS.get(trigger, ())) <= can_read)
-        allowed = ", ".join(dict.fromkeys((method.trigger, *fitting)))
-        raise ConfigError(f"strategy {name} takes trigger {allowed}; got {wanted!r}.")
-    return found.of(config)
+    needs_of(name, config.trigger)  # raises where the strategy does not take it
+    return find(TRIGGERS[method.trigger if config.trigger == "auto" else config.trigger]).of(config)
 
 
 def _threshold(name: str, trigger: Trigger, config: DecodeConfig, thresholds: dict[str, float]) -> float:
