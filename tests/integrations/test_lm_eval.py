@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -24,7 +25,6 @@ from s2t.errors import ConfigError, ModelError
 from s2t.integrations.lm_eval import NAME, S2TLM, main, register
 from s2t.model.adapter import AdapterConfig, SelectorAdapter
 from s2t.model.load import load_model
-from s2t.model.tiny import embedded_path
 
 pytestmark = pytest.mark.filterwarnings("default")  # of lm-eval and what it imports
 
@@ -330,7 +330,7 @@ def test_the_command_line_scores_both_kinds_of_task(adapter, tasks, tmp_path):
     words = ["--model", NAME, "--model_args", f"slm=tiny:slm,adapter={adapter},strategy=s2t-local"]
     words += ["--tasks", "apples,apple_choice", "--include_path", tasks, "--apply_chat_template", "--limit", "4"]
     words += ["--batch_size", "4", "--output_path", str(tmp_path / "out.json")]
-    env = os.environ | {"PYTHONPATH": str(embedded_path("tiny:slm").parents[3]), "HF_HOME": str(tmp_path / "hf")}
+    env = os.environ | {"PYTHONPATH": str(Path(s2t.__file__).parents[1]), "HF_HOME": str(tmp_path / "hf")}
     command = [sys.executable, "-m", "s2t.integrations.lm_eval"]
     done = subprocess.run([*command, *words], capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr

@@ -32,6 +32,8 @@ END_OF_TURN = (
     "<|END_OF_TURN_TOKEN|>",
 )
 _CONTEXT = 16  # tokens that are decoded again with every new one
+_UNSPELLABLE = "\ue000spare\ue001{}\ue000"  # private-use characters around a number; see `_unspelled`
+_TWINS: WeakKeyDictionary[Any, Tokenizer] = WeakKeyDictionary()
 
 
 def prompt_ids(
@@ -163,12 +165,6 @@ class Detokenizer:
         text = decode_ids(self.tokenizer, kept)
         if text and self._shown.endswith(text):
             self._ids, self._shown = kept, text
-
-
-_UNSPELLABLE = "\ue000spare\ue001{}\ue000"  # private-use characters around a number; see `_unspelled`
-
-
-_TWINS: WeakKeyDictionary[Any, Tokenizer] = WeakKeyDictionary()
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool) -> list[int]:

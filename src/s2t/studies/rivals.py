@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from s2t.combine import combine, known_answers
-from s2t.config import EvalConfig, build_config
+from s2t.config import MANY_SAMPLES, EvalConfig, build_config
 from s2t.decode.opening import open_pair
 from s2t.decode.workload import open_task, requests_for
 from s2t.errors import ConfigError
@@ -121,6 +121,8 @@ def _of(lab: Lab, folder: str, names: Sequence[str], share: float | None, **sett
     """Arms of one evaluation, in a folder of its own; none of no methods."""
     if not names:
         return []
+    if not {*MANY_SAMPLES}.intersection(names):
+        settings.pop("num_samples", None)  # which none of them reads
     found = lab.evaluated(folder, ",".join(names), **settings)["strategies"]
     by_name = results_by_name(lab.folder / folder)
     return [Arm(name, share, by_name[name], found[name]["seconds"]) for name in names]
@@ -142,7 +144,7 @@ def _foretold(lab: Lab) -> list[Arm]:
     problems, task = _problems(lab)
     arms = []
     for cost in TOKEN_COSTS:
-        own = build_config(EvalConfig, flags=lab.settings(settings | {"threshold": cost}))
+        own = build_config(EvalConfig, flags=lab.settings(settings | {"strategies": "zip-rc", "threshold": cost}))
         runs = combine("zip-rc", own, task, problems, {"forecast": [(rows, 0.0) for rows in samples.rows]})
         arms.append(Arm("zip-rc", None, [run[0] for run in runs], label=f"zip-rc, {cost:g} a token"))
     return arms
