@@ -25,7 +25,7 @@ from s2t.config import MergeConfig
 from s2t.errors import ConfigError, ModelError
 from s2t.integrations.transformers import detach
 from s2t.merge import merge
-from s2t.model.adapter import AdapterConfig, SelectorAdapter, attached_adapter
+from s2t.model.adapter import ATTACHED, AdapterConfig, SelectorAdapter
 from s2t.model.load import load_model
 from s2t.model.tiny import embedded_path
 
@@ -259,11 +259,11 @@ def test_a_model_is_saved_without_the_adapter_that_chose(scope, model, inputs, a
 def test_an_adapter_is_attached_once_and_another_takes_its_place(model, inputs, adapters):
     call = {"max_new_tokens": 4, **inputs}
     model.generate(**call, custom_generate=s2t.custom_generate(adapters["always"]))
-    first = attached_adapter(model)
+    first = model.__dict__.get(ATTACHED)
     model.generate(**call, custom_generate=s2t.custom_generate(adapters["always"]))
-    assert attached_adapter(model) is first
+    assert model.__dict__.get(ATTACHED) is first
     ids = model.generate(**call, custom_generate=s2t.custom_generate(adapters["candidates"]))
-    assert attached_adapter(model) is not first
+    assert model.__dict__.get(ATTACHED) is not first
     assert sum("lora_A" in name for name, _ in model.named_parameters()) == len(first.layers)
     fresh = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     assert torch.equal(ids, fresh.generate(**call, custom_generate=s2t.custom_generate(adapters["candidates"])))

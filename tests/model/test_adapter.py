@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from s2t.errors import ModelError, S2TError
 from s2t.files import read_json, write_json
 from s2t.model.adapter import (
+    ATTACHED,
     CONFIG_FILE,
     AdapterConfig,
     SelectorAdapter,
-    attached_adapter,
     load_adapter,
     read_adapter_config,
     selector_config,
@@ -189,9 +189,9 @@ def test_an_adapter_that_does_not_act_leaves_the_base_bit_for_bit(saved):
 
 def test_an_engine_without_the_adapter_is_the_base_even_when_one_is_attached(saved):
     adapter, _ = saved
-    assert attached_adapter(adapter.loaded.model) is adapter
+    assert adapter.loaded.model.__dict__.get(ATTACHED) is adapter
     plain = load_model("tiny:slm", "float32")
-    assert attached_adapter(plain.model) is None
+    assert plain.model.__dict__.get(ATTACHED) is None
     adapter.act(True)
     rows = list(range(len(PROMPTS)))
     left, right = (Engine(loaded, len(PROMPTS)).extend(rows, PROMPTS) for loaded in (adapter.loaded, plain))
@@ -212,7 +212,7 @@ def test_another_base_model_is_refused(saved):
     with pytest.raises(ModelError, match=r"trained on tiny:slm .* not on tiny:llm .*; pass --slm tiny:slm") as caught:
         load_adapter(folder, other)
     assert "\n" not in str(caught.value)
-    assert attached_adapter(other.model) is None
+    assert other.model.__dict__.get(ATTACHED) is None
 
 
 def test_the_same_model_with_other_weights_is_refused(saved):

@@ -273,34 +273,29 @@ class Pair:
             return self.served_slm.decoder(strategy, max_new_tokens, trace, ends, rows)
         if strategy.name == "llm" and isinstance(self.llm, RemoteLLM):
             return RemoteWriter(self.llm, max_new_tokens, ends, stop)
-        engine, reference = self._engines(strategy, rows)
-        texts = self._texts(strategy) if strategy.has_spans else None
+        engine, reference, texts = self._readers(strategy, rows)
         return Decoder(engine, strategy, reference, max_new_tokens, trace, ends, texts=texts)
 
     def continuous(
         self, strategy: Strategy, max_length: int, ends: Callable[[int, int], bool] | None = None
     ) -> ContinuousDecoder:
         """A decoder of `batch_size` rows for requests that come and go; see `decode.continuous`."""
-        engine, reference = self._engines(strategy, self.batch_size)
+        engine, reference, texts = self._readers(strategy, self.batch_size)
         adapter = self.adapter
         is_read = adapter is not None and (adapter.scope in BRANCH_SCOPES or engine.adapter is adapter)
         reader = adapter if is_read and strategy.name != "llm" else None
-        texts = self._texts(strategy) if strategy.has_spans else None
         return ContinuousDecoder(engine, strategy, reference, max_length, ends, reader, texts)
 
-    def _texts(self, strategy: Strategy) -> StepTexts:
-        """The steps of the text, for a strategy that asks for them."""
-        return StepTexts.of(self.slm.tokenizer, self.slm.name, strategy.step_end)
-
-    def _engines(self, strategy: Strategy, rows: int) -> tuple[Engine, Reference | None]:
-        """The engine that writes, and the LLM beside it where the strategy reads one."""
+    def _readers(self, strategy: Strategy, rows: int) -> tuple[Engine, Reference | None, StepTexts | None]:
+        """The engine that writes and, where the strategy reads them, the LLM beside it and the steps of the text."""
         rows = min([rows, *(model.most_rows for model in (self.slm, self.llm) if isinstance(model, LoadedModel))])
         if strategy.name == "llm":
-            return self.local_llm().open_engine(rows), None
+            return self.local_llm().open_engine(rows), None, None
+        texts = StepTexts.of(self.slm.tokenizer, self.slm.name, strategy.step_end) if strategy.has_spans else None
         engine = self.slm.open_engine(rows, self.adapter if "adapter" in strategy.needs else None)
         if "bare" in strategy.needs:
-            return engine, BareReference(self.slm.open_engine(rows))
-        return engine, self.reference(rows) if "llm" in strategy.needs else None
+            return engine, BareReference(self.slm.open_engine(rows)), texts
+        return engine, self.reference(rows) if "llm" in strategy.needs else None, texts
 
     def reference(self, num_rows: int) -> Reference:
         """The LLM beside so many rows: by token, by text, or on its servers."""

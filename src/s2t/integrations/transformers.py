@@ -30,7 +30,7 @@ from s2t.errors import ConfigError, ModelError
 from s2t.integrations import asked
 from s2t.methods.sample import Sampling
 from s2t.methods.strategies import Strategy
-from s2t.model.adapter import SelectorAdapter, SelectorReader, attached_adapter, load_selector
+from s2t.model.adapter import ATTACHED, SelectorAdapter, SelectorReader, load_selector
 from s2t.model.engine import Engine
 from s2t.model.load import wrap_model
 from s2t.model.loaded import LoadedModel
@@ -282,7 +282,7 @@ def _bind(model: Any, adapter: str | Path | None, tokenizer: Any) -> _Bound:
     if bound is not None and bound.key == key:
         return bound
     detach(model)
-    if attached_adapter(model) is not None or _has_peft_layers(model):
+    if model.__dict__.get(ATTACHED) is not None or _has_peft_layers(model):
         raise ValueError(
             "this model has adapter layers already; merge or unload them, or load the base model, and let "
             "s2t.custom_generate attach its own."
@@ -344,7 +344,7 @@ def _as_it_was(model: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        if (attached := attached_adapter(model)) is not None:
+        if (attached := model.__dict__.get(ATTACHED)) is not None:
             attached.act(False)
         for module in training:
             module.training = True

@@ -45,7 +45,7 @@ from s2t.model.reserved import ReservedIds
 LORA_FILE = "adapter_model.safetensors"  # PEFT's name
 _WEIGHTS = (LORA_FILE, SELECTOR_FILE)
 ATTACHED = "_s2t_adapter"
-"""Where a base model keeps the adapter that is attached to it."""
+"""Where the `__dict__` of a base model, and not of what wraps it, holds the adapter that is attached to it."""
 BRANCH_SCOPES = ("step", "candidates")
 """Scopes under which the LoRA acts inside the base model's own forward, on the tokens beside it that are read for the choice."""
 
@@ -253,11 +253,6 @@ def selector_problems(adapter: str | Path | None, slm: str, revision: str | None
     """Hashes of the problems that this SLM (distilled, or merged), or what `load_selector` would give, was trained on."""
     own = problem_hashes(adapter_folder(adapter)) if adapter is not None else frozenset()
     return problem_hashes(local_folder(slm, revision)) | own
-
-
-def attached_adapter(model: nn.Module) -> SelectorAdapter | None:
-    """The adapter attached to this base model, if any."""
-    return model.__dict__.get(ATTACHED)
 
 
 def load_adapter(folder: str | Path, loaded: LoadedModel, with_peft: bool = False) -> SelectorAdapter:

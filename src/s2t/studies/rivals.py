@@ -180,7 +180,7 @@ def _over_answers(lab: Lab, names: Sequence[str], share: float, plain: Mapping[s
     arms = []
     for name in names:
         at = threshold_for("confidence" if name == "cascade" else name, values[name], share)
-        own = build_config(EvalConfig, flags=lab.settings({"known": known, "threshold": at}))
+        own = build_config(EvalConfig, flags=lab.settings({"strategies": name, "known": known, "threshold": at}))
         arms.append(Arm(name, share, [run[0] for run in combine(name, own, task, problems, results)]))
     return arms
 
